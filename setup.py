@@ -1,0 +1,46 @@
+"""Installs the trainer as `smpo_fast`, with the folder `kernels/` as `smpo_fast.kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "smpo_fast" / "__init__.py").read_text())[1]
+
+setup(
+    name="smpo-fast",
+    version=VERSION,
+    description="Fast, exact SmPO-Diffusion: align SDXL and SD1.5 with preference pairs",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["smpo_fast", "smpo_fast.embedded", "smpo_fast.kernels"],
+    package_dir={"smpo_fast": "smpo_fast", "smpo_fast.kernels": "kernels"},
+    package_data={"smpo_fast.embedded": ["default.toml", "assets/*", "assets/**/*"]},
+    install_requires=[
+        "torch>=2.10,<2.14",
+        "diffusers>=0.36",
+        "transformers>=4.57",
+        "accelerate>=1.10",
+        "deepspeed>=0.19",
+        "bitsandbytes>=0.49",
+        "huggingface_hub",
+        "matplotlib",
+        "numpy",
+        "pillow",
+        "pyarrow",
+        "pydantic>=2",
+        "safetensors",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={
+        "xformers": ["xformers"],
+        "wandb": ["wandb"],
+        "trackio": ["trackio"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["smpo = smpo_fast.cli:main"]},
+)

@@ -1,0 +1,39 @@
+"""What travels through a step: pairs of latents with their prompts and weights.
+
+Shapes: B pairs, 2 pictures a pair (winner, then loser), C H W latent, S D prompt tokens, E pooled prompt.
+Pictures of a pair stand next to each other, so a prefix of pairs is a contiguous prefix of pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told beside the latent and the timestep, one row a pair."""
+
+    prompt: Tensor  # [B, S, D]
+    pooled: Tensor | None = None  # [B, E], SDXL
+    time_ids: Tensor | None = None  # [B, 6], SDXL
+
+    def take(self, rows: slice) -> Conditioning:
+        return Conditioning(*(None if x is None else x[rows] for x in (self.prompt, self.pooled, self.time_ids)))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some preference pairs, ready for a step."""
+
+    ids: tuple[int, ...]  # row of each pair in its table, for reports
+    latents: Tensor  # [B, 2, C, H, W] float32, in the units the UNet sees
+    cond: Conditioning
+    weight: Tensor  # [B] float32, 2*alpha - gamma >= 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: slice) -> Pairs:
+        return Pairs(self.ids[rows], self.latents[rows], self.cond.take(rows), self.weight[rows])

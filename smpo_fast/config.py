@@ -1,0 +1,409 @@
+"""A run's settings: typed sections, TOML files, presets, command line, and errors that name the key.
+
+A run is described by one TOML file (``--config``) plus ``section.key=value`` words on the command line.
+What neither gives comes from the presets (the objective's and the fidelity's) and then from the field
+defaults below. The resolved settings are saved in the run's folder and can be given back as ``--config``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DEFAULT_FILE = Path(__file__).parent / "embedded" / "default.toml"
+EMBEDDED = "embedded"
+
+
+class SettingsError(ValueError):
+    """A user's mistake in the settings: the message names the key or file, what was found and what is right."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class Run(Section):
+    """Where a run lives and how long it is."""
+
+    dir: str = Field("runs/embedded", description="folder of the run: checkpoints, logs, export, evaluation")
+    seed: int = Field(0, ge=0, description="all randomness is a function of (seed, purpose, step, pair)")
+    steps: int = Field(200, ge=0, description="optimizer steps in the whole run")
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept; older ones are removed after a good save")
+    max_nonfinite_steps: int = Field(
+        10, ge=0, description="steps with a non-finite loss or gradient that are skipped before the run stops"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one, else cpu")
+
+
+class Model(Section):
+    """The networks."""
+
+    path: str = Field(EMBEDDED, description="'embedded', a diffusers pipeline folder, or a hub id")
+    revision: str = Field("", description="hub revision (branch, tag or commit)")
+    variant: str = Field("", description="file variant of the weights, e.g. 'fp16'")
+    vae: str = Field("", description="another VAE (folder or hub id) in place of the pipeline's own")
+    unet: str = Field("", description="another UNet (folder or hub id) as the start of policy and reference")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "bf16-autocast"] = Field(
+        "auto",
+        description="dtype in which policy and reference compute; fp32 master weights always; "
+        "'bf16-autocast' keeps fp32 weights; auto: what the DeepSpeed file says, else bf16 on cuda, fp32 on cpu",
+    )
+    attention: Literal["sdpa", "xformers", "eager"] = Field(
+        "sdpa", description="attention; xformers falls back to sdpa, with one notice, where it cannot run"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute UNet blocks in the backward pass")
+    export_dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of the export")
+
+
+class Data(Section):
+    """The preference pairs."""
+
+    pairs: str = Field(EMBEDDED, description="'embedded' or a parquet file in Pick-a-Pic columns")
+    cache: str = Field("", description="folder of the prepared cache; empty: <run.dir>/cache")
+    resolution: int = Field(1024, ge=8, description="side in px of the centre-cropped square")
+    flip: bool = Field(True, description="horizontal flips, drawn apart for winner and loser")
+    prompt_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs trained with the empty prompt")
+    max_pairs: int = Field(0, ge=0, description="use only the first so many rows; 0: all")
+    scorer: str = Field(
+        "", description="scores pictures without stored rewards: 'embedded', 'pickscore', 'module:function'; empty: none"
+    )
+
+
+class Labels(Section):
+    """From rewards or human labels to the weight 2*alpha - gamma of a pair."""
+
+    source: Literal["auto", "reward", "human"] = Field(
+        "auto", description="auto: rewards where a pair has them, else its human label"
+    )
+    gamma: float = Field(10.0, gt=0, description="sensitivity: weight = gamma * tanh((r_w - r_l) / 2)")
+    low: float | Literal["data", "pickscore"] = Field("data", description="reward mapped to 0: data minimum, preset or number")
+    high: float | Literal["data", "pickscore"] = Field("data", description="reward mapped to 1: data maximum, preset or number")
+    human_weight: float = Field(1.0, gt=0, description="weight of a pair that has only a human label (1: plain DPO)")
+    drop_ties: bool = Field(True, description="leave out pairs whose human label is a tie")
+
+
+class Batch(Section):
+    """How many pairs at a time."""
+
+    pairs_per_step: int = Field(1024, ge=1, description="pairs in one optimizer step, over all ranks")
+    micro_pairs: int = Field(1, ge=1, description="pairs in one forward and backward pass of a rank")
+    inversion_pairs: int = Field(4, ge=1, description="pairs in one no-gradient call of the inversion")
+
+
+class Inversion(Section):
+    """Where x_t and its target come from (docs/method.md)."""
+
+    fidelity: Literal["paper", "release"] = Field("paper", description="preset for the keys below")
+    source: Literal["inversion", "noise"] = Field("inversion", description="invert x_0, or add Gaussian noise to it")
+    network: Literal["policy", "reference"] = Field("policy", description="network that inverts")
+    steps: int = Field(10, ge=1, le=1000, description="inversion steps over the whole schedule")
+    grid: Literal["anchored", "release"] = Field(
+        "anchored", description="anchored: t, t-D, t-2D, ... > 0; release: 1, 1+D, 1+2D, ... (D = 1000/steps)"
+    )
+    landing: Literal["exact", "mismatch", "on-grid"] = Field(
+        "exact", description="exact: shorten a step to land on t; mismatch: as released; on-grid: draw t from the grid"
+    )
+    first_step: Literal["skip", "keep"] = Field("skip", description="the released grid's first entry at t = 1 - D")
+    renoise_steps: int = Field(1, ge=0, description="fixed-point corrections per step; 0 is DDIM inversion")
+    first_time: Literal["source", "destination"] = Field("source", description="time given to the first evaluation")
+    renoise_time: Literal["source", "destination"] = Field("destination", description="time given to the corrections")
+    average: Literal["mean", "last", "renoise"] = Field(
+        "renoise", description="which estimate moves the latent; renoise: mean below average_below, last above"
+    )
+    average_below: int = Field(250, ge=0, description="timestep below which 'renoise' averages")
+    noise: float = Field(0.0, ge=0, description="noise per step, in units of the DDIM standard deviation (InPO: 0.1)")
+    timesteps: Literal["stratified", "independent"] = Field("stratified", description="how t is drawn within a step")
+    schedule_dtype: Literal["float64", "float16"] = Field(
+        "float64", description="rounding of alphas_cumprod; float16 only to study the released script's rounding"
+    )
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Inversion:
+        if self.grid == "anchored" and self.landing != "exact":
+            raise ValueError(f"landing = '{self.landing}' needs grid = 'release': an anchored grid always lands on t")
+        if self.grid == "anchored" and self.first_step == "keep":
+            raise ValueError("first_step = 'keep' needs grid = 'release': an anchored grid has no entry below 0")
+        if 1000 % self.steps and self.grid == "release":
+            raise ValueError(f"steps = {self.steps}: the released grid needs a divisor of 1000")
+        return self
+
+
+class Objective(Section):
+    """What is minimised."""
+
+    name: Literal["smpo", "dpo", "inpo", "sft"] = Field("smpo", description="loss and preset for the inversion")
+    beta: float = Field(5000.0, gt=0, description="strength of the pull to the reference; logit = -(beta/2) w D")
+
+
+class Optim(Section):
+    """The optimizer."""
+
+    name: Literal["adamw", "adamw8bit", "adafactor"] = Field("adamw", description="optimizer")
+    lr: float = Field(1.024e-5, ge=0, description="learning rate as applied (never scaled behind your back)")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW")
+    eps: float = Field(1e-8, gt=0, description="AdamW")
+    weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
+    clip: float = Field(1.0, ge=0, description="gradient norm after clipping; 0: no clipping")
+
+
+class Log(Section):
+    """Who is told."""
+
+    tensorboard: bool = Field(True, description="event files in <run.dir>/tensorboard")
+    wandb: str = Field("", description="Weights & Biases project; empty: off")
+    trackio: str = Field("", description="trackio project; empty: off")
+
+
+class Eval(Section):
+    """What is sampled and scored after training."""
+
+    prompts: str = Field("", description="'embedded', or a text file with a prompt a line; empty: no evaluation")
+    count: int = Field(256, ge=1, description="prompts used (the first ones of a file)")
+    steps: int = Field(30, ge=1, description="sampler steps")
+    guidance: float = Field(5.0, ge=0, description="classifier-free guidance scale; 1 is off")
+    batch: int = Field(8, ge=1, description="pictures sampled at a time")
+    seed: int = Field(12345, ge=0, description="base and aligned pictures of a prompt start from the same noise")
+    scorer: str = Field("", description="'embedded', 'pickscore', 'module:function'; empty: pictures only")
+
+
+class Config(Section):
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    labels: Labels = Labels()
+    batch: Batch = Batch()
+    inversion: Inversion = Inversion()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    log: Log = Log()
+    eval: Eval = Eval()
+
+
+# What a word implies for keys that neither the file nor the command line gives.
+FIDELITY_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "release": {
+        "grid": "release",
+        "landing": "mismatch",
+        "first_step": "keep",
+        "renoise_time": "source",
+        "average": "mean",
+        "timesteps": "independent",
+    },
+}
+OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
+    "smpo": {},
+    "dpo": {"source": "noise"},
+    "inpo": {"renoise_steps": 0, "noise": 0.1},
+    "sft": {"source": "noise"},
+}
+
+# Flag names that sibling scripts share, where they mean the same: flag -> key.
+ALIASES: dict[str, str] = {
+    "pretrained_model_name_or_path": "model.path",
+    "pretrained_vae_model_name_or_path": "model.vae",
+    "unet_init": "model.unet",
+    "revision": "model.revision",
+    "variant": "model.variant",
+    "train_data_dir": "data.pairs",
+    "max_train_samples": "data.max_pairs",
+    "resolution": "data.resolution",
+    "proportion_empty_prompts": "data.prompt_dropout",
+    "output_dir": "run.dir",
+    "seed": "run.seed",
+    "max_train_steps": "run.steps",
+    "checkpointing_steps": "run.save_every",
+    "checkpoints_total_limit": "run.keep",
+    "train_batch_size": "batch.micro_pairs",
+    "learning_rate": "optim.lr",
+    "lr_scheduler": "optim.schedule",
+    "lr_warmup_steps": "optim.warmup_steps",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "adam_weight_decay": "optim.weight_decay",
+    "adam_epsilon": "optim.eps",
+    "max_grad_norm": "optim.clip",
+    "beta_dpo": "objective.beta",
+}
+SWITCHES: dict[str, str] = {
+    "gradient_checkpointing": "model.gradient_checkpointing=true",
+    "enable_xformers_memory_efficient_attention": "model.attention=xformers",
+    "use_8bit_adam": "optim.name=adamw8bit",
+    "use_adafactor": "optim.name=adafactor",
+    "no_hflip": "data.flip=false",
+}
+# Flags that look familiar but mean something else here: said, not guessed.
+REFUSED: dict[str, str] = {
+    "gradient_accumulation_steps": "accumulation follows from batch.pairs_per_step, batch.micro_pairs and the ranks",
+    "scale_lr": "optim.lr is the rate as applied: multiply it yourself (the released recipe's is 1.024e-5)",
+    "num_train_epochs": "give run.steps",
+    "sdxl": "SDXL or SD1.5 is read from the model",
+    "resume_from_checkpoint": "a run continues from its folder: start the same command again",
+    "dataset_name": "bring pairs as a parquet file: data.pairs=FILE",
+    "mixed_precision": "give model.precision (fp32, bf16, fp16, bf16-autocast)",
+}
+
+
+def keys() -> Iterator[tuple[str, Any]]:
+    """All settings as (``section.key``, pydantic field), in file order."""
+    for section, field in Config.model_fields.items():
+        for key, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            yield f"{section}.{key}", inner
+
+
+def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Settings from a TOML file (the embedded default without one) and ``section.key=value`` words.
+
+    Raises SettingsError for an unreadable file, an unknown key, a wrong type or value, or an impossible
+    combination; the message names the file or the command line, the key, what was found and what is right.
+    """
+    file = DEFAULT_FILE if file is None else file
+    given = _read_toml(file)
+    origin = {f"{section}.{key}": str(file) for section, keys_ in given.items() for key in keys_}
+    for word in overrides:
+        name, value = _parse_override(word)
+        section, _, key = name.partition(".")
+        given.setdefault(section, {})[key] = value
+        origin[name] = "command line"
+    return _validate(_with_presets(given), origin, default_origin=str(file))
+
+
+def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Settings from nested dicts, with presets; raises SettingsError like ``load``."""
+    return _validate(_with_presets({k: dict(v) for k, v in values.items()}), {}, default_origin="settings")
+
+
+def dump(config: Config) -> str:
+    """The resolved settings as TOML text that ``load`` reads back to an equal Config."""
+    lines: list[str] = []
+    for section, values in config.model_dump().items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def fingerprint(*values: object) -> str:
+    """A stable 16-digit hash of JSON-able values (pydantic sections included)."""
+    plain = [v.model_dump() if isinstance(v, BaseModel) else v for v in values]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config``, the overrides and the sibling scripts' flags to a program's parser."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML settings (default: the embedded run)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
+    group = parser.add_argument_group("flags as sibling scripts name them")
+    for flag, key in ALIASES.items():
+        group.add_argument(f"--{flag}", metavar="VALUE", help=f"same as {key}=VALUE")
+    for flag, word in SWITCHES.items():
+        group.add_argument(f"--{flag}", action="store_true", help=f"same as {word}")
+    for flag in REFUSED:
+        group.add_argument(f"--{flag}", nargs="?", const="", default=None, help=argparse.SUPPRESS)
+
+
+def from_arguments(args: argparse.Namespace) -> Config:
+    """The settings that a parser made by ``add_arguments`` was given."""
+    for flag, why in REFUSED.items():
+        if getattr(args, flag) is not None:
+            raise SettingsError(f"command line: --{flag} is not a setting here: {why}")
+    words = [f"{key}={getattr(args, flag)}" for flag, key in ALIASES.items() if getattr(args, flag) is not None]
+    words += [word for flag, word in SWITCHES.items() if getattr(args, flag)]
+    return load(args.config, [*words, *args.overrides])
+
+
+def describe() -> str:
+    """All settings with type, default and meaning, as the Markdown of docs/settings.md."""
+    lines = []
+    for section, field in Config.model_fields.items():
+        lines += [f"## `[{section}]`", "", f"{field.annotation.__doc__}", "", "| key | default | meaning |", "|---|---|---|"]
+        for key, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            lines.append(f"| `{key}` | `{_toml_value(inner.default)}` | {inner.description} |".replace("\n", " "))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read ({error.strerror}): give --config a TOML file") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{file}: not valid TOML: {error}") from error
+    for section, table in values.items():
+        if not isinstance(table, dict):
+            raise SettingsError(f"{file}: '{section}' stands outside a section: keys belong below a [section] line")
+    return values
+
+
+def _parse_override(word: str) -> tuple[str, Any]:
+    name, equals, text = word.partition("=")
+    if not equals or "." not in name:
+        raise SettingsError(f"command line: '{word}' is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return name, text  # a bare word is a string
+    field = dict(keys()).get(name)
+    return name, text if field is not None and field.annotation is str and not isinstance(value, str) else value
+
+
+def _with_presets(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    inversion = given.get("inversion", {})
+    objective = OBJECTIVE_PRESETS.get(given.get("objective", {}).get("name", "smpo"), {})
+    fidelity = FIDELITY_PRESETS.get(inversion.get("fidelity", "paper"), {})
+    return {**given, "inversion": {**fidelity, **objective, **inversion}}
+
+
+def _validate(given: dict[str, dict[str, Any]], origin: dict[str, str], default_origin: str) -> Config:
+    known = dict(keys())
+    for section, values in given.items():
+        for key in values:
+            if f"{section}.{key}" not in known:
+                _unknown_key(f"{section}.{key}", origin.get(f"{section}.{key}", default_origin), list(known))
+    try:
+        return Config.model_validate(_floats(given, known))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:2])
+        where = origin.get(name, default_origin)
+        found = "" if name not in known else f" (found {first['input']!r}; meaning: {known[name].description})"
+        raise SettingsError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}{found}") from error
+
+
+def _unknown_key(name: str, where: str, known: list[str]) -> NoReturn:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    same_key = [k for k in known if k.partition(".")[2] == name.partition(".")[2]]
+    hint = (same_key or near or [""])[0]
+    raise SettingsError(f"{where}: unknown key '{name}'" + (f": did you mean '{hint}'?" if hint else ""))
+
+
+def _floats(given: dict[str, dict[str, Any]], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Whole numbers for float settings are what people write; strict validation would refuse them."""
+
+    def convert(name: str, value: Any) -> Any:
+        annotation = known[name].annotation
+        wants_float = float in (annotation, *get_args(annotation))
+        return float(value) if wants_float and type(value) is int else value
+
+    return {s: {k: convert(f"{s}.{k}", v) for k, v in values.items()} for s, values in given.items()}
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value) if isinstance(value, (int, float)) else json.dumps(value)

@@ -1,0 +1,278 @@
+"""The networks: find a diffusers pipeline, load its parts, encode, denoise, export.
+
+Weights are read from safetensors only and no code of a repository is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from smpo_fast import config as settings
+from smpo_fast import embedded
+from smpo_fast.batch import Conditioning
+from smpo_fast.config import SettingsError
+from smpo_fast.runtime import warn0
+from smpo_fast.schedule import NoiseSchedule
+from smpo_fast.schedule import Path as NoisePath
+
+KINDS = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+PREDICTIONS = ("epsilon", "v_prediction")
+TEXT_PARTS = {"sdxl": (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")), "sd15": (("tokenizer", "text_encoder"),)}
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-autocast": torch.float32}
+_FILES = ("*.json", "*.txt", "*.safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline on disk that has been looked at but not loaded."""
+
+    folder: Path
+    vae_folder: Path
+    unet_folder: Path
+    kind: str  # "sdxl" | "sd15"
+    prediction_type: str  # "epsilon" | "v_prediction"
+    scheduler: Mapping[str, Any]
+    variant: str | None
+
+
+def find(model: settings.Model) -> Source:
+    """Where the networks of ``[model]`` are, downloaded if they are a hub id.
+
+    Raises SettingsError for a folder that is no diffusers pipeline, a pipeline other than SDXL or SD1.5, and a
+    prediction type other than epsilon and v_prediction: each named.
+    """
+    folder = embedded.pipeline_path() if model.path == settings.EMBEDDED else _folder(model.path, "model.path", model)
+    pipeline = _read_json(folder / "model_index.json", "model.path").get("_class_name", "nothing")
+    if pipeline not in KINDS:
+        raise SettingsError(f"model.path: {folder} holds a {pipeline}; supported are {', '.join(KINDS)}")
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "model.path")
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTIONS:
+        raise SettingsError(
+            f"model.path: {folder}/scheduler predicts '{prediction_type}'; supported are {', '.join(PREDICTIONS)}"
+        )
+    vae = _folder(model.vae, "model.vae", model) if model.vae else folder
+    unet = _folder(model.unet, "model.unet", model) if model.unet else folder
+    source = Source(
+        folder, _part(vae, "vae"), _part(unet, "unet"), KINDS[pipeline], prediction_type, scheduler, model.variant or None
+    )
+    channels = _read_json(source.unet_folder / "config.json", "model.unet").get("in_channels")
+    if channels != 4:
+        raise SettingsError(f"model.path: {source.unet_folder} has {channels} input channels (inpainting?); 4 are supported")
+    return source
+
+
+def schedule_of(source: Source, inversion: settings.Inversion) -> NoiseSchedule:
+    """The noise schedule the pipeline was trained with."""
+    return NoiseSchedule.from_config(source.scheduler, inversion.schedule_dtype)
+
+
+def encoders_identity(source: Source) -> str:
+    """A hash of all files of the VAE, text encoders and tokenizers: what a cache's content depends on."""
+    digest = hashlib.sha256()
+    parts = [source.vae_folder] + [source.folder / name for pair in TEXT_PARTS[source.kind] for name in pair]
+    for part in parts:
+        for file in sorted(f for pattern in _FILES for f in part.glob(pattern)):
+            digest.update(f"{part.name}/{file.name}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def load_unets(source: Source, model: settings.Model, precision: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """The policy in float32 (the engine casts it) and the frozen reference in the dtype that computes.
+
+    Both have the same attention, so that equal weights give bitwise equal predictions.
+    """
+
+    def load(dtype: torch.dtype) -> UNet2DConditionModel:
+        unet = _load(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
+        set_attention(unet, model.attention, device)
+        return unet
+
+    policy, reference = load(torch.float32), load(COMPUTE_DTYPES[precision])
+    if model.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    return policy, reference.requires_grad_(False).eval()
+
+
+def set_attention(unet: UNet2DConditionModel, name: str, device: torch.device) -> str:
+    """Select the attention; returns the one in use (xformers needs CUDA and the package, else SDPA serves)."""
+    if name == "xformers":
+        try:
+            if device.type != "cuda":
+                raise ModuleNotFoundError("it has no attention for the CPU")
+            unet.enable_xformers_memory_efficient_attention()
+            return name
+        except (ModuleNotFoundError, ValueError, NotImplementedError) as error:
+            warn0(f"model.attention = 'xformers' cannot be used here ({error}); SDPA serves instead")
+            name = "sdpa"
+    unet.set_attn_processor(AttnProcessor2_0() if name == "sdpa" else AttnProcessor())
+    return name
+
+
+class Denoiser:
+    """A UNet as the method sees it: predictions for pairs, in float32, whatever it computes in."""
+
+    def __init__(self, unet: nn.Module, source: Source, schedule: NoiseSchedule, precision: str, device: torch.device) -> None:
+        self.unet = unet
+        self.velocity = source.prediction_type == "v_prediction"
+        self.dtype = COMPUTE_DTYPES[precision]
+        self.autocast: partial[AbstractContextManager[Any]] = (
+            partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16-autocast" else partial(nullcontext)
+        )
+        alphas = torch.from_numpy(schedule.alphas_cumprod.astype(np.float64))
+        self.signal = alphas.sqrt().float().to(device)
+        self.noise = (1 - alphas).sqrt().float().to(device)
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """What the network predicts (eps or v): x [B, 2, C, H, W], time [B], cond of B rows -> like x, float32."""
+
+        def twice(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else rows.to(self.dtype).repeat_interleave(2, dim=0)
+
+        added = None if cond.pooled is None else {"text_embeds": twice(cond.pooled), "time_ids": twice(cond.time_ids)}
+        with self.autocast():
+            out = self.unet(
+                x.flatten(0, 1).to(self.dtype),
+                time.repeat_interleave(2),
+                encoder_hidden_states=twice(cond.prompt),
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
+        return out.float().unflatten(0, x.shape[:2])
+
+    def eps(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """The noise prediction, also of a network that predicts v = signal eps - noise x_0."""
+        prediction = self(x, time, cond)
+        if not self.velocity:
+            return prediction
+        at = time.clamp(min=0)
+        signal, noise = (table[at][:, None, None, None, None] for table in (self.signal, self.noise))
+        return signal * prediction + noise * x
+
+    def target(self, x_0: Tensor, tau: Tensor, paths: Sequence[NoisePath]) -> Tensor:
+        """What the network should have predicted at x_t = signal_t x_0 + noise_t tau: [B, 2, C, H, W]."""
+        if not self.velocity:
+            return tau
+        at = torch.tensor([p.at.time for p in paths], device=x_0.device)
+        signal, noise = (table[at][:, None, None, None, None] for table in (self.signal, self.noise))
+        return signal * tau - noise * x_0
+
+
+class Encoders:
+    """VAE and text encoders in float32: what preparing a cache needs and training does not."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self.kind, self.device = source.kind, device
+        self.identity = encoders_identity(source)
+        self.vae = _load(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
+        encoders = (CLIPTextModel, CLIPTextModelWithProjection)
+        self.text = [
+            (
+                CLIPTokenizer.from_pretrained(source.folder / tokenizer),
+                _load(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval(),
+            )
+            for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], encoders, strict=False)
+        ]
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation, times the scaling factor: [N, 3, R, R] in [-1, 1] -> [N, C, H, W].
+
+        Raises FloatingPointError when the VAE gives NaN or infinity (SDXL's own VAE does in fp16; this is fp32).
+        """
+        posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        mean, std = (posterior.mean - shift) * scale, posterior.std * scale
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise FloatingPointError("the VAE gave NaN or infinity")
+        return mean, std
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Token embeddings [N, S, D] and, for SDXL, the pooled embedding [N, E], as the pipelines make them."""
+        states, pooled = [], None
+        for tokenizer, encoder in self.text:
+            ids = self._tokens(tokenizer, prompts, truncation=True, padding="max_length", return_tensors="pt")
+            out = encoder(ids.to(self.device), output_hidden_states=True)
+            states.append(out.hidden_states[-2] if self.kind == "sdxl" else out.last_hidden_state)
+            pooled = out.text_embeds if self.kind == "sdxl" and hasattr(out, "text_embeds") else pooled
+        return torch.cat(states, dim=-1), pooled
+
+    def truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than the text encoders read."""
+        tokenizer = self.text[0][0]
+        return sum(len(ids) > tokenizer.model_max_length for ids in self._tokens(tokenizer, list(prompts), truncation=False))
+
+    @staticmethod
+    def _tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], **options: Any) -> Any:
+        return tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids
+
+
+def export_pipeline(source: Source, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
+    """Write the pipeline with the trained UNet: a folder that diffusers loads as it is.
+
+    state: all parameters of the UNet by name. Raises RuntimeError when names or shapes differ from the UNet's.
+    """
+    kind = getattr(torch, dtype)
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source.unet_folder))
+    unet.load_state_dict(dict(state))
+    vae = _load(AutoencoderKL, source.vae_folder, source.variant, kind)
+    pipeline(source, unet=unet.to(kind), vae=vae, dtype=kind).save_pretrained(folder, safe_serialization=True)
+
+
+def pipeline(source: Source, dtype: torch.dtype, **parts: nn.Module) -> Any:
+    """The diffusers pipeline of a source, with some parts replaced."""
+    cls = StableDiffusionXLPipeline if source.kind == "sdxl" else StableDiffusionPipeline
+    return cls.from_pretrained(source.folder, torch_dtype=dtype, variant=source.variant, use_safetensors=True, **parts)
+
+
+def _load(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    try:
+        return cls.from_pretrained(folder, variant=variant, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{folder}: cannot be loaded as {cls.__name__} (safetensors only): {error}") from error
+
+
+def _folder(where: str, key: str, model: settings.Model) -> Path:
+    if Path(where).is_dir():
+        return Path(where)
+    if where.startswith((".", "/", "~")) or where.count("/") != 1:
+        raise SettingsError(f"{key}: '{where}' is neither a folder nor a hub id (owner/name)")
+    try:
+        patterns = [f"*/{p}" for p in _FILES] + ["*.json"]
+        return Path(snapshot_download(where, revision=model.revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SettingsError(f"{key}: '{where}' is no folder here, and the hub gave: {error}") from error
+
+
+def _part(folder: Path, name: str) -> Path:
+    """A part's folder: below a pipeline, or given itself."""
+    part = folder / name if (folder / name).is_dir() else folder
+    if not (part / "config.json").is_file():
+        raise SettingsError(f"model.{name}: {folder} has neither {name}/config.json nor config.json")
+    return part
+
+
+def _read_json(file: Path, key: str) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{key}: {file} cannot be read: is this a diffusers pipeline folder? ({error})") from error

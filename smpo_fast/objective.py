@@ -1,0 +1,62 @@
+"""What is minimised: small losses over the pairs' errors and weights.
+
+With ``m`` and ``r`` the policy's and the reference's mean squared errors over C, H, W against the target,
+``D = (m_w - m_l) - (r_w - r_l)`` and ``logit = -(beta/2) * weight * D``:
+
+========  =======================================  ==========================================================
+smpo      ``-log sigmoid(logit)``                  SmPO-Diffusion, weight = 2*alpha - gamma (docs/labels.md)
+dpo       the same with weight 1                   Diffusion-DPO (arXiv 2311.12908), forward noise
+inpo      the same with weight 1                   InPO (arXiv 2503.18454), DDIM inversion
+sft       ``m_w``                                  fine-tuning on the winners
+========  =======================================  ==========================================================
+
+The 1/2 stands in every released script of the family, so a beta means here what it means there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pair_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each picture in float32: [B, 2, C, H, W] twice -> [B, 2]."""
+    return (prediction.float() - target.float()).square().mean(dim=(2, 3, 4))
+
+
+def logit(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """The argument of log sigmoid, [B], from errors [B, 2] (winner, loser) and weights [B]."""
+    difference = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
+    return -0.5 * beta * weight * difference
+
+
+def _smpo(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Tensor:
+    return F.softplus(-logit(policy, reference, weight, beta))
+
+
+def _dpo(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Tensor:
+    return F.softplus(-logit(policy, reference, torch.ones_like(weight), beta))
+
+
+def _sft(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Tensor:
+    return policy[:, 0]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss a pair, [B], from policy errors [B, 2], reference errors [B, 2], weights [B] and beta."""
+
+    pair_loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    needs_reference: bool = True
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "smpo": Objective(_smpo),
+    "dpo": Objective(_dpo),
+    "inpo": Objective(_dpo),
+    "sft": Objective(_sft, needs_reference=False),
+}

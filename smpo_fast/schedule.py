@@ -1,0 +1,122 @@
+"""The noise schedule in host float64: levels, the path a latent takes to its timestep, and the timesteps of a step.
+
+A latent at level ``l`` is ``x = signal_l * x_0 + noise_l * eps`` with ``signal = sqrt(alphas_cumprod)``,
+``noise = sqrt(1 - alphas_cumprod)``, ``sigma = noise / signal``. In ``y = x / signal`` a DDIM step is the Euler
+step ``y += (sigma_to - sigma_from) * eps``, so a path is fully described by its levels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smpo_fast.config import Inversion, SettingsError
+from smpo_fast.runtime import rng, uniform
+
+
+class Level(NamedTuple):
+    """A noise level and the timestep the network is told there."""
+
+    time: int
+    signal: float
+    noise: float
+
+    @property
+    def sigma(self) -> float:
+        return self.noise / self.signal
+
+
+class Path(NamedTuple):
+    """The levels from the clean latent to the landing, and the level ``at`` which the pair is trained.
+
+    The landing is ``levels[-1]``; it differs from ``at`` only in the released script's mismatch.
+    """
+
+    levels: tuple[Level, ...]
+    at: Level
+
+    @property
+    def depth(self) -> int:
+        """Number of solver steps."""
+        return len(self.levels) - 1
+
+
+class NoiseSchedule:
+    """alphas_cumprod of a diffusers scheduler configuration, as float64 on the host."""
+
+    def __init__(self, alphas_cumprod: np.ndarray) -> None:
+        self.alphas_cumprod = np.asarray(alphas_cumprod, dtype=np.float64)
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: str = "float64") -> NoiseSchedule:
+        """The schedule of a ``scheduler_config.json``; ``dtype`` float16 rounds it as the released script does.
+
+        Raises SettingsError for a beta schedule other than scaled_linear and linear, and for zero-terminal-SNR
+        rescaling: the target divides by neither, but the paths here were never checked on them.
+        """
+        kind, steps = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
+        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+        if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
+            raise SettingsError("scheduler: trained_betas and rescale_betas_zero_snr are not supported")
+        if kind == "scaled_linear":
+            betas = np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
+        elif kind == "linear":
+            betas = np.linspace(start, end, steps)
+        else:
+            raise SettingsError(f"scheduler: beta_schedule '{kind}' is not supported: scaled_linear or linear")
+        return cls(np.cumprod(1.0 - betas).astype(dtype))
+
+    def level(self, time: int) -> Level:
+        """The level of a timestep; below 0 the level of 0, as ``set_alpha_to_one=False`` has it."""
+        alpha = self.alphas_cumprod[max(time, 0)]
+        return Level(time, math.sqrt(alpha), math.sqrt(1.0 - alpha))
+
+    def path(self, time: int, settings: Inversion) -> Path:
+        """The path of a pair trained at ``time`` (see docs/method.md for the options)."""
+        if settings.source == "noise":
+            return Path((Level(0, 1.0, 0.0),), self.level(time))
+        spacing = len(self) // settings.steps
+        if settings.grid == "anchored":
+            times = _anchored(time, len(self) / settings.steps)
+            start = Level(0, 1.0, 0.0)
+        else:
+            first = 1 if settings.first_step == "skip" else 1 - spacing
+            sources = [s for s in _released_grid(len(self), settings.steps) if first <= s < time] or [first]
+            last = sources[-1] + spacing if settings.landing == "mismatch" else time
+            times = [*sources[1:], last]
+            start = self.level(first) if first < 0 else Level(first, 1.0, 0.0)
+        return Path((start, *(self.level(t) for t in times)), self.level(time))
+
+    def timesteps(self, count: int, settings: Inversion, seed: int, step: int) -> tuple[int, ...]:
+        """The ``count`` timesteps of a whole optimizer step (all ranks), descending; a function of (seed, step).
+
+        ``stratified`` is systematic sampling with one uniform number: every timestep is as likely as with
+        independent draws, and every rank that takes each world-th entry gets the same work.
+        """
+        support: Sequence[int] = range(len(self))
+        if settings.landing == "on-grid":
+            support = [s for s in _released_grid(len(self), settings.steps) if s > 0]
+        if settings.timesteps == "stratified":
+            u = uniform(seed, "timestep", step)
+            places = [int((i + u) / count * len(support)) for i in range(count)]
+        else:
+            places = [int(u * len(support)) for u in rng(seed, "timestep", step).random(count)]
+        return tuple(sorted((support[min(p, len(support) - 1)] for p in places), reverse=True))
+
+
+def _anchored(time: int, spacing: float) -> list[int]:
+    """``..., time - 2*spacing, time - spacing, time``: all that is above 0, ascending; never empty."""
+    count = max(1, math.ceil(time / spacing - 1e-9))
+    return [round(time - k * spacing) for k in reversed(range(count))]
+
+
+def _released_grid(num_train: int, steps: int) -> list[int]:
+    """Source times of the released inversion: diffusers 0.20's DDIMInverseScheduler, offset 1, list rolled by one."""
+    spacing = num_train // steps
+    return [1 + spacing * k for k in range(-1, steps - 1)]
