@@ -21,7 +21,7 @@ setup(
     package_data={"smpo_fast.embedded": ["default.toml", "assets/*", "assets/**/*"]},
     install_requires=[
         "torch>=2.10,<2.14",
-        "diffusers>=0.36",
+        "diffusers>=0.42,<1",
         "transformers>=4.57",
         "accelerate>=1.10",
         "deepspeed>=0.19",

@@ -20,7 +20,8 @@ class Conditioning:
     time_ids: Tensor | None = None  # [B, 6], SDXL
 
     def take(self, rows: slice) -> Conditioning:
-        return Conditioning(*(None if x is None else x[rows] for x in (self.prompt, self.pooled, self.time_ids)))
+        pooled, time_ids = (None if x is None else x[rows] for x in (self.pooled, self.time_ids))
+        return Conditioning(self.prompt[rows], pooled, time_ids)
 
 
 @dataclass(frozen=True)

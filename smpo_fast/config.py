@@ -67,14 +67,16 @@ class Model(Section):
 class Data(Section):
     """The preference pairs."""
 
-    pairs: str = Field(EMBEDDED, description="'embedded' or a parquet file in Pick-a-Pic columns")
+    pairs: str = Field(EMBEDDED, description="'embedded', a parquet file in Pick-a-Pic columns, or a folder of them")
     cache: str = Field("", description="folder of the prepared cache; empty: <run.dir>/cache")
     resolution: int = Field(1024, ge=8, description="side in px of the centre-cropped square")
     flip: bool = Field(True, description="horizontal flips, drawn apart for winner and loser")
     prompt_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs trained with the empty prompt")
     max_pairs: int = Field(0, ge=0, description="use only the first so many rows; 0: all")
     scorer: str = Field(
-        "", description="scores pictures without stored rewards: 'embedded', 'pickscore', 'module:function'; empty: none"
+        "",
+        description="scores pictures without stored rewards: 'embedded', 'pickscore', 'pickscore:FOLDER_OR_HUB_ID', "
+        "'module:function'; empty: none",
     )
 
 
@@ -85,8 +87,12 @@ class Labels(Section):
         "auto", description="auto: rewards where a pair has them, else its human label"
     )
     gamma: float = Field(10.0, gt=0, description="sensitivity: weight = gamma * tanh((r_w - r_l) / 2)")
-    low: float | Literal["data", "pickscore"] = Field("data", description="reward mapped to 0: data minimum, preset or number")
-    high: float | Literal["data", "pickscore"] = Field("data", description="reward mapped to 1: data maximum, preset or number")
+    low: float | Literal["data", "pickscore"] = Field(
+        "data", description="reward mapped to 0: data minimum, preset or number"
+    )
+    high: float | Literal["data", "pickscore"] = Field(
+        "data", description="reward mapped to 1: data maximum, preset or number"
+    )
     human_weight: float = Field(1.0, gt=0, description="weight of a pair that has only a human label (1: plain DPO)")
     drop_ties: bool = Field(True, description="leave out pairs whose human label is a tie")
 
@@ -175,7 +181,7 @@ class Eval(Section):
     guidance: float = Field(5.0, ge=0, description="classifier-free guidance scale; 1 is off")
     batch: int = Field(8, ge=1, description="pictures sampled at a time")
     seed: int = Field(12345, ge=0, description="base and aligned pictures of a prompt start from the same noise")
-    scorer: str = Field("", description="'embedded', 'pickscore', 'module:function'; empty: pictures only")
+    scorer: str = Field("", description="scores the pictures, named as data.scorer; empty: pictures only")
 
 
 class Config(Section):
@@ -328,7 +334,14 @@ def describe() -> str:
     """All settings with type, default and meaning, as the Markdown of docs/settings.md."""
     lines = []
     for section, field in Config.model_fields.items():
-        lines += [f"## `[{section}]`", "", f"{field.annotation.__doc__}", "", "| key | default | meaning |", "|---|---|---|"]
+        lines += [
+            f"## `[{section}]`",
+            "",
+            f"{field.annotation.__doc__}",
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
         for key, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
             lines.append(f"| `{key}` | `{_toml_value(inner.default)}` | {inner.description} |".replace("\n", " "))
         lines.append("")
@@ -387,7 +400,8 @@ def _validate(given: dict[str, dict[str, Any]], origin: dict[str, str], default_
 
 def _unknown_key(name: str, where: str, known: list[str]) -> NoReturn:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    same_key = [k for k in known if k.partition(".")[2] == name.partition(".")[2]]
+    key = name.partition(".")[2]
+    same_key = [k for k in known if k.partition(".")[2] == key or k == ALIASES.get(key)]
     hint = (same_key or near or [""])[0]
     raise SettingsError(f"{where}: unknown key '{name}'" + (f": did you mean '{hint}'?" if hint else ""))
 

@@ -91,9 +91,7 @@ def forward_noise(x_0: Tensor, tau: Tensor, paths: Sequence[Path]) -> Tensor:
     return signal * x_0 + noise * tau
 
 
-def _step(
-    eps: EpsFn, x_0: Tensor, total: Tensor, c: Coefficients, rows: slice, renoise_steps: int
-) -> Tensor:
+def _step(eps: EpsFn, x_0: Tensor, total: Tensor, c: Coefficients, rows: slice, renoise_steps: int) -> Tensor:
     clean = x_0 * c.inverse_start
     estimate = eps(c.signal_from * (clean + total), c.first_time, rows)
     estimates = estimate

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from smpo_fast import config as settings
 from smpo_fast import embedded
@@ -31,11 +33,20 @@ from smpo_fast.runtime import warn0
 from smpo_fast.schedule import NoiseSchedule
 from smpo_fast.schedule import Path as NoisePath
 
+# Their bars count shards of a file; ours count pairs.
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
+
 KINDS = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 PREDICTIONS = ("epsilon", "v_prediction")
-TEXT_PARTS = {"sdxl": (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")), "sd15": (("tokenizer", "text_encoder"),)}
+TEXT_PARTS = {
+    "sdxl": (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
+    "sd15": (("tokenizer", "text_encoder"),),
+}
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-autocast": torch.float32}
 _FILES = ("*.json", "*.txt", "*.safetensors")
+_PARTS = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_OPTIONAL_PARTS = ("feature_extractor", "safety_checker")
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,19 @@ def find(model: settings.Model) -> Source:
     vae = _folder(model.vae, "model.vae", model) if model.vae else folder
     unet = _folder(model.unet, "model.unet", model) if model.unet else folder
     source = Source(
-        folder, _part(vae, "vae"), _part(unet, "unet"), KINDS[pipeline], prediction_type, scheduler, model.variant or None
+        folder,
+        _part(vae, "vae"),
+        _part(unet, "unet"),
+        KINDS[pipeline],
+        prediction_type,
+        scheduler,
+        model.variant or None,
     )
     channels = _read_json(source.unet_folder / "config.json", "model.unet").get("in_channels")
     if channels != 4:
-        raise SettingsError(f"model.path: {source.unet_folder} has {channels} input channels (inpainting?); 4 are supported")
+        raise SettingsError(
+            f"model.path: {source.unet_folder} has {channels} input channels (inpainting?); 4 are supported"
+        )
     return source
 
 
@@ -95,48 +114,57 @@ def encoders_identity(source: Source) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_unets(source: Source, model: settings.Model, precision: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
+def load_unets(
+    source: Source, model: settings.Model, precision: str, device: torch.device
+) -> tuple[nn.Module, nn.Module]:
     """The policy in float32 (the engine casts it) and the frozen reference in the dtype that computes.
 
     Both have the same attention, so that equal weights give bitwise equal predictions.
     """
 
-    def load(dtype: torch.dtype) -> UNet2DConditionModel:
-        unet = _load(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
-        set_attention(unet, model.attention, device)
-        return unet
-
-    policy, reference = load(torch.float32), load(COMPUTE_DTYPES[precision])
+    unets = [
+        _load(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
+        for dtype in (torch.float32, COMPUTE_DTYPES[precision])
+    ]
+    set_attention(unets, model.attention, device)
+    policy, reference = unets
     if model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy, reference.requires_grad_(False).eval()
 
 
-def set_attention(unet: UNet2DConditionModel, name: str, device: torch.device) -> str:
-    """Select the attention; returns the one in use (xformers needs CUDA and the package, else SDPA serves)."""
+def set_attention(unets: Sequence[UNet2DConditionModel], name: str, device: torch.device) -> str:
+    """Select the attention of UNets; returns the one in use.
+
+    xformers needs CUDA and its package: where either is missing, SDPA serves and one notice says so.
+    """
     if name == "xformers":
         try:
             if device.type != "cuda":
                 raise ModuleNotFoundError("it has no attention for the CPU")
-            unet.enable_xformers_memory_efficient_attention()
+            for unet in unets:
+                unet.enable_xformers_memory_efficient_attention()
             return name
         except (ModuleNotFoundError, ValueError, NotImplementedError) as error:
             warn0(f"model.attention = 'xformers' cannot be used here ({error}); SDPA serves instead")
             name = "sdpa"
-    unet.set_attn_processor(AttnProcessor2_0() if name == "sdpa" else AttnProcessor())
+    for unet in unets:
+        unet.set_attn_processor(AttnProcessor2_0() if name == "sdpa" else AttnProcessor())
     return name
 
 
 class Denoiser:
     """A UNet as the method sees it: predictions for pairs, in float32, whatever it computes in."""
 
-    def __init__(self, unet: nn.Module, source: Source, schedule: NoiseSchedule, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, unet: nn.Module, source: Source, schedule: NoiseSchedule, precision: str, device: torch.device
+    ) -> None:
         self.unet = unet
         self.velocity = source.prediction_type == "v_prediction"
         self.dtype = COMPUTE_DTYPES[precision]
-        self.autocast: partial[AbstractContextManager[Any]] = (
-            partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16-autocast" else partial(nullcontext)
-        )
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if precision == "bf16-autocast":
+            self.autocast = partial(torch.autocast, device.type, torch.bfloat16)
         alphas = torch.from_numpy(schedule.alphas_cumprod.astype(np.float64))
         self.signal = alphas.sqrt().float().to(device)
         self.noise = (1 - alphas).sqrt().float().to(device)
@@ -219,7 +247,9 @@ class Encoders:
     def truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than the text encoders read."""
         tokenizer = self.text[0][0]
-        return sum(len(ids) > tokenizer.model_max_length for ids in self._tokens(tokenizer, list(prompts), truncation=False))
+        return sum(
+            len(ids) > tokenizer.model_max_length for ids in self._tokens(tokenizer, list(prompts), truncation=False)
+        )
 
     @staticmethod
     def _tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], **options: Any) -> Any:
@@ -233,20 +263,23 @@ def export_pipeline(source: Source, state: Mapping[str, Tensor], folder: Path, d
     """
     kind = getattr(torch, dtype)
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source.unet_folder))
-    unet.load_state_dict(dict(state))
+    unet.load_state_dict({name: value.to(kind) for name, value in state.items()}, assign=True)
     vae = _load(AutoencoderKL, source.vae_folder, source.variant, kind)
-    pipeline(source, unet=unet.to(kind), vae=vae, dtype=kind).save_pretrained(folder, safe_serialization=True)
+    pipeline(source, unet=unet, vae=vae, dtype=kind).save_pretrained(folder, safe_serialization=True)
 
 
 def pipeline(source: Source, dtype: torch.dtype, **parts: nn.Module) -> Any:
     """The diffusers pipeline of a source, with some parts replaced."""
     cls = StableDiffusionXLPipeline if source.kind == "sdxl" else StableDiffusionPipeline
-    return cls.from_pretrained(source.folder, torch_dtype=dtype, variant=source.variant, use_safetensors=True, **parts)
+    return cls.from_pretrained(source.folder, dtype=dtype, variant=source.variant, use_safetensors=True, **parts)
 
 
 def _load(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    if variant and not list(folder.glob(f"*.{variant}*.safetensors")):
+        warn0(f"{folder} has no '{variant}' weights; its plain ones are taken")
+        variant = None
     try:
-        return cls.from_pretrained(folder, variant=variant, torch_dtype=dtype, use_safetensors=True)
+        return cls.from_pretrained(folder, variant=variant, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{folder}: cannot be loaded as {cls.__name__} (safetensors only): {error}") from error
 
@@ -257,10 +290,20 @@ def _folder(where: str, key: str, model: settings.Model) -> Path:
     if where.startswith((".", "/", "~")) or where.count("/") != 1:
         raise SettingsError(f"{key}: '{where}' is neither a folder nor a hub id (owner/name)")
     try:
-        patterns = [f"*/{p}" for p in _FILES] + ["*.json"]
-        return Path(snapshot_download(where, revision=model.revision or None, allow_patterns=patterns))
+        wanted, unwanted = _wanted_files(model.variant)
+        revision = model.revision or None
+        return Path(snapshot_download(where, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SettingsError(f"{key}: '{where}' is no folder here, and the hub gave: {error}") from error
+
+
+def _wanted_files(variant: str) -> tuple[list[str], list[str]]:
+    """Patterns of a hub repository's files to fetch, and not: configurations and one variant of the weights."""
+    weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    inside = [f"{part}/{p}" for part in (*_PARTS, *_OPTIONAL_PARTS) for p in ("*.json", "*.txt", weights)]
+    alone = ["config.json", "model_index.json", "diffusion_pytorch_model.safetensors"]
+    others = [] if variant else ["*.fp16.safetensors", "*.bf16.safetensors", "*non_ema*"]
+    return [*inside, *alone, f"diffusion_pytorch_model{weights[1:]}"], others
 
 
 def _part(folder: Path, name: str) -> Path:

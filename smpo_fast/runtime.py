@@ -1,4 +1,4 @@
-"""Who am I: rank, world and device; randomness as a function; printing on rank 0.
+"""Who am I: rank, world and device; randomness as a function; printing on rank 0; stopping together.
 
 Random numbers are drawn on the host by a counter-based generator whose key is (seed, purpose, keys):
 the same on every device, for any number of ranks, and after any restart.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 _printing_rank = True
 
@@ -64,3 +66,39 @@ def warn0(*words: object) -> None:
     """Like print0, to standard error."""
     if _printing_rank:
         print("warning:", *words, file=sys.stderr, flush=True)
+
+
+class Stopped(Exception):
+    """A stop was asked for by a signal and all ranks have agreed to it."""
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM as a wish that all ranks notice at the same network call.
+
+    The agreement is a collective of one integer on the host, so it never waits for the device. A second signal
+    ends the process at once, as usual.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.wanted = 0
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.wanted = number
+        self.restore()
+
+    def check(self) -> None:
+        """Raise Stopped on every rank once any rank has been signalled. Collective."""
+        wanted = self.wanted
+        if self.group is not None:
+            flag = torch.tensor([wanted])
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+            wanted = int(flag)
+        if wanted:
+            raise Stopped(signal.Signals(wanted).name)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

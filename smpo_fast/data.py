@@ -1,0 +1,353 @@
+"""Raw preference pairs from a parquet file: bytes, prompt, label, rewards.
+
+Columns are those of Pick-a-Pic v2 (docs/data.md).  A row that cannot be used becomes a ``Rejected`` with its
+number and the reason, in its place among the others: reading never stops at a row and never shifts one.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from smpo_fast import embedded
+from smpo_fast.config import EMBEDDED, SettingsError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MAX_PIXELS = 80_000_000  # a bomb of a few kB can decode to gigabytes; real pictures stay far below this
+MIN_SIDE = 8  # px; one latent pixel of the VAE: smaller pictures are broken downloads and placeholders
+MAX_ASPECT = 4  # beyond it a picture is cropped before it is resized, which bounds the memory
+REWARD_COLUMNS = (("reward_0", "reward_1"), ("ps_score_0", "ps_score_1"))
+LABEL_COLUMNS = ("label_0", "label_1")
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_BATCH_ROWS = 16
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class RawPair:
+    """One usable row of the table, not yet decoded."""
+
+    row: int  # counted from 0 over the whole table
+    uid: str
+    prompt: str
+    images: tuple[bytes, bytes]
+    label: float | None  # 1: picture 0 is preferred, 0: picture 1, 0.5: a tie; None: no human label
+    rewards: tuple[float, float] | None  # None: not scored
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that cannot be used. ``reason`` is 'what: detail', and counts are kept by what."""
+
+    row: int
+    uid: str
+    reason: str
+
+
+class _Unusable(Exception):
+    """Why a row cannot be used."""
+
+
+class BadPicture(ValueError):
+    """Bytes that do not decode to a usable picture; the message is 'what: detail'."""
+
+
+def source_path(pairs: str) -> Path:
+    """The file or folder that ``data.pairs`` names; raises SettingsError when it is not there."""
+    path = embedded.pairs_path() if pairs == EMBEDDED else Path(pairs).expanduser()
+    if not path.exists():
+        raise SettingsError(f"data.pairs: {path} does not exist; give 'embedded', a parquet file or a folder of them")
+    return path
+
+
+def files(path: Path) -> list[Path]:
+    """The parquet files of a table: the file itself, or a folder's in the order of their names."""
+    found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not found:
+        raise SettingsError(f"data.pairs: the folder {path} holds no *.parquet file")
+    return found
+
+
+def columns(path: Path) -> set[str]:
+    """Names of the columns in use, after checking all files of the table; raises SettingsError like read_pairs."""
+    return set.intersection(*(set(_used_columns(_open(file).schema_arrow, file)) for file in files(path)))
+
+
+def count_rows(path: Path, *, max_pairs: int = 0) -> int:
+    """How many rows read_pairs will give, usable or not."""
+    rows = sum(_open(file).metadata.num_rows for file in files(path))
+    return min(rows, max_pairs) if max_pairs else rows
+
+
+def read_pairs(path: Path, *, max_pairs: int = 0, start: int = 0) -> Iterator[RawPair | Rejected]:
+    """The rows ``start`` .. of a table in order, the first ``max_pairs`` rows only if that is not 0.
+
+    Memory is bounded by a page of each column, whatever the size of the file.  Raises SettingsError, before the
+    first row, for a file that is not parquet and for a missing column or one of a wrong type (naming file and
+    column), and where the file itself is damaged further down.
+    """
+    tables = files(path)
+    columns(path)
+    first = 0
+    for file in tables:
+        table = _open(file)
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            last = min(first + rows, max_pairs) if max_pairs else first + rows
+            if last > start and last > first:
+                yield from _read_group(table, file, group, first, max(start, first), last)
+            first += rows
+
+
+def decode(data: bytes) -> Image.Image:
+    """An upright RGB picture from JPEG, PNG, WebP, BMP or GIF bytes (of an animation the first frame).
+
+    Transparency is laid over white, 16 bits are scaled to 8, the EXIF orientation is applied.  Raises BadPicture
+    for bytes that are no such picture, truncated ones, more than MAX_PIXELS, or a side below MIN_SIDE px.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadPicture(f"too large: {width}x{height} px, the limit is {MAX_PIXELS / 1e6:g} million")
+        if min(width, height) < MIN_SIDE:
+            raise BadPicture(f"too small: {width}x{height} px, the shorter side must have {MIN_SIDE}")
+        image.load()
+        return _upright(_to_rgb(image), _orientation(image))
+    except BadPicture:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadPicture(f"not a picture: {len(data)} bytes that are none of {', '.join(FORMATS)}") from error
+    except DECODE_ERRORS as error:
+        raise BadPicture(f"cannot be decoded: {error}") from error
+
+
+def to_square(image: Image.Image, resolution: int) -> np.ndarray:
+    """The shorter side resized to ``resolution`` (bilinear), then the centre: uint8 [R, R, 3].
+
+    The same numbers as torchvision's Resize and CenterCrop, which the published recipes use.
+    """
+    image = _without_ends(image)
+    width, height = image.size
+    short = min(width, height)
+    size = (int(resolution * width / short), int(resolution * height / short))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = (round((side - resolution) / 2) for side in size)
+    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    try:
+        # A buffered stream per column: without it a row group's pictures, gigabytes at times, are read at once.
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+    except (pa.ArrowException, OSError) as error:
+        raise SettingsError(f"data.pairs: {file} cannot be read as parquet: {error}") from error
+
+
+def _used_columns(schema: pa.Schema, file: Path) -> list[str]:
+    """Names of the columns to read; raises SettingsError for a missing one or a wrong type."""
+    there = set(schema.names)
+
+    def require(name: str, is_right: Callable[[pa.DataType], bool], wanted: str) -> str:
+        if name not in there:
+            raise SettingsError(f"data.pairs: {file} has no column '{name}'; its columns are {', '.join(schema.names)}")
+        if not is_right(schema.field(name).type):
+            raise SettingsError(
+                f"data.pairs: {file}: column '{name}' holds {schema.field(name).type}; {wanted} would be right"
+            )
+        return name
+
+    used = [require("caption", _is_text, "text")]
+    used += [require(name, _is_picture, "bytes of an encoded picture") for name in ("jpg_0", "jpg_1")]
+    used += [require(name, _is_number, "a number") for name in LABEL_COLUMNS if name in there]
+    for names in REWARD_COLUMNS:
+        if there.intersection(names):
+            used += [require(name, _is_score, "a number") for name in names]
+            break
+    return used + [
+        name for name in ("image_0_uid", "image_1_uid") if name in there and _is_text(schema.field(name).type)
+    ]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    """Bytes, or the struct {bytes, path} that Hugging Face's Image feature is stored as."""
+    if not pa.types.is_struct(kind):
+        return _is_bytes(kind)
+    return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return any(
+        is_kind(kind) for is_kind in (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
+    )
+
+
+def _is_score(kind: pa.DataType) -> bool:
+    """A number, or a list of one as the authors' scoring script writes it."""
+    return _is_number(kind.value_type) if pa.types.is_list(kind) or pa.types.is_large_list(kind) else _is_number(kind)
+
+
+def _read_group(
+    table: pq.ParquetFile, file: Path, group: int, first: int, start: int, stop: int
+) -> Iterator[RawPair | Rejected]:
+    """Rows start .. stop-1 of the table that lie in one row group, which begins at row ``first``."""
+    row = first
+    used = _used_columns(table.schema_arrow, file)
+    try:
+        for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=used):
+            cells = dict(zip(batch.schema.names, batch.columns, strict=True))
+            for i in range(batch.num_rows):
+                if start <= row + i < stop:
+                    yield _read_row(cells, i, row + i)
+            row += batch.num_rows
+            if row >= stop:
+                return
+    except (pa.ArrowException, OSError) as error:
+        raise SettingsError(f"data.pairs: {file} is damaged near row {row} of the table: {error}") from error
+
+
+def _read_row(cells: Mapping[str, pa.Array], i: int, row: int) -> RawPair | Rejected:
+    def cell(name: str) -> Any:
+        """The value in this row; None where it is null or there is no such column."""
+        try:
+            return cells[name][i].as_py() if name in cells else None
+        except UnicodeDecodeError as error:
+            raise _Unusable(f"{name} is not UTF-8 text: {error.reason}") from error
+
+    uid = f"row-{row}"
+    try:
+        uids = (cell("image_0_uid"), cell("image_1_uid"))
+        uid = "/".join(uids) if all(uids) else uid
+        prompt = cell("caption")
+        if prompt is None:
+            raise _Unusable("no caption: it is null (an empty one is allowed)")
+        images = (_picture(cell, "jpg_0"), _picture(cell, "jpg_1"))
+        return RawPair(row, uid, prompt, images, _label(cell), _rewards(cell, cells))
+    except _Unusable as error:
+        return Rejected(row, uid, str(error))
+
+
+def _picture(cell: Callable[[str], Any], name: str) -> bytes:
+    value = cell(name)
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None and isinstance(value, dict) and value.get("path"):
+        raise _Unusable(f"{name} holds no bytes: only the path '{value['path']}'; store the pictures in the table")
+    if not data:
+        raise _Unusable(f"{name} holds no bytes: it is {'null' if data is None else 'empty'}")
+    return data
+
+
+def _label(cell: Callable[[str], Any]) -> float | None:
+    """The share of picture 0 in the preference; null and NaN both mean that nobody was asked."""
+    values = []
+    for name in LABEL_COLUMNS:
+        value = _number(cell(name))
+        if value is not None and not 0 <= value <= 1:
+            raise _Unusable(f"label outside 0 to 1: {name} = {value:g}")
+        values.append(value)
+    zero, one = values
+    if zero is None:
+        return None if one is None else 1 - one
+    if one is not None and abs(zero + one - 1) > 1e-3:
+        raise _Unusable(f"labels contradict each other: label_0 = {zero:g}, label_1 = {one:g}")
+    return zero
+
+
+def _rewards(cell: Callable[[str], Any], cells: Mapping[str, pa.Array]) -> tuple[float, float] | None:
+    names = next((names for names in REWARD_COLUMNS if names[0] in cells), None)
+    if names is None:
+        return None
+    values = [_number(_only(cell(name), name)) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if value is not None and math.isinf(value):
+            raise _Unusable(f"reward is not finite: {name} = {value}")
+    zero, one = values
+    if zero is None and one is None:
+        return None
+    if zero is None or one is None:
+        missing = names[0] if zero is None else names[1]
+        raise _Unusable(f"one reward of two: {missing} is null or NaN, so the other has nothing to be compared with")
+    return zero, one
+
+
+def _only(value: Any, name: str) -> Any:
+    if not isinstance(value, list):
+        return value
+    if len(value) > 1:
+        raise _Unusable(f"more than one reward: {name} is a list of {len(value)}")
+    return value[0] if value else None
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it to white
+        grey = np.asarray(image).astype(np.float32) / 257
+        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except DECODE_ERRORS:  # broken notes about a picture do not make the picture unusable
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle MAX_ASPECT : 1 of a longer picture: the square in its centre is all that is wanted."""
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))

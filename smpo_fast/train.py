@@ -1,0 +1,432 @@
+"""Program: train on preference pairs.
+
+``deepspeed smpo_fast/train.py --ds_config configs/ds_zero2.json`` trains the embedded default; with
+``--config FILE`` it trains what the file describes. The same command started again continues the run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a script: neither this folder's modules nor kernels/ beside it may hide a library's
+    _HERE = Path(__file__).resolve().parent
+    sys.path = [p for p in sys.path if Path(p or ".").resolve() not in (_HERE, _HERE.parent)]
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from smpo_fast import cache, checkpoint, config, data, evaluate, inversion, metrics, prepare, report
+from smpo_fast import engine as engines
+from smpo_fast.batch import Pairs
+from smpo_fast.cache import CachedPairs
+from smpo_fast.config import Config, Optim, SettingsError
+from smpo_fast.loader import Loader
+from smpo_fast.model import (
+    Denoiser,
+    Encoders,
+    Source,
+    encoders_identity,
+    export_pipeline,
+    find,
+    load_unets,
+    schedule_of,
+)
+from smpo_fast.objective import OBJECTIVES, logit, pair_errors
+from smpo_fast.runtime import Stopped, StopSignal, World, print0, warn0, world_from_environment
+from smpo_fast.schedule import Path as NoisePath
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on: too many steps had a non-finite loss or gradient."""
+
+
+def learning_rate(optim: Optim, step: int, steps: int) -> float:
+    """The rate of step 0, 1, ...: linear warm-up, then constant, or falling to 0 at the end of the run."""
+    warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
+    done = max(0.0, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))
+    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optim.schedule]
+    return optim.lr * warm * decay
+
+
+@dataclass
+class Trainer:
+    """One optimizer step of SmPO, as the paper has it."""
+
+    config: Config
+    world: World
+    source: Source
+    engine: engines.Engine
+    reference_unet: nn.Module
+    loader: Loader
+    precision: str
+    stop: StopSignal
+    bar: tqdm
+
+    def __post_init__(self) -> None:
+        self.schedule = schedule_of(self.source, self.config.inversion)
+        self.objective = OBJECTIVES[self.config.objective.name]
+        self.policy = self._denoiser(self.engine.unet)
+        self.reference = self._denoiser(self.reference_unet)
+        self.meter = metrics.Meter(self.world)
+
+    def step(self, step: int) -> tuple[engines.StepResult, metrics.StepTable, dict[str, float]]:
+        """Train on the pairs of a step; returns the engine's result, the step's table and seconds per phase."""
+        with self.meter.phase("load"):
+            window = self.loader.window(step)
+        paths, active = self.paths(step)
+        with self.meter.phase("inversion"):
+            x_t, tau = self.trajectory(window, paths, active, step)
+        micro = self.config.batch.micro_pairs
+        for first in range(0, len(window), micro):
+            rows = slice(first, min(first + micro, len(window)))
+            self.backward(
+                window.take(rows), x_t[rows], tau[rows], paths[rows], len(window), last=rows.stop == len(window)
+            )
+        with self.meter.phase("optimizer"):
+            result = self.engine.step(learning_rate(self.config.optim, step, self.config.run.steps))
+        return result, *self.meter.flush()
+
+    def paths(self, step: int) -> tuple[list[NoisePath], list[int]]:
+        """This rank's noise paths, deepest first, and how many pairs each rank puts through the network a round."""
+        run, batch, world = self.config.run, self.config.batch, self.world
+        times = self.schedule.timesteps(batch.pairs_per_step, self.config.inversion, run.seed, step)
+        paths = [self.schedule.path(t, self.config.inversion) for t in times]
+        by_rank = [inversion.rounds(paths[rank :: world.size]) for rank in range(world.size)]
+        return paths[world.rank :: world.size], [max(n) for n in zip_padded(by_rank)]
+
+    @torch.no_grad()
+    def trajectory(
+        self, window: Pairs, paths: Sequence[NoisePath], active: Sequence[int], step: int
+    ) -> tuple[Tensor, Tensor]:
+        """x_t and tau of a window, [B, 2, C, H, W]: by inversion, or by adding the same noise to both pictures."""
+        settings, picture = self.config.inversion, tuple(window.latents.shape[1:])
+        if settings.source == "noise":
+            tau = self.loader.normals(step, "noise", (1, *picture[1:])).expand_as(window.latents)
+            return inversion.forward_noise(window.latents, tau, paths), tau
+        inverter = self.policy if settings.network == "policy" else self.reference
+        inverter.unet.eval()
+
+        def eps(x: Tensor, times: Tensor, rows: slice) -> Tensor:
+            self.stop.check()
+            self.bar.set_postfix_str(f"inversion to t={paths[0].at.time}", refresh=False)
+            return inverter.eps(x, times, window.cond.take(rows))
+
+        noise = (
+            self.loader.normals(step, "inversion", (len(active), *picture)).transpose(0, 1) if settings.noise else None
+        )
+        chunk = self.config.batch.inversion_pairs
+        return inversion.invert(eps, window.latents, paths, settings, chunk=chunk, active=active, noise=noise)
+
+    def backward(
+        self, pairs: Pairs, x_t: Tensor, tau: Tensor, paths: Sequence[NoisePath], window: int, *, last: bool
+    ) -> None:
+        """One micro-batch: predictions of policy and reference, the pairs' losses, the gradient."""
+        self.stop.check()
+        times = [p.at.time for p in paths]
+        time = torch.tensor(times, device=x_t.device)
+        target = self.policy.target(pairs.latents, tau, paths)
+        if self.objective.needs_reference:
+            with self.meter.phase("reference"), torch.no_grad():
+                reference = pair_errors(self.reference(x_t, time, pairs.cond), target)
+        with self.meter.phase("policy"):
+            policy = pair_errors(self.policy_in_training(x_t, time, pairs), target)
+            if not self.objective.needs_reference:
+                reference = policy.detach()
+            loss = self.objective.pair_loss(policy, reference, pairs.weight, self.config.objective.beta)
+            self.engine.backward(loss.sum() / window, last=last)
+        self.meter.add(
+            pairs.ids,
+            times,
+            loss=loss,
+            logit=logit(policy, reference, pairs.weight, self.config.objective.beta),
+            weight=pairs.weight,
+            policy_w=policy[:, 0],
+            policy_l=policy[:, 1],
+            reference_w=reference[:, 0],
+            reference_l=reference[:, 1],
+        )
+        self.bar.update(len(pairs) * self.world.size)
+
+    def policy_in_training(self, x_t: Tensor, time: Tensor, pairs: Pairs) -> Tensor:
+        self.policy.unet.train()
+        return self.policy(x_t, time, pairs.cond)
+
+    def _denoiser(self, unet: nn.Module) -> Denoiser:
+        return Denoiser(unet, self.source, self.schedule, self.precision, self.world.device)
+
+
+def zip_padded(rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Columns of rows of unequal length, filled with 0."""
+    width = max(map(len, rows), default=0)
+    return list(zip(*([*row, *[0] * (width - len(row))] for row in rows), strict=True))
+
+
+class Job:
+    """A run before anything heavy is loaded: everything that can be refused is refused here."""
+
+    def __init__(self, settings: Config, ds_file: Path | None) -> None:
+        self.config, self.ds_file = settings, ds_file
+        self.world = world_from_environment(settings.run.device)
+        self.source: Source = find(settings.model)
+        raw = engines.read_ds_file(ds_file) if ds_file else None
+        self.precision = engines.resolve_precision(settings, raw, self.world.device)
+        self.ds_settings: dict[str, Any] | None = None
+        self.filled: dict[str, Any] = {}
+        if raw is not None:
+            self.ds_settings, self.filled = engines.resolve_ds_settings(
+                raw, str(ds_file), settings, self.world.size, self.precision
+            )
+        engines.check_combination(settings, self.precision, self.world, self.ds_settings)
+        engines.pairs_per_rank(settings, self.world.size)
+        for module, project in (("wandb", settings.log.wandb), ("trackio", settings.log.trackio)):
+            if project and importlib.util.find_spec(module) is None:
+                raise SettingsError(f"log.{module} = '{project}', but {module} is not installed: pip install {module}")
+        evaluate.check(settings)
+        self.run_dir = Path(settings.run.dir)
+        self.cache_dir = Path(settings.data.cache or self.run_dir / "cache")
+        self.encoders = encoders_identity(self.source)
+        if cache.exists(self.cache_dir):
+            self.open_cache()
+        else:
+            data.columns(data.source_path(settings.data.pairs))
+
+    def open_cache(self) -> CachedPairs:
+        """The prepared cache; raises CacheError when it is damaged or made for other settings or networks."""
+        return prepare.open_cache(self.config, self.cache_dir, encoders=self.encoders, kind=self.source.kind)
+
+    def plan(self) -> str:
+        """What the run will do, in a few lines."""
+        c, per_rank = self.config, engines.pairs_per_rank(self.config, self.world.size)
+        schedule = schedule_of(self.source, c.inversion)
+        depths = [schedule.path(t, c.inversion).depth for t in range(len(schedule))]
+        calls = sum(depths) / len(depths) * (1 + c.inversion.renoise_steps)
+        return "\n".join(
+            [
+                f"model      {self.source.kind}, {self.source.prediction_type}, {self.source.folder}",
+                f"objective  {c.objective.name}, beta {c.objective.beta:g}; x_t by {c.inversion.source} "
+                f"({c.inversion.fidelity}), {calls:.2f} no-gradient calls a picture",
+                f"step       {c.batch.pairs_per_step} pairs = {self.world.size} ranks x {per_rank} pairs "
+                f"in micro-batches of {c.batch.micro_pairs}; {c.run.steps} steps",
+                f"optimizer  {c.optim.name}, lr {c.optim.lr:g}, {self.precision}, "
+                + (
+                    f"DeepSpeed {self.ds_file} (filled in: {json.dumps(self.filled)})"
+                    if self.ds_file
+                    else "plain PyTorch"
+                ),
+                f"run        {self.run_dir}",
+            ]
+        )
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be continued."""
+        c = self.config
+        frozen = {"objective": c.objective, "inversion": c.inversion, "labels": c.labels, "optim": c.optim}
+        sections = {name: section.model_dump() for name, section in frozen.items()}
+        return {
+            **sections,
+            "seed": c.run.seed,
+            "pairs_per_step": c.batch.pairs_per_step,
+            "model": str(c.model.path),
+            "precision": self.precision,
+            "prompt_dropout": c.data.prompt_dropout,
+            "flip": c.data.flip,
+        }
+
+
+def train(job: Job) -> Path:
+    """Prepare, train, export and evaluate; returns the run's folder. Collective over all ranks."""
+    c, world, run_dir = job.config, job.world, job.run_dir
+    prepare_cache(job)
+    loader = Loader(job.open_cache(), c, world)
+    print0(loader.labels.report)
+    policy, reference = load_unets(job.source, c.model, job.precision, world.device)
+    engine = engines.make_engine(policy, c, world, job.precision, job.ds_settings)
+    progress = checkpoint.restore_latest(run_dir, engine, world, job.facts) or checkpoint.Progress()
+    if world.rank == 0:
+        describe_run(job)
+    log = metrics.RunLog(run_dir, c, progress.step, world)
+    total = c.run.steps * c.batch.pairs_per_step
+    with tqdm(total=total, initial=progress.pairs_seen, unit="pair", desc="train", disable=world.rank != 0) as bar:
+        trainer = Trainer(c, world, job.source, engine, reference, loader, job.precision, StopSignal(world), bar)
+        try:
+            run_steps(job, trainer, progress, log)
+        finally:
+            log.close()
+            trainer.stop.restore()
+    state = engine.full_state()
+    engines.shutdown()
+    if world.rank == 0:
+        finish(job, state)
+    return run_dir
+
+
+def prepare_cache(job: Job) -> None:
+    """Make the cache on rank 0 where there is none; the others wait for the finished folder, not in a collective."""
+    if not cache.exists(job.cache_dir) and job.world.rank == 0:
+        encoders = Encoders(job.source, job.world.device)
+        prepare.prepare(job.config, encoders, job.world.device, job.cache_dir)
+    while not cache.exists(job.cache_dir):
+        time.sleep(1.0)
+
+
+def run_steps(job: Job, trainer: Trainer, progress: checkpoint.Progress, log: metrics.RunLog) -> checkpoint.Progress:
+    """The loop. Raises Stopped after saving when a signal asked for it, TrainingFailed when steps keep failing."""
+    run, world = job.config.run, job.world
+
+    def save() -> None:
+        checkpoint.save(job.run_dir, trainer.engine, progress, world, job.facts, run.keep)
+
+    saved = progress.step
+    while progress.step < run.steps:
+        began = time.perf_counter()
+        try:
+            result, table, seconds = trainer.step(progress.step)
+        except Stopped:
+            if saved != progress.step:
+                save()
+            raise
+        counted = not result.applied and (job.precision != "fp16" or bool(table.nonfinite_ids()))
+        took = time.perf_counter() - began
+        progress = replace(
+            progress,
+            step=progress.step + 1,
+            pairs_seen=progress.pairs_seen + job.config.batch.pairs_per_step,
+            seconds=progress.seconds + took,
+            skipped=progress.skipped + counted,
+        )
+        log.write(progress.step, step_values(job, trainer, progress, result, table, seconds, took))
+        if counted:
+            complain(job, progress, table)
+        if progress.step % run.save_every == 0 or progress.step == run.steps:
+            save()
+            saved = progress.step
+    return progress
+
+
+def step_values(
+    job: Job,
+    trainer: Trainer,
+    progress: checkpoint.Progress,
+    result: engines.StepResult,
+    table: metrics.StepTable,
+    seconds: dict[str, float],
+    took: float,
+) -> dict[str, Any]:
+    """One line of the log."""
+    values: dict[str, Any] = metrics.summarize(table, job.config.objective.beta, len(trainer.schedule))
+    values |= {
+        "lr": learning_rate(job.config.optim, progress.step - 1, job.config.run.steps),
+        "grad_norm": result.grad_norm,
+        "applied": result.applied,
+        "skipped_steps": progress.skipped,
+        "pairs_seen": progress.pairs_seen,
+        "pairs_per_second": job.config.batch.pairs_per_step / took,
+        "seconds": took,
+        **{f"seconds/{name}": s for name, s in seconds.items()},
+        "memory_gb": metrics.memory_gb(job.world.device),
+    }
+    if not result.applied:
+        values["nonfinite_pairs"] = table.nonfinite_ids()
+    trainer.bar.set_postfix_str(
+        f"loss {values['train_loss']:.3f}, acc {values['implicit_acc']:.2f}, |g| {result.grad_norm:.3g}", refresh=False
+    )
+    return values
+
+
+def complain(job: Job, progress: checkpoint.Progress, table: metrics.StepTable) -> None:
+    """Tell of a skipped step; raise TrainingFailed when there were too many."""
+    ids = table.nonfinite_ids()
+    which = f"rows {ids} of the pair table" if ids else "no pair's loss, so the gradient itself"
+    warn0(f"step {progress.step}: non-finite ({which}); the step was skipped and the weights are unchanged")
+    if progress.skipped > job.config.run.max_nonfinite_steps:
+        raise TrainingFailed(
+            f"{progress.skipped} of {progress.step} steps were skipped for a non-finite loss or gradient, more than "
+            f"run.max_nonfinite_steps = {job.config.run.max_nonfinite_steps}. {job.run_dir / 'metrics.jsonl'} has the "
+            "rows (nonfinite_pairs). Usual causes: a learning rate too high, fp16 overflow (try bf16), broken latents "
+            "(check the cache). The last checkpoint is still good."
+        )
+
+
+def describe_run(job: Job) -> None:
+    """Write the resolved settings and the environment into the run's folder."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    (job.run_dir / "config.toml").write_text(config.dump(job.config))
+    if job.ds_settings is not None:
+        (job.run_dir / "ds_config.json").write_text(json.dumps(job.ds_settings, indent=2))
+    names = ("torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "smpo-fast")
+    facts = {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "device": torch.cuda.get_device_name() if job.world.device.type == "cuda" else platform.processor() or "cpu",
+        "ranks": job.world.size,
+        "precision": job.precision,
+    }
+    (job.run_dir / "environment.json").write_text(json.dumps(facts, indent=2))
+
+
+def finish(job: Job, state: dict[str, Tensor]) -> None:
+    """Export, draw the curves, evaluate, and say where everything lies (rank 0)."""
+    export = job.run_dir / "export"
+    export_pipeline(job.source, state, export, job.config.model.export_dtype)
+    report.draw_curves(metrics.read_metrics(job.run_dir), job.run_dir / "curves.png")
+    summary = ""
+    if job.config.eval.prompts:
+        summary = evaluate.evaluate(job.config, job.source, export, job.run_dir / "evaluation", job.world.device)
+    print0(
+        f"\n{summary}\nThe run is complete: {job.run_dir}/\n"
+        "  export/         the aligned pipeline, for diffusers' from_pretrained\n"
+        "  metrics.jsonl   one line a step; tensorboard/ has the same; curves.png shows them\n"
+        "  config.toml     the resolved settings; environment.json has versions and device\n"
+        + ("  evaluation/     grid.png (base beside aligned), evaluation.json, scores.csv\n" if summary else "")
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done or stopped by a signal with a checkpoint saved, 2 a mistake in settings or data, 3 failed."""
+    parser = argparse.ArgumentParser(description="Align SDXL or SD1.5 with preference pairs (SmPO-Diffusion).")
+    config.add_arguments(parser)
+    parser.add_argument("--ds_config", type=Path, metavar="FILE", help="DeepSpeed JSON: sharding, offload, precision")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load nothing heavy")
+    args = parser.parse_args(argv)
+    try:
+        settings = config.from_arguments(args)
+        if args.print_config:
+            print0(config.dump(settings))
+            return 0
+        job = Job(settings, args.ds_config)
+        print0(job.plan())
+        if not args.dry_run:
+            train(job)
+    except Stopped as stopped:
+        print0(
+            f"\nstopped by {stopped}; the state is saved below {settings.run.dir}: the same command continues the run"
+        )
+        return 0
+    except (SettingsError, TrainingFailed) as error:
+        # on every rank: a file may be missing on one node only
+        print(f"error (rank {os.environ.get('RANK', 0)}): {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, SettingsError) else 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

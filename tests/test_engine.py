@@ -1,0 +1,433 @@
+"""DeepSpeed on real ranks against plain PyTorch on one, and what must be refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from ranks import free_port, run_ranks
+from torch import nn
+
+from smpo_fast import config, engine
+from smpo_fast.config import SettingsError
+from smpo_fast.runtime import World
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+STEPS = range(4)
+
+# optimizer, precision, stage, pairs, largest relative error of a loss and of a weight
+AGREEMENTS: list[tuple[str, str, int, int, float, float]] = [
+    # 10 pairs on 2 ranks in micro-batches of 2: the last one of a rank has 1 pair.
+    *[("adamw", "fp32", stage, 10, 1e-6, 1e-6) for stage in (0, 1, 2, 3)],
+    # 8 pairs: the micro-batches are the same on 1 and 2 ranks, so bf16 rounds the same way.
+    *[("adamw", "bf16", stage, 8, 1e-6, 1e-6) for stage in (1, 2, 3)],
+    *[("adamw", "bf16-autocast", stage, 8, 1e-6, 1e-6) for stage in (0, 2)],
+    # The blocks of the 8-bit states follow the flat partition.
+    ("adamw8bit", "fp32", 0, 10, 1e-6, 1e-6),
+    *[("adamw8bit", "fp32", stage, 10, 1e-4, 5e-2) for stage in (1, 2, 3)],
+    ("adafactor", "fp32", 0, 10, 1e-6, 1e-6),
+]
+SKIPS = [("fp32", stage) for stage in (0, 1, 2, 3)] + [("bf16", stage) for stage in (1, 2, 3)]
+BAD = {"nan": (1, math.nan), "inf": (0, math.inf)}  # which rank's loss is multiplied by what
+
+
+# --- on two ranks ---------------------------------------------------------------------------------------------
+
+
+def on_ranks(rank: int, size: int) -> dict[str, Any]:
+    """Everything that needs two ranks, in one start of them."""
+    found: dict[str, Any] = {}
+    for optimizer, precision, stage, pairs, *_ in AGREEMENTS:
+        settings = toy.settings(optimizer, precision, pairs)
+        trained = toy.make(settings, rank, size, stage)
+        start = trained.full_state()
+        told = toy.train(trained, settings, STEPS, rank, size)
+        found[f"{optimizer} {precision} {stage}"] = (told, start, trained.full_state())
+    for precision, stage in SKIPS:
+        found[f"skip {precision} {stage}"] = skip_steps(rank, size, precision, stage)
+    found["attributes"] = attributes(rank, size)
+    return found
+
+
+def skip_steps(rank: int, size: int, precision: str, stage: int) -> dict[str, bool]:
+    """Train steps 0 and 2 with bad steps between them, and without."""
+    settings = toy.settings("adamw", precision)
+    plain = toy.make(settings, rank, size, stage)
+    toy.train(plain, settings, [0, 2], rank, size)
+    skipping = toy.make(settings, rank, size, stage)
+    toy.train(skipping, settings, [0], rank, size)
+    before = skipping.full_state()
+    verdicts = {}
+    for name, (bad_rank, factor) in BAD.items():
+        toy.accumulate(skipping, settings, 1, rank, size, factor=factor if rank == bad_rank else 1.0)
+        result = skipping.step(1e-3)
+        verdicts[f"{name} not applied"] = not result.applied and not math.isfinite(result.grad_norm)
+    verdicts["weights unchanged"] = toy.same(before, skipping.full_state())
+    toy.train(skipping, settings, [2], rank, size)
+    verdicts["optimizer unchanged"] = toy.same(plain.full_state(), skipping.full_state())
+    return verdicts
+
+
+class Named(nn.Linear):
+    config = {"in_channels": 4}
+
+
+def attributes(rank: int, size: int) -> dict[str, Any]:
+    """The engine's network must pass for the module."""
+    settings = toy.settings()
+    raw = engine.read_ds_file(toy.CONFIGS / "ds_zero3.json")
+    ds, _ = engine.resolve_ds_settings(raw, "file", settings, size, "fp32")
+    frozen = Named(3, 5)
+    nn.init.constant_(frozen.weight, 0.25)
+    frozen.weight.requires_grad_(False)
+    trained = engine.make_engine(frozen, settings, World(rank, size), "fp32", ds)
+    trained.unet.eval()
+    return {
+        "config": trained.unet.config,
+        "training": (trained.unet.training, trained.unet.module.training),
+        "frozen": trained.full_state(),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, Any]]:
+    return run_ranks(on_ranks, 2)
+
+
+@pytest.mark.parametrize("optimizer, precision, stage, pairs, loss_error, weight_error", AGREEMENTS)
+def test_two_ranks_agree_with_plain_pytorch(
+    two_ranks: list[dict[str, Any]], optimizer: str, precision: str, stage: int, pairs: int,
+    loss_error: float, weight_error: float,
+) -> None:  # fmt: skip
+    (first, start, state), (second, _, elsewhere) = (r[f"{optimizer} {precision} {stage}"] for r in two_ranks)
+    settings = toy.settings(optimizer, precision, pairs)
+    local = toy.make(settings)
+    assert toy.same(start, local.full_state()), "master weights have lost digits"
+    expected = toy.train(local, settings, STEPS)
+    for mine, other, (loss, applied, norm) in zip(first, second, expected, strict=True):
+        assert mine[1] and other[1] and applied
+        assert (mine[0] + other[0]) / 2 == pytest.approx(loss, rel=loss_error)
+        assert mine[2] == other[2] == pytest.approx(norm, rel=max(1e-6, loss_error))
+        assert norm > toy.CLIP
+    assert toy.distance(state, local.full_state()) < weight_error
+    assert toy.distance(state, start) > 1e-4
+    assert elsewhere == {}, "the full state is rank 0's"
+
+
+@pytest.mark.parametrize("precision, stage", SKIPS)
+def test_a_nonfinite_loss_on_one_rank_changes_nothing_on_any(
+    two_ranks: list[dict[str, Any]], precision: str, stage: int
+) -> None:
+    for found in two_ranks:
+        assert all(found[f"skip {precision} {stage}"].values()), found[f"skip {precision} {stage}"]
+
+
+def test_the_network_behaves_like_the_module(two_ranks: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(two_ranks):
+        seen = found["attributes"]
+        assert seen["config"] == {"in_channels": 4}
+        assert seen["training"] == (False, False)
+        assert rank or torch.equal(seen["frozen"]["weight"], torch.full((5, 3), 0.25))
+
+
+# --- without a launcher, and with it --------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+sys.path[:0] = {paths!r}
+import toy
+from smpo_fast.runtime import world_from_environment
+if __name__ == "__main__":
+    world, settings = world_from_environment("cpu"), toy.settings()
+    trained = toy.make(settings, world.rank, world.size, 2)
+    told = toy.train(trained, settings, range(2), world.rank, world.size)
+    print("rank", world.rank, "of", world.size, "norm", told[-1][2], flush=True)
+"""
+
+
+def started(tmp_path: Path, *command: str) -> list[str]:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(paths=[str(Path(__file__).parent), str(toy.CONFIGS.parent)]))
+    launcher_sets = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {k: v for k, v in os.environ.items() if k not in launcher_sets} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(program)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [line for line in done.stdout.splitlines() if line.startswith("rank")]
+
+
+def test_deepspeed_needs_no_launcher(tmp_path: Path) -> None:
+    settings = toy.settings()
+    norm = toy.train(toy.make(settings), settings, range(2))[-1][2]
+    (line,) = started(tmp_path, sys.executable)
+    assert line.startswith("rank 0 of 1 norm ")
+    assert float(line.split()[-1]) == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_launcher_starts_cpu_ranks(tmp_path: Path) -> None:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    lines = started(tmp_path, str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), "--no_local_rank")
+    assert sorted(line.split(" norm")[0] for line in lines) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+# --- plain PyTorch --------------------------------------------------------------------------------------------
+
+
+def test_local_engine_is_adamw_on_the_whole_batch() -> None:
+    settings, reference = toy.settings(), toy.network()
+    trained = toy.make(settings)
+    adamw = torch.optim.AdamW(reference.parameters(), betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01)
+    for step in STEPS:
+        x, y = toy.batch(step, 10)
+        adamw.zero_grad()
+        (reference(x) - y).square().mean().backward()
+        norm = nn.utils.clip_grad_norm_(reference.parameters(), toy.CLIP)
+        adamw.param_groups[0]["lr"] = 1e-3 * (step + 1) / 4
+        adamw.step()
+        ((_, applied, got),) = toy.train(trained, settings, [step])
+        assert applied and got == pytest.approx(norm.item(), rel=1e-6)
+    assert toy.distance(trained.full_state(), reference.state_dict()) < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+def test_a_nonfinite_step_is_as_if_it_had_not_been(optimizer: str, precision: str) -> None:
+    settings = toy.settings(optimizer, precision)
+    plain, skipping = toy.make(settings), toy.make(settings)
+    toy.train(plain, settings, [0, 2])
+    toy.train(skipping, settings, [0])
+    for factor in (math.nan, math.inf, -math.inf):
+        toy.accumulate(skipping, settings, 1, factor=factor)
+        assert not skipping.step(1e-3).applied
+    toy.train(skipping, settings, [2])
+    assert toy.same(plain.full_state(), skipping.full_state())
+
+
+def test_a_nonfinite_loss_with_finite_gradients_is_skipped() -> None:
+    settings = toy.settings()
+    trained = toy.make(settings)
+    before = trained.full_state()
+    x, y = toy.batch(0, 2)
+    trained.backward(toy.losses(trained, x, y).sum() + math.inf, last=True)
+    assert not trained.step(1e-3).applied
+    assert toy.same(before, trained.full_state())
+
+
+def test_bf16_weights_move_below_their_own_resolution() -> None:
+    """At lr 1e-6 no bf16 weight of size 1 can move; the fp32 master weights do, and add up."""
+    settings = toy.settings(precision="bf16")
+    trained = toy.make(settings)
+    before = trained.full_state()
+    for step in range(3):
+        toy.accumulate(trained, settings, step)
+        trained.step(1e-6)
+    moved = {k: (trained.full_state()[k] - before[k]).abs().max().item() for k in before}
+    assert all(1e-6 < m < 4e-6 for m in moved.values()), moved
+    for name, half in trained.unet.named_parameters():
+        assert half.dtype is torch.bfloat16
+        assert torch.equal(half, trained.full_state()[name].bfloat16())
+
+
+def test_bf16_gradients_are_summed_in_fp32() -> None:
+    """256 + 1 + 1 + ... stays 256 in bf16."""
+    parameter = nn.Linear(1, 1, bias=False)
+    settings = toy.settings(precision="bf16", clip=0.0)
+    trained = engine.make_engine(parameter, settings, World(), "bf16", None)
+    for gradient in (256.0, 1.0, 1.0, 1.0):
+        x = torch.full((1, 1), gradient, dtype=torch.bfloat16)
+        trained.backward(trained.unet(x).float().sum(), last=True)
+    assert trained.step(0.0).grad_norm == 259.0
+
+
+def test_adafactor_is_the_recipes() -> None:
+    """The first update of a matrix: factored second moments, RMS clipped at 1, the given rate, decay."""
+    layer = nn.Linear(7, 5, bias=False)
+    settings = toy.settings("adafactor", clip=0.0)
+    trained = engine.make_engine(layer, settings, World(), "fp32", None)
+    before = layer.weight.detach().clone()
+    gradient = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    trained.backward((layer.weight * gradient).sum(), last=True)
+    assert trained.step(1e-2).applied
+    squares = gradient.square() + 1e-30  # the running averages start with weight 1 on the first step
+    rows, columns = squares.mean(1, keepdim=True), squares.mean(0, keepdim=True)
+    update = gradient / (rows / rows.mean() * columns).sqrt()
+    update = update / max(1.0, update.square().mean().sqrt().item())
+    expected = before - 1e-2 * 0.01 * before - 1e-2 * update
+    assert torch.allclose(layer.weight, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_step_needs_the_last_backward() -> None:
+    trained = toy.make(toy.settings())
+    with pytest.raises(RuntimeError, match="last=True"):
+        trained.step(1e-3)
+
+
+def test_weights_of_any_dtype_train_in_the_asked_one() -> None:
+    trained = engine.make_engine(toy.network().half(), toy.settings(), World(), "fp32", None)
+    assert {p.dtype for p in trained.unet.parameters()} == {torch.float32}
+
+
+# --- settings -------------------------------------------------------------------------------------------------
+
+
+def resolve(raw: dict[str, Any], size: int = 2, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    settings = toy.settings(**changes)
+    precision = engine.resolve_precision(settings, raw, CPU)
+    return engine.resolve_ds_settings(raw, "my.json", settings, size, precision)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_files_in_configs_leave_the_run_to_decide(stage: int) -> None:
+    raw = engine.read_ds_file(toy.CONFIGS / f"ds_zero{stage}.json")
+    assert engine.zero_stage(raw) == stage
+    settings, filled = resolve(raw)
+    assert "auto" not in json.dumps(settings)
+    assert filled == {
+        "train_batch_size": 10,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": toy.CLIP,
+        "bf16.enabled": False,
+        "fp16.enabled": False,
+        "data_types.grad_accum_dtype": "fp32",
+        "zero_allow_untested_optimizer": True,
+    }
+    assert settings["train_batch_size"] == 2 * 3 * 2, "DeepSpeed's own product, with the last micro-batch full"
+
+
+def test_half_precision_gradients_travel_in_fp32_unless_told() -> None:
+    settings, filled = resolve({}, precision="bf16")
+    assert settings["communication_data_type"] == filled["communication_data_type"] == "fp32"
+    settings, filled = resolve({"communication_data_type": "bf16"}, precision="bf16")
+    assert settings["communication_data_type"] == "bf16" and "communication_data_type" not in filled
+
+
+def test_other_autos_become_deepspeeds_defaults() -> None:
+    settings, filled = resolve({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}})
+    assert settings["zero_optimization"] == {"stage": 2}
+    assert filled["zero_optimization.reduce_bucket_size"] == "DeepSpeed's default"
+
+
+def test_values_that_agree_are_accepted() -> None:
+    raw = {
+        "train_batch_size": 10,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": toy.CLIP,
+        "bf16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    _, filled = resolve(raw)
+    assert set(filled) == {"fp16.enabled", "zero_allow_untested_optimizer"}
+
+
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        ({"train_batch_size": 64}, ["train_batch_size = 64", "batch.pairs_per_step = 10"]),
+        ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu = 4", "batch.micro_pairs = 2"]),
+        ({"gradient_accumulation_steps": 8}, ["gradient_accumulation_steps = 8", "ranks = 2", "give 3"]),
+        ({"gradient_clipping": 1.0}, ["gradient_clipping = 1.0", "optim.clip = 0.05"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled = true", 'model.precision = "fp32"']),
+        ({"bfloat16": {"enabled": True}}, ["bf16.enabled = true", 'model.precision = "fp32"']),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled = true", 'model.precision = "fp32"']),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, ["grad_accum_dtype", "summed in fp32"]),
+        ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer = false", 'optim.name = "adamw"']),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer", "[optim]"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "[optim]"]),
+        ({"torch_autocast": {"enabled": True}}, ["torch_autocast", "bf16-autocast"]),
+        ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op", "averaged"]),
+        ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation = false"]),
+        ({"zero_optimization": {"compute_grad_norm": False}}, ["zero_optimization.compute_grad_norm = false"]),
+        ({"bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow = false"]),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, ["bf16.bf16_master_weights_and_grads = true"]),
+    ],
+)
+def test_a_contradiction_names_both_places(raw: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        resolve(raw)
+    for word in ["my.json", *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [4, -1, "2", 2.0, True])
+def test_an_unknown_stage_is_refused(stage: Any) -> None:
+    with pytest.raises(SettingsError, match="zero_optimization.stage"):
+        engine.zero_stage({"zero_optimization": {"stage": stage}})
+
+
+@pytest.mark.parametrize("text, words", [("{", "not valid JSON"), ("[]", "is an object"), (None, "cannot be read")])
+def test_a_file_that_is_no_settings(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "my.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SettingsError, match=words) as caught:
+        engine.read_ds_file(path)
+    assert str(path) in str(caught.value)
+
+
+def test_pairs_must_divide_among_the_ranks() -> None:
+    with pytest.raises(SettingsError, match="pairs_per_step = 10 does not divide among 3"):
+        engine.micro_steps(toy.settings(), 3)
+    assert engine.micro_steps(toy.settings(), 2) == 3
+    assert engine.micro_steps(toy.settings(pairs=2, micro=4), 2) == 1
+
+
+AUTO: list[tuple[dict[str, Any] | None, torch.device, str]] = [
+    (None, CPU, "fp32"),
+    (None, CUDA, "bf16"),
+    ({}, CUDA, "bf16-autocast"),
+    ({"zero_optimization": {"stage": 2}}, CUDA, "bf16"),
+    ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}, CPU, "fp32"),
+    ({"bf16": {"enabled": True}}, CPU, "bf16"),
+    ({"fp16": {"enabled": True}}, CUDA, "fp16"),
+    ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}}, CUDA, "fp32"),
+]
+
+
+@pytest.mark.parametrize("raw, device, expected", AUTO)
+def test_auto_precision(
+    monkeypatch: pytest.MonkeyPatch, raw: dict[str, Any] | None, device: torch.device, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert engine.resolve_precision(config.from_dict({}), raw, device) == expected
+    assert engine.resolve_precision(toy.settings(precision="bf16-autocast"), raw, device) == "bf16-autocast"
+
+
+def test_two_half_precisions_are_refused() -> None:
+    with pytest.raises(SettingsError, match="both true"):
+        engine.resolve_precision(config.from_dict({}), {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, CPU)
+
+
+REFUSED: list[tuple[str, str, World, int | None, str]] = [
+    ("adafactor", "fp32", World(), 1, "flat pieces"),
+    ("adafactor", "bf16", World(), 2, "flat pieces"),
+    ("adamw", "fp16", World(), None, "loss scaling"),
+    ("adamw", "fp16", World(), 2, "CUDA"),
+    ("adamw", "bf16", World(), 0, "stage 1, 2 or 3"),
+    ("adamw", "fp16", World(device=CUDA), 0, "stage 1, 2 or 3"),
+    ("adamw", "fp32", World(0, 2), None, "--ds_config"),
+]
+
+
+@pytest.mark.parametrize("optimizer, precision, world, stage, words", REFUSED)
+def test_combinations_that_do_not_work(
+    optimizer: str, precision: str, world: World, stage: int | None, words: str
+) -> None:
+    ds = None if stage is None else {"zero_optimization": {"stage": stage}}
+    with pytest.raises(SettingsError, match=words):
+        engine.check_combination(toy.settings(optimizer, precision), precision, world, ds)
+
+
+def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SettingsError, match="pip install bitsandbytes"):
+        toy.make(toy.settings("adamw8bit"))
