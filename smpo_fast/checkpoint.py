@@ -87,9 +87,7 @@ def save(
     return final
 
 
-def restore_latest(
-    run_dir: str | Path, engine: Engine, world: World, facts: Mapping[str, Any]
-) -> Progress | None:
+def restore_latest(run_dir: str | Path, engine: Engine, world: World, facts: Mapping[str, Any]) -> Progress | None:
     """Load the newest checkpoint into a fresh ``engine`` and return where it stands; None when there is none.
 
     Collective. Raises CheckpointError, on every rank, for a checkpoint that is damaged, was made with other

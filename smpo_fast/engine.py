@@ -43,7 +43,7 @@ _TAG = "deepspeed"  # DeepSpeed's name for a folder inside the folder it is give
 _REFUSED: dict[str, str] = {
     "optimizer": "the optimizer is set in the run's settings, [optim]",
     "scheduler": "the learning rate is set in the run's settings, [optim] lr, warmup_steps and schedule",
-    "torch_autocast": "autocast is set in the run's settings: model.precision = \"bf16-autocast\"",
+    "torch_autocast": 'autocast is set in the run\'s settings: model.precision = "bf16-autocast"',
     "amp": "mixed precision is set in the run's settings: model.precision",
 }
 _REFUSED_VALUES: dict[str, tuple[Any, str]] = {
@@ -200,7 +200,7 @@ def resolve_ds_settings(
             filled[key] = value
         elif found != value:
             here = f"{source}: {key} = {json.dumps(found)}"
-            raise SettingsError(f"{here} contradicts {setting}: change one of them, or write \"auto\" in the file")
+            raise SettingsError(f'{here} contradicts {setting}: change one of them, or write "auto" in the file')
         _set(settings, key, value)
     for key, value in _promised(precision).items():
         if _get(settings, key) in _AUTO:
@@ -220,7 +220,7 @@ def _owned(config: Config, world_size: int, precision: str) -> dict[str, tuple[A
     batch, clip = config.batch, config.optim.clip
     accumulation = micro_steps(config, world_size)
     words = f"batch.pairs_per_step = {batch.pairs_per_step}, batch.micro_pairs = {batch.micro_pairs}"
-    exact = f"model.precision = \"{config.model.precision}\""
+    exact = f'model.precision = "{config.model.precision}"'
     if config.model.precision == "auto":
         exact += f", which is {precision} here"
     return {
@@ -231,7 +231,7 @@ def _owned(config: Config, world_size: int, precision: str) -> dict[str, tuple[A
         "bf16.enabled": (precision == "bf16", exact),
         "fp16.enabled": (precision == "fp16", exact),
         "data_types.grad_accum_dtype": ("fp32", "the promise that gradients are summed in fp32"),
-        "zero_allow_untested_optimizer": (True, f"optim.name = \"{config.optim.name}\""),
+        "zero_allow_untested_optimizer": (True, f'optim.name = "{config.optim.name}"'),
     }
 
 
@@ -477,9 +477,7 @@ class _Network(nn.Module):
 class DeepSpeedEngine:
     """ZeRO 0 to 3 on all ranks of ``world``."""
 
-    def __init__(
-        self, unet: nn.Module, config: Config, world: World, precision: str, settings: dict[str, Any]
-    ) -> None:
+    def __init__(self, unet: nn.Module, config: Config, world: World, precision: str, settings: dict[str, Any]) -> None:
         deepspeed = _import_deepspeed(world)
         self.dtype = DTYPES[precision]
         self._stage = zero_stage(settings)

@@ -34,12 +34,8 @@ def logit(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Ten
     return -0.5 * beta * weight * difference
 
 
-def _smpo(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Tensor:
+def _log_sigmoid(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Tensor:
     return F.softplus(-logit(policy, reference, weight, beta))
-
-
-def _dpo(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Tensor:
-    return F.softplus(-logit(policy, reference, torch.ones_like(weight), beta))
 
 
 def _sft(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Tensor:
@@ -51,12 +47,17 @@ class Objective:
     """A loss a pair, [B], from policy errors [B, 2], reference errors [B, 2], weights [B] and beta."""
 
     pair_loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    weighted: bool = True
     needs_reference: bool = True
+
+    def weigh(self, weight: Tensor) -> Tensor:
+        """The weights [B] that count: the labels', or 1 for every pair."""
+        return weight if self.weighted else torch.ones_like(weight)
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "smpo": Objective(_smpo),
-    "dpo": Objective(_dpo),
-    "inpo": Objective(_dpo),
-    "sft": Objective(_sft, needs_reference=False),
+    "smpo": Objective(_log_sigmoid),
+    "dpo": Objective(_log_sigmoid, weighted=False),
+    "inpo": Objective(_log_sigmoid, weighted=False),
+    "sft": Objective(_sft, weighted=False, needs_reference=False),
 }

@@ -45,6 +45,7 @@ from smpo_fast.model import (
     find,
     load_unets,
     schedule_of,
+    weights_identity,
 )
 from smpo_fast.objective import OBJECTIVES, logit, pair_errors
 from smpo_fast.runtime import Stopped, StopSignal, World, print0, warn0, world_from_environment
@@ -137,6 +138,7 @@ class Trainer:
     ) -> None:
         """One micro-batch: predictions of policy and reference, the pairs' losses, the gradient."""
         self.stop.check()
+        weight, beta = self.objective.weigh(pairs.weight), self.config.objective.beta
         times = [p.at.time for p in paths]
         time = torch.tensor(times, device=x_t.device)
         target = self.policy.target(pairs.latents, tau, paths)
@@ -147,14 +149,14 @@ class Trainer:
             policy = pair_errors(self.policy_in_training(x_t, time, pairs), target)
             if not self.objective.needs_reference:
                 reference = policy.detach()
-            loss = self.objective.pair_loss(policy, reference, pairs.weight, self.config.objective.beta)
+            loss = self.objective.pair_loss(policy, reference, weight, beta)
             self.engine.backward(loss.sum() / window, last=last)
         self.meter.add(
             pairs.ids,
             times,
             loss=loss,
-            logit=logit(policy, reference, pairs.weight, self.config.objective.beta),
-            weight=pairs.weight,
+            logit=logit(policy, reference, weight, beta),
+            weight=weight,
             policy_w=policy[:, 0],
             policy_l=policy[:, 1],
             reference_w=reference[:, 0],
@@ -235,14 +237,15 @@ class Job:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued."""
-        c = self.config
+        c, prepared = self.config, cache.read_info(self.cache_dir).identity
         frozen = {"objective": c.objective, "inversion": c.inversion, "labels": c.labels, "optim": c.optim}
         sections = {name: section.model_dump() for name, section in frozen.items()}
         return {
             **sections,
             "seed": c.run.seed,
             "pairs_per_step": c.batch.pairs_per_step,
-            "model": str(c.model.path),
+            "model": weights_identity(self.source.unet_folder),
+            "pairs": {name: prepared[name] for name in ("source", "max_pairs", "encoders", "resolution")},
             "precision": self.precision,
             "prompt_dropout": c.data.prompt_dropout,
             "flip": c.data.flip,

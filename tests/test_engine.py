@@ -48,13 +48,25 @@ def on_ranks(rank: int, size: int) -> dict[str, Any]:
     for optimizer, precision, stage, pairs, *_ in AGREEMENTS:
         settings = toy.settings(optimizer, precision, pairs)
         trained = toy.make(settings, rank, size, stage)
+        margin = distance_from_reference(trained, precision)
         start = trained.full_state()
         told = toy.train(trained, settings, STEPS, rank, size)
-        found[f"{optimizer} {precision} {stage}"] = (told, start, trained.full_state())
+        found[f"{optimizer} {precision} {stage}"] = (told, start, trained.full_state(), margin)
     for precision, stage in SKIPS:
         found[f"skip {precision} {stage}"] = skip_steps(rank, size, precision, stage)
     found["attributes"] = attributes(rank, size)
     return found
+
+
+def distance_from_reference(trained: engine.Engine, precision: str) -> float:
+    """Between the fresh policy's predictions, with and without gradients, and a frozen copy's in its dtype."""
+    reference, (x, _) = toy.network().to(trained.dtype), toy.batch(0, 3)
+    x = x.to(trained.dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast"):
+        expected, evaluated = reference(x), trained.unet.eval()(x)
+    predicted = trained.unet.train()(x)
+    assert predicted.dtype is expected.dtype
+    return max((predicted - expected).abs().max().item(), (evaluated - expected).abs().max().item())
 
 
 def skip_steps(rank: int, size: int, precision: str, stage: int) -> dict[str, bool]:
@@ -107,7 +119,9 @@ def test_two_ranks_agree_with_plain_pytorch(
     two_ranks: list[dict[str, Any]], optimizer: str, precision: str, stage: int, pairs: int,
     loss_error: float, weight_error: float,
 ) -> None:  # fmt: skip
-    (first, start, state), (second, _, elsewhere) = (r[f"{optimizer} {precision} {stage}"] for r in two_ranks)
+    mine_, others = (r[f"{optimizer} {precision} {stage}"] for r in two_ranks)
+    (first, start, state, margin), (second, _, elsewhere, margin_elsewhere) = mine_, others
+    assert margin == margin_elsewhere == 0.0, "a fresh policy must predict exactly what its reference does"
     settings = toy.settings(optimizer, precision, pairs)
     local = toy.make(settings)
     assert toy.same(start, local.full_state()), "master weights have lost digits"
@@ -262,6 +276,14 @@ def test_adafactor_is_the_recipes() -> None:
     update = update / max(1.0, update.square().mean().sqrt().item())
     expected = before - 1e-2 * 0.01 * before - 1e-2 * update
     assert torch.allclose(layer.weight, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16-autocast", torch.bfloat16)])
+def test_autocast_is_the_engines_own(precision: str, dtype: torch.dtype) -> None:
+    trained = toy.make(toy.settings(precision=precision))
+    assert trained.dtype is torch.float32
+    assert trained.unet(torch.zeros(1, 3, 8, 8)).dtype is dtype
+    assert distance_from_reference(trained, precision) == 0.0
 
 
 def test_step_needs_the_last_backward() -> None:

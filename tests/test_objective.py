@@ -35,7 +35,8 @@ def test_weight_one_is_diffusion_dpo() -> None:
     inside = -0.5 * 2.0 * ((policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1]))
     wanted = -F.logsigmoid(inside)
     for name, weight in (("smpo", torch.ones(3)), ("dpo", WEIGHT), ("inpo", WEIGHT)):
-        assert torch.allclose(OBJECTIVES[name].pair_loss(policy, reference, weight, 2.0), wanted)
+        objective = OBJECTIVES[name]
+        assert torch.allclose(objective.pair_loss(policy, reference, objective.weigh(weight), 2.0), wanted)
 
 
 def test_swapping_the_pair_and_the_sign_changes_nothing() -> None:
@@ -57,13 +58,14 @@ def test_gradient_against_the_closed_form_in_float64(name: str) -> None:
     """d loss / d eps_w = sigmoid(-logit) (beta/2) weight * 2 / (CHW) (eps_w - tau_w), minus for the loser."""
     beta, tau = 20.0, draw(1, torch.float64)
     prediction = draw(0, torch.float64).requires_grad_()
-    weight = WEIGHT.double() if name == "smpo" else torch.ones(3, dtype=torch.float64)
+    weight = OBJECTIVES[name].weigh(WEIGHT.double())
+    assert (weight == 1).all() == (name == "dpo")
 
     def errors(x: Tensor) -> Tensor:
         return (x - tau).square().mean(dim=(2, 3, 4))
 
     policy, reference = errors(prediction), errors(draw(2, torch.float64))
-    OBJECTIVES[name].pair_loss(policy, reference, WEIGHT.double(), beta).sum().backward()
+    OBJECTIVES[name].pair_loss(policy, reference, weight, beta).sum().backward()
     u = logit(policy, reference, weight, beta).detach()
     sign = torch.tensor([1.0, -1.0], dtype=torch.float64)
     slope = (torch.sigmoid(-u) * 0.5 * beta * weight)[:, None] * sign

@@ -357,6 +357,20 @@ def test_a_run_is_not_continued_with_other_settings(
     assert "beta" in error and "2000" in error
 
 
+def test_a_run_is_not_continued_on_other_pairs_or_from_another_model(
+    cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", cache, "run.steps=1") == 0
+    other = tmp_path / "other"
+    assert run(tmp_path / "first", "data.max_pairs=8", "run.steps=1", f"data.cache={other}") == 0
+    assert run(tmp_path / "run", "data.max_pairs=8", f"data.cache={other}") == 2
+    assert "pairs" in capsys.readouterr().err
+    aligned = f"model.unet={tmp_path / 'run' / 'export'}"
+    assert run(tmp_path / "run", cache, aligned) == 2
+    assert "model" in capsys.readouterr().err
+    assert run(tmp_path / "next", cache, aligned, "run.steps=1") == 0, "an export starts a next run"
+
+
 def test_dry_run_and_print_config_load_nothing(
     cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
