@@ -10,12 +10,14 @@ import hashlib
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+IMPATIENCE_SECONDS = 2.0
 _printing_rank = True
 
 
@@ -75,18 +77,22 @@ class Stopped(Exception):
 class StopSignal:
     """Ctrl-C and SIGTERM as a wish that all ranks notice at the same network call.
 
-    The agreement is a collective of one integer on the host, so it never waits for the device. A second signal
-    ends the process at once, as usual.
+    The agreement is a collective of one integer on the host, so it never waits for the device. A launcher answers
+    Ctrl-C with SIGTERM to its ranks, so SIGTERM is ignored from then on; a second Ctrl-C, later than
+    IMPATIENCE_SECONDS, ends the process at once.
     """
 
     def __init__(self, world: World) -> None:
         self.wanted = 0
+        self._since = 0.0
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: object) -> None:
-        self.wanted = number
-        self.restore()
+        if self.wanted and number == signal.SIGINT and time.monotonic() - self._since > IMPATIENCE_SECONDS:
+            raise KeyboardInterrupt
+        if not self.wanted:
+            self.wanted, self._since = number, time.monotonic()
 
     def check(self) -> None:
         """Raise Stopped on every rank once any rank has been signalled. Collective."""

@@ -27,7 +27,7 @@ FACTS = {"seed": 0, "optim": {"lr": 1e-8, "betas": (0.9, 0.999)}}
 class FakeEngine:
     """Writes two small files; counts what it was asked."""
 
-    unet = nn.Identity()
+    unet: nn.Module = nn.Identity()
     dtype = torch.float32
 
     def __init__(self, **layout: Any) -> None:
@@ -212,9 +212,7 @@ def test_a_save_that_ends_anywhere_leaves_a_good_checkpoint(
     assert names(tmp_path) == ["step-000003"]
 
 
-def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
 
     def full(*_: Any) -> None:
@@ -322,7 +320,7 @@ def die_while_saving(rank: int, size: int, folder: Path) -> None:
             os.truncate(file, 1000)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        torch.save = torn
+        torch.save = torn  # type: ignore[assignment]
     checkpoint.save(folder, trained, Progress(2), world, FACTS, keep=1)
 
 

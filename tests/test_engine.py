@@ -104,7 +104,7 @@ def attributes(rank: int, size: int) -> dict[str, Any]:
     trained.unet.eval()
     return {
         "config": trained.unet.config,
-        "training": (trained.unet.training, trained.unet.module.training),
+        "training": (trained.unet.training, frozen.training),
         "frozen": trained.full_state(),
     }
 

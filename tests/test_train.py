@@ -62,7 +62,7 @@ def launch(run_dir: Path, *words: str, ranks: int = 1, ds: str | None = "ds_zero
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(
         [*script, *ds_words, *SMALL, f"run.dir={run_dir}", *words],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True,
     )  # fmt: skip
 
 
@@ -195,11 +195,13 @@ def test_two_ranks_under_zero_1_and_3_agree_with_plain_pytorch(
     assert_same_run(plain, tmp_path / "run", tolerance=2e-4)
 
 
-def test_two_ranks_stopped_by_the_launcher_go_on_exactly(two_ranks: Path, cache: str, tmp_path: Path) -> None:
+def test_two_ranks_stopped_by_ctrl_c_go_on_exactly(two_ranks: Path, cache: str, tmp_path: Path) -> None:
+    """A terminal sends SIGINT to the launcher and the ranks; the launcher then sends SIGTERM to the ranks."""
     process = launch(tmp_path / "run", cache, ranks=2)
     wait_for_step(tmp_path / "run", 1, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert "stopped by SIGINT; the state is saved" in out and list((tmp_path / "run" / "checkpoints").iterdir())
     finish(launch(tmp_path / "run", cache, ranks=2))
     assert_same_run(two_ranks, tmp_path / "run")
 

@@ -1,0 +1,25 @@
+"""The embedded world: a miniature SDXL, a pair table sampled from it, and a rule that scores its pictures.
+
+`shapes` holds the world itself (captions and pictures), `reward` the rule, `build` makes everything below
+`assets/` from nothing.  Importing this package imports nothing heavy.
+"""
+
+from pathlib import Path
+
+PIPELINE = "pipeline"
+PAIRS = "pairs.parquet"
+
+
+def assets() -> Path:
+    """Folder with the shipped model and pair table."""
+    return Path(__file__).parent / "assets"
+
+
+def pipeline_path() -> Path:
+    """Folder that `StableDiffusionXLPipeline.from_pretrained` loads."""
+    return assets() / PIPELINE
+
+
+def pairs_path() -> Path:
+    """Pair table in Pick-a-Pic v2 columns, with two reward columns more."""
+    return assets() / PAIRS
