@@ -22,8 +22,8 @@ setup(
     install_requires=[
         "torch>=2.10,<2.14",
         "diffusers>=0.42,<1",
-        "transformers>=4.57",
-        "accelerate>=1.10",
+        "transformers>=5",
+        "accelerate>=1.12",
         "deepspeed>=0.19",
         "bitsandbytes>=0.49",
         "huggingface_hub",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -273,13 +274,35 @@ class Encoders:
 def export_pipeline(source: Source, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
     """Write the pipeline with the trained UNet: a folder that diffusers loads as it is.
 
-    state: all parameters of the UNet by name. Raises RuntimeError when names or shapes differ from the UNet's.
+    state: all parameters of the UNet by name, written as ``dtype``. The other parts are copied, not loaded and saved:
+    they are the very files that were trained with, readable by the library versions that read them before.
+    Raises RuntimeError when names or shapes differ from the UNet's.
     """
-    kind = getattr(torch, dtype)
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source.unet_folder))
-    unet.load_state_dict({name: value.to(kind) for name, value in state.items()}, assign=True)
-    vae = _load(AutoencoderKL, source.vae_folder, source.variant, kind)
-    pipeline(source, unet=unet, vae=vae, dtype=kind).save_pretrained(folder, safe_serialization=True)
+    unet.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source.folder / "model_index.json", folder / "model_index.json")
+    for part in (*_PARTS[2:], *_OPTIONAL_PARTS):
+        if (source.folder / part).is_dir():
+            _copy_part(source.folder / part, folder / part, source.variant)
+    _copy_part(source.vae_folder, folder / "vae", source.variant)
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+
+
+def _copy_part(here: Path, there: Path, variant: str | None) -> None:
+    """Copy a part's configuration and weights; the chosen variant's weights get the plain name."""
+    shutil.rmtree(there, ignore_errors=True)
+    there.mkdir()
+    weights = [f for f in here.glob("*.safetensors") if not _variant_of(f)]
+    if variant and (chosen := [f for f in here.glob("*.safetensors") if _variant_of(f) == variant]):
+        weights = chosen
+    for file in [*here.glob("*.json"), *here.glob("*.txt"), *weights]:
+        shutil.copyfile(file, there / file.name.replace(f".{_variant_of(file)}.", "."))
+
+
+def _variant_of(file: Path) -> str:
+    """'fp16' of ``model.fp16.safetensors``, '' of ``model.safetensors`` and of files that are no weights."""
+    return "".join(file.name.split(".")[1:-1]) if file.suffix == ".safetensors" else ""
 
 
 def pipeline(source: Source, dtype: torch.dtype, **parts: nn.Module) -> Any:

@@ -1,5 +1,6 @@
 """The embedded world: captions, pictures, reward, shipped assets, and the script that builds them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from smpo_fast import embedded
 from smpo_fast.embedded import build, networks, pairs, pretrain_unet, reward, shapes
@@ -177,6 +179,18 @@ def test_pipeline_is_a_stock_sdxl() -> None:
     assert loaded.unet.config.addition_embed_type == "text_time"
     assert loaded.config.force_zeros_for_empty_prompt is False
     assert all(value.isfinite().all() for value in loaded.unet.state_dict().values())
+
+
+def test_pipeline_folder_is_laid_out_as_published_ones_are() -> None:
+    """What older versions of the libraries need, and nothing about the machine it was made on."""
+    folder = embedded.pipeline_path()
+    for name in ("text_encoder", "text_encoder_2"):
+        weights = load_file(folder / name / "model.safetensors")
+        assert all(key.startswith(("text_model.", "text_projection.")) for key in weights)
+        assert {value.dtype for value in weights.values()} == {torch.float32}, "loads without a dtype given"
+    assert {file.name for file in (folder / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt", "tokenizer.json"}
+    for config in folder.rglob("*.json"):
+        assert not networks.ORIGIN_KEYS & set(json.loads(config.read_text())), config
 
 
 def test_tokenizer_knows_the_world_and_survives_other_text(pipeline: StableDiffusionXLPipeline) -> None:

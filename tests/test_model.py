@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,24 @@ def test_export_is_a_pipeline_with_the_new_weights(kind: str, sd15_pipeline: Mak
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle", num_inference_steps=2, height=side, width=side).images[0].size == (side, side)
     assert encoders_identity(find(settings(tmp_path / "export"))) != "", "an export is a start for the next run"
+
+
+def test_export_copies_what_was_not_trained(tmp_path: Path) -> None:
+    """A chosen variant gets the plain name, other variants stay behind, and no path of this machine is written."""
+    shutil.copytree(embedded.pipeline_path(), tmp_path / "p")
+    encoder = tmp_path / "p" / "text_encoder"
+    (encoder / "model.safetensors").rename(encoder / "model.fp16.safetensors")
+    (tmp_path / "p" / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
+    source = find(settings(tmp_path / "p"))
+    state = load_unets(source, settings(tmp_path / "p"), "fp32", CPU)[0].state_dict()
+    for variant, weights in (("fp16", {"model.safetensors"}), (None, set())):
+        export_pipeline(replace(source, variant=variant), state, tmp_path / "export", "float16")
+        exported = tmp_path / "export" / "text_encoder"
+        assert {f.name for f in exported.glob("*.safetensors")} == weights
+    here, there = (f / "vae" / "diffusion_pytorch_model.safetensors" for f in (tmp_path / "p", tmp_path / "export"))
+    assert here.read_bytes() == there.read_bytes()
+    for file in (tmp_path / "export").rglob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
 
 
 def test_export_refuses_foreign_weights(tmp_path: Path) -> None:

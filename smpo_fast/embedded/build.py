@@ -100,6 +100,7 @@ def total_bytes(folder: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Build what ``--stage`` asks for below ``--out``; finished stages are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to build in")
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -15,11 +16,12 @@ LATENT = 8  # 32 pixels, halved twice
 TOKENS = 16
 WIDTHS = (32, 48)  # of the two text encoders; the UNet attends to both side by side
 TIME_ID_WIDTH = 16  # of the embedding of each of the six SDXL time ids
+ORIGIN_KEYS = {"_name_or_path", "is_local", "local_files_only"}
 PRINTABLE = "".join(chr(code) for code in range(33, 127) if not chr(code).isupper())
 
 
 def write_vocabulary(folder: Path) -> None:
-    """Write `vocab.json` and `merges.txt`: the captions' words are whole; other ASCII text falls into characters."""
+    """Write `vocab.json` and `merges.txt`: the captions' words are whole; other ASCII text falls into pieces."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False, end_of_word_suffix="</w>")
@@ -130,12 +132,36 @@ def load(folder: Path) -> StableDiffusionXLPipeline:
 
 
 def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
-    """Save the miniature in fp16, readable by everyone (safetensors files come out readable by their owner alone)."""
-    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+    """Save the miniature the way a published SDXL folder looks, with VAE and UNet in fp16.
+
+    The text encoders stay fp32: transformers loads them in the dtype they are stored in and diffusers the others in
+    fp32, so a folder of halves would not run unless a dtype is given.
+    """
+    for part in (pipeline.vae, pipeline.unet):
         part.half()
     pipeline.save_pretrained(folder)
     for name in ("tokenizer", "tokenizer_2"):
         write_vocabulary(folder / name)  # transformers 4 reads these two files, 5 writes and reads tokenizer.json
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)
+    _prefix_weights(folder / "text_encoder" / "model.safetensors")
+    for config in folder.rglob("*.json"):
+        _forget_origin(config)
+    for file in folder.rglob("*.*"):
+        file.chmod(0o644)  # safetensors files come out readable by their owner alone
+
+
+def _prefix_weights(file: Path) -> None:
+    """Name a CLIPTextModel's weights as published ones are named.
+
+    transformers 5 leaves out the prefix but reads it; transformers 4 ignores weights without it, and says so only in
+    a warning.
+    """
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop what a config file tells of the folder that it was loaded from."""
+    settings = json.loads(config.read_text())
+    kept = {key: value for key, value in settings.items() if key not in ORIGIN_KEYS}
+    if kept != settings:
+        config.write_text(json.dumps(kept, indent=2) + "\n")
