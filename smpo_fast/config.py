@@ -164,6 +164,14 @@ class Optim(Section):
     clip: float = Field(1.0, ge=0, description="gradient norm after clipping; 0: no clipping")
 
 
+class Kernels(Section):
+    """Fused Triton kernels in place of eager code (docs/kernels.md)."""
+
+    enabled: list[Literal["pair_loss", "renoise_step", "group_norm_silu", "layer_norm", "geglu"]] = Field(
+        [], description="kernels in use: pair_loss, renoise_step, group_norm_silu, layer_norm, geglu"
+    )
+
+
 class Log(Section):
     """Who is told."""
 
@@ -193,6 +201,7 @@ class Config(Section):
     inversion: Inversion = Inversion()
     objective: Objective = Objective()
     optim: Optim = Optim()
+    kernels: Kernels = Kernels()
     log: Log = Log()
     eval: Eval = Eval()
 

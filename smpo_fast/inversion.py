@@ -8,12 +8,15 @@ the cancellation in ``(x_t - signal_t x_0) / noise_t``.
 One ReNoise step (Garibi et al., ECCV 2024; the released SmPO script takes K = 1):
 ``e_0 = eps(x, source)``, then K times ``e_k = eps(x + h e_{k-1}, destination)``, always restarting from x,
 and the latent moves by the mean of the estimates, or by the last one.
+
+The arithmetic between two network calls is a ``Solver``: ``EAGER`` below, or the kernel of the same two functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ from torch import Tensor
 from smpo_fast.config import Inversion
 from smpo_fast.schedule import Level, Path
 
-# (x [n, 2, C, H, W], timesteps [n], the n pairs' place in the window) -> noise prediction [n, 2, C, H, W], float32
+# (x [n, 2, C, H, W], timesteps [n], the n pairs' place in the window) -> a new tensor: the noise prediction, float32
 EpsFn = Callable[[Tensor, Tensor, slice], Tensor]
 
 
@@ -33,13 +36,52 @@ class Coefficients:
     signal_from: Tensor
     signal_to: Tensor
     inverse_start: Tensor  # 1 / signal_start
-    mean: Tensor  # 1 where the estimates are averaged, 0 where the last one counts
+    last: Tensor  # weight of the last estimate, and of each of the earlier ones
+    earlier: Tensor
     noise: Tensor  # standard deviation of the added noise, in the units of S
     first_time: Tensor
     renoise_time: Tensor
 
     def take(self, rows: slice) -> Coefficients:
         return Coefficients(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+
+class Solver(NamedTuple):
+    """What happens between two network calls; both functions write in place and return nothing.
+
+    predict(x, x_0, S, signal, inverse_start[, estimate, h[, rest]]):
+    ``x = signal (x_0 inverse_start + S + h estimate)`` and ``rest += estimate``.
+    correct(x, x_0, S, signal, inverse_start, estimate, h[, rest, (a, b)]):
+    ``S += h (a estimate + b rest)``, then ``x = signal (x_0 inverse_start + S)``.
+    """
+
+    predict: Callable[..., None]
+    correct: Callable[..., None]
+
+
+def _predict(
+    x: Tensor, x_0: Tensor, total: Tensor, signal: Tensor, inverse_start: Tensor,
+    estimate: Tensor | None = None, h: Tensor | None = None, rest: Tensor | None = None,
+) -> None:  # fmt: skip
+    clean = x_0 * inverse_start + total
+    if estimate is not None and h is not None:
+        clean = clean + h * estimate
+        if rest is not None:
+            rest.add_(estimate)
+    x.copy_(signal * clean)
+
+
+def _correct(
+    x: Tensor, x_0: Tensor, total: Tensor, signal: Tensor, inverse_start: Tensor, estimate: Tensor, h: Tensor,
+    rest: Tensor | None = None, weights: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    if rest is not None and weights is not None:
+        estimate = weights[0] * estimate + weights[1] * rest
+    total.add_(h * estimate)
+    x.copy_(signal * (x_0 * inverse_start + total))
+
+
+EAGER = Solver(_predict, _correct)
 
 
 def rounds(paths: Sequence[Path]) -> list[int]:
@@ -63,25 +105,31 @@ def invert(
     chunk: int,
     active: Sequence[int] = (),
     noise: Tensor | None = None,
+    solver: Solver = EAGER,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Noisy latents and targets of a window.
 
     x_0: [B, 2, C, H, W] float32; paths: B of them, deepest first; chunk: pairs in one network call.
     active: for each round at least so many pairs are put through the network (ranks that must make equally
     many calls agree on it; a pair that has landed is moved by zero). noise: [rounds, B, 2, C, H, W] standard
-    normals, needed where ``settings.noise`` is not 0.
+    normals, needed where ``settings.noise`` is not 0. dtype: what the network is given x in; the state is fp32.
     Returns x_t and tau, both like x_0, with ``x_t = signal_t x_0 + noise_t tau`` for every pair.
     """
-    total = torch.zeros_like(x_0)
+    total = torch.zeros(x_0.shape, device=x_0.device)
+    x = torch.empty(x_0.shape, dtype=dtype, device=x_0.device)
+    start = _coefficients(paths, 0, settings, x_0.device)
+    solver.predict(x, x_0, total, start.signal_from, start.inverse_start)
     own = rounds(paths)
     for k in range(max(len(own), len(active))):
         count = max(own[k] if k < len(own) else 0, active[k] if k < len(active) else 0)
         table = _coefficients(paths[:count], k, settings, x_0.device)
         for first in range(0, count, chunk):
             rows = slice(first, min(first + chunk, count))
-            total[rows] = _step(eps, x_0[rows], total[rows], table.take(rows), rows, settings.renoise_steps)
+            _step(eps, solver, x[rows], x_0[rows], total[rows], table.take(rows), rows, settings.renoise_steps)
         if settings.noise and noise is not None and k < len(noise):
             total[:count] += table.noise * noise[k, :count]
+            solver.predict(x[:count], x_0[:count], total[:count], table.signal_to, table.inverse_start)
     return _land(x_0, total, paths)
 
 
@@ -91,14 +139,17 @@ def forward_noise(x_0: Tensor, tau: Tensor, paths: Sequence[Path]) -> Tensor:
     return signal * x_0 + noise * tau
 
 
-def _step(eps: EpsFn, x_0: Tensor, total: Tensor, c: Coefficients, rows: slice, renoise_steps: int) -> Tensor:
-    clean = x_0 * c.inverse_start
-    estimate = eps(c.signal_from * (clean + total), c.first_time, rows)
-    estimates = estimate
+def _step(
+    eps: EpsFn, solver: Solver, x: Tensor, x_0: Tensor, total: Tensor, c: Coefficients, rows: slice, renoise_steps: int
+) -> None:
+    """One step of some pairs, in place: ``total`` moves on, and x becomes what the network reads next."""
+    clean = (x, x_0, total, c.signal_to, c.inverse_start)
+    estimate, earlier = eps(x, c.first_time, rows), None
     for _ in range(renoise_steps):
-        estimate = eps(c.signal_to * (clean + total + c.h * estimate), c.renoise_time, rows)
-        estimates = estimates + estimate
-    return total + c.h * torch.lerp(estimate, estimates / (renoise_steps + 1), c.mean)
+        solver.predict(*clean, estimate, c.h, earlier)
+        earlier = estimate if earlier is None else earlier
+        estimate = eps(x, c.renoise_time, rows)
+    solver.correct(*clean, estimate, c.h, *([] if earlier is None else [earlier, (c.last, c.earlier)]))
 
 
 def _land(x_0: Tensor, total: Tensor, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
@@ -117,13 +168,15 @@ def _coefficients(paths: Sequence[Path], k: int, settings: Inversion, device: to
     times = {"source": [s.time for s in source], "destination": [d.time for d in destination]}
     mean = {"mean": [1.0] * len(paths), "last": [0.0] * len(paths)}
     mean["renoise"] = [float(d.time < settings.average_below) for d in destination]
+    share = [m / (settings.renoise_steps + 1) for m in mean[settings.average]]
     pairs = list(zip(source, destination, strict=True))
     return Coefficients(
         h=_column([d.sigma - s.sigma for s, d in pairs], device),
         signal_from=_column([s.signal for s in source], device),
         signal_to=_column([d.signal for d in destination], device),
         inverse_start=_column([1.0 / p.levels[0].signal for p in paths], device),
-        mean=_column(mean[settings.average], device),
+        last=_column([1.0 - settings.renoise_steps * s for s in share], device),
+        earlier=_column(share, device),
         noise=_column([settings.noise * _ddim_deviation(s, d) / d.signal for s, d in pairs], device),
         first_time=torch.tensor(times[settings.first_time], device=device),
         renoise_time=torch.tensor(times[settings.renoise_time], device=device),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,15 @@ def _sft(policy: Tensor, reference: Tensor, weight: Tensor, beta: float) -> Tens
     return policy[:, 0]
 
 
+class Losses(NamedTuple):
+    """Of pairs: loss and logit [B], errors of the policy and of the reference [B, 2] (winner, loser)."""
+
+    loss: Tensor
+    logit: Tensor
+    policy: Tensor
+    reference: Tensor
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss a pair, [B], from policy errors [B, 2], reference errors [B, 2], weights [B] and beta."""
@@ -53,6 +63,15 @@ class Objective:
     def weigh(self, weight: Tensor) -> Tensor:
         """The weights [B] that count: the labels', or 1 for every pair."""
         return weight if self.weighted else torch.ones_like(weight)
+
+    def losses(
+        self, prediction: Tensor, reference: Tensor | None, target: Tensor, weight: Tensor, beta: float
+    ) -> Losses:
+        """From a prediction and its target [B, 2, C, H, W] and the reference's errors (None: it is not needed)."""
+        policy = pair_errors(prediction, target)
+        frozen = policy.detach() if reference is None else reference
+        loss = self.pair_loss(policy, frozen, weight, beta)
+        return Losses(loss, logit(policy, frozen, weight, beta), policy, frozen)
 
 
 OBJECTIVES: dict[str, Objective] = {

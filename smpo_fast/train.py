@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from smpo_fast import cache, checkpoint, config, data, evaluate, inversion, metrics, prepare, report
+from smpo_fast import cache, checkpoint, config, data, evaluate, inversion, metrics, patch, prepare, report
 from smpo_fast import engine as engines
 from smpo_fast.batch import Pairs
 from smpo_fast.cache import CachedPairs
@@ -47,7 +47,7 @@ from smpo_fast.model import (
     schedule_of,
     weights_identity,
 )
-from smpo_fast.objective import OBJECTIVES, logit, pair_errors
+from smpo_fast.objective import OBJECTIVES
 from smpo_fast.runtime import Stopped, StopSignal, World, print0, warn0, world_from_environment
 from smpo_fast.schedule import Path as NoisePath
 
@@ -81,6 +81,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.schedule = schedule_of(self.source, self.config.inversion)
         self.objective = OBJECTIVES[self.config.objective.name]
+        self.ops = patch.select_ops(self.config)
         self.policy = self._denoiser(self.engine.unet)
         self.reference = self._denoiser(self.reference_unet)
         self.meter = metrics.Meter(self.world)
@@ -130,8 +131,10 @@ class Trainer:
         noise = (
             self.loader.normals(step, "inversion", (len(active), *picture)).transpose(0, 1) if settings.noise else None
         )
-        chunk = self.config.batch.inversion_pairs
-        return inversion.invert(eps, window.latents, paths, settings, chunk=chunk, active=active, noise=noise)
+        return inversion.invert(
+            eps, window.latents, paths, settings, chunk=self.config.batch.inversion_pairs, active=active, noise=noise,
+            solver=self.ops.solver, dtype=torch.float32 if inverter.velocity else inverter.dtype,
+        )  # fmt: skip
 
     def backward(
         self, pairs: Pairs, x_t: Tensor, tau: Tensor, paths: Sequence[NoisePath], window: int, *, last: bool
@@ -142,25 +145,23 @@ class Trainer:
         times = [p.at.time for p in paths]
         time = torch.tensor(times, device=x_t.device)
         target = self.policy.target(pairs.latents, tau, paths)
+        reference = None
         if self.objective.needs_reference:
             with self.meter.phase("reference"), torch.no_grad():
-                reference = pair_errors(self.reference(x_t, time, pairs.cond), target)
+                reference = self.ops.pair_errors(self.reference(x_t, time, pairs.cond), target)
         with self.meter.phase("policy"):
-            policy = pair_errors(self.policy_in_training(x_t, time, pairs), target)
-            if not self.objective.needs_reference:
-                reference = policy.detach()
-            loss = self.objective.pair_loss(policy, reference, weight, beta)
-            self.engine.backward(loss.sum() / window, last=last)
+            out = self.ops.pair_loss(self.policy_in_training(x_t, time, pairs), reference, target, weight, beta)
+            self.engine.backward(out.loss.sum() / window, last=last)
         self.meter.add(
             pairs.ids,
             times,
-            loss=loss,
-            logit=logit(policy, reference, weight, beta),
+            loss=out.loss,
+            logit=out.logit,
             weight=weight,
-            policy_w=policy[:, 0],
-            policy_l=policy[:, 1],
-            reference_w=reference[:, 0],
-            reference_l=reference[:, 1],
+            policy_w=out.policy[:, 0],
+            policy_l=out.policy[:, 1],
+            reference_w=out.reference[:, 0],
+            reference_l=out.reference[:, 1],
         )
         self.bar.update(len(pairs) * self.world.size)
 
@@ -199,6 +200,7 @@ class Job:
             if project and importlib.util.find_spec(module) is None:
                 raise SettingsError(f"log.{module} = '{project}', but {module} is not installed: pip install {module}")
         evaluate.check(settings)
+        patch.check(settings, self.world.device)
         self.run_dir = Path(settings.run.dir)
         self.cache_dir = Path(settings.data.cache or self.run_dir / "cache")
         self.encoders = encoders_identity(self.source)
@@ -259,6 +261,8 @@ def train(job: Job) -> Path:
     loader = Loader(job.open_cache(), c, world)
     print0(loader.labels.report)
     policy, reference = load_unets(job.source, c.model, job.precision, world.device)
+    for unet in (policy, reference):
+        patch.patch(unet, c.kernels.enabled)
     engine = engines.make_engine(policy, c, world, job.precision, job.ds_settings)
     progress = checkpoint.restore_latest(run_dir, engine, world, job.facts) or checkpoint.Progress()
     if world.rank == 0:
@@ -393,12 +397,21 @@ def finish(job: Job, state: dict[str, Tensor]) -> None:
     if job.config.eval.prompts:
         summary = evaluate.evaluate(job.config, job.source, export, job.run_dir / "evaluation", job.world.device)
     print0(
-        f"\n{summary}\nThe run is complete: {job.run_dir}/\n"
+        f"\n{summary}\n{totals(metrics.read_metrics(job.run_dir))}\nThe run is complete: {job.run_dir}/\n"
         "  export/         the aligned pipeline, for diffusers' from_pretrained\n"
         "  metrics.jsonl   one line a step; tensorboard/ has the same; curves.png shows them\n"
         "  config.toml     the resolved settings; environment.json has versions and device\n"
         + ("  evaluation/     grid.png (base beside aligned), evaluation.json, scores.csv\n" if summary else "")
     )
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> str:
+    """Steps, seconds, speed and peak memory of a run, from its log."""
+    if not rows:
+        return "no step was trained"
+    seconds, peak = sum(row["seconds"] for row in rows), max(row["memory_gb"] for row in rows)
+    speed = rows[-1]["pairs_seen"] / seconds
+    return f"{len(rows)} steps in {seconds:.0f} s ({speed:.1f} pairs/s), peak memory {peak:.2f} GB (rank 0)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,8 +19,8 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 LAYERS = {
     "config": 0, "embedded": 0, "embedded.shapes": 0, "embedded.reward": 0,
     "runtime": 1, "batch": 1, "schedule": 2, "labels": 2,
-    "data": 3, "scorers": 3, "cache": 3, "model": 3, "inversion": 3, "objective": 3, "report": 3,
-    "engine": 4, "checkpoint": 5, "metrics": 4, "loader": 4, "prepare": 4, "evaluate": 4,
+    "data": 3, "scorers": 3, "cache": 3, "model": 3, "inversion": 3, "objective": 3, "report": 3, "kernels": 3,
+    "engine": 4, "checkpoint": 5, "metrics": 4, "loader": 4, "prepare": 4, "evaluate": 4, "patch": 4,
     "train": 6, "cli": 7,
 }  # fmt: skip
 # What makes the embedded assets: a program of several files that nobody imports.
@@ -30,7 +30,7 @@ SAME_LAYER = {("embedded.reward", "embedded.shapes"), ("embedded.shapes", "embed
 OWNERS = {
     "deepspeed": {"engine"},
     "bitsandbytes": {"engine"},
-    "diffusers": {"model"},
+    "diffusers": {"model", "patch"},
     "transformers": {"model", "scorers", "engine"},
     "pyarrow": {"data", "cache"},
     "PIL": {"data", "scorers", "evaluate", "report", "prepare", "embedded.reward"},
@@ -38,7 +38,7 @@ OWNERS = {
     "pydantic": {"config"},
     "tomllib": {"config"},
     "argparse": {"config", "train", "cli"},
-    "triton": set(),
+    "triton": {"kernels"},
     "pickle": set(),
 }
 
@@ -75,6 +75,14 @@ def test_imports_go_down(file: Path) -> None:
     for other in rooms_imported(file):
         allowed = LAYERS[other] < LAYERS[mine] or (mine, other) in SAME_LAYER
         assert allowed, f"{mine} (layer {LAYERS[mine]}) imports {other} (layer {LAYERS[other]})"
+
+
+def test_kernels_import_torch_triton_and_what_they_share() -> None:
+    allowed = {"torch", "triton", "smpo_fast.kernels._launch"} | set(sys.stdlib_module_names)
+    for file in (ROOT / "kernels").glob("*.py"):
+        for name in imports(file):
+            assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{file.name} imports {name}"
+    assert imports(ROOT / "kernels" / "__init__.py") == set()
 
 
 @pytest.mark.parametrize("library", OWNERS)

@@ -141,7 +141,7 @@ def test_converges_to_the_flow_at_the_solvers_order(renoise_steps: int, order: i
 def test_a_round_trip_returns_to_the_clean_latent_as_steps_grow() -> None:
     """Up by the inversion, down by the DDIM sampler on the same levels: first order, as DDIM is."""
     x_0, time, errors = latents(1), 900, []
-    for steps in (10, 40):
+    for steps in (50, 200):
         chosen = settings(steps=steps, renoise_steps=0)
         path = SCHEDULE.path(time, chosen)
         x = invert(gaussian_eps, x_0, [path], chosen, chunk=1)[0]
@@ -149,7 +149,7 @@ def test_a_round_trip_returns_to_the_clean_latent_as_steps_grow() -> None:
             eps = gaussian_eps(x, torch.tensor([here.time]), slice(0, 1))
             x = there.signal * (x - here.noise * eps) / here.signal + there.noise * eps
         errors.append(((x - x_0).norm() / x_0.norm()).item())
-    assert errors[1] < 0.05 and errors[0] / errors[1] > 0.75 * 4, errors
+    assert errors[1] < 0.05 and errors[0] / errors[1] > 0.8 * 4, errors
 
 
 def test_inpo_noise_has_the_ddim_deviation() -> None:

@@ -185,6 +185,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Path:
 
 def test_two_ranks_under_zero_2_agree_with_plain_pytorch(two_ranks: Path, plain: Path) -> None:
     assert_same_run(plain, two_ranks, tolerance=2e-4)
+    assert read_metrics(two_ranks)[0]["logit_max"] == 0.0
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -193,6 +194,7 @@ def test_two_ranks_under_zero_1_and_3_agree_with_plain_pytorch(
 ) -> None:
     finish(launch(tmp_path / "run", cache, ranks=2, ds=f"ds_zero{stage}.json"))
     assert_same_run(plain, tmp_path / "run", tolerance=2e-4)
+    assert read_metrics(tmp_path / "run")[0]["logit_max"] == 0.0, "equal networks predict equally under sharding too"
 
 
 def test_two_ranks_stopped_by_ctrl_c_go_on_exactly(two_ranks: Path, cache: str, tmp_path: Path) -> None:
@@ -383,6 +385,11 @@ def test_dry_run_and_print_config_load_nothing(
     assert run(tmp_path / "run", "--print-config") == 0
     assert "pairs_per_step = 6" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_totals_of_a_log() -> None:
+    rows = [{"seconds": 2.0, "pairs_seen": 6, "memory_gb": 1.0}, {"seconds": 1.0, "pairs_seen": 12, "memory_gb": 1.5}]
+    assert train.totals(rows) == "2 steps in 3 s (4.0 pairs/s), peak memory 1.50 GB (rank 0)"
 
 
 def test_learning_rate_by_hand() -> None:

@@ -42,8 +42,8 @@ def score(images: np.ndarray, prompts: Sequence[str]) -> Scores:
         "background": _colour_match(back, rgb([s.background for s in scenes])),
         "shape": _shape_match(mask, [s.shape for s in scenes]) * (contrast >= MIN_CONTRAST),
     }
-    total = sum(WEIGHTS[name] * part for name, part in parts.items())
-    return Scores(np.float32(total), **{name: np.float32(part) for name, part in parts.items()})
+    total = np.sum([WEIGHTS[name] * part for name, part in parts.items()], axis=0)
+    return Scores(total.astype(np.float32), **{name: part.astype(np.float32) for name, part in parts.items()})
 
 
 def _resize(pictures: np.ndarray) -> np.ndarray:

@@ -1,0 +1,384 @@
+"""group_norm_silu: GroupNorm, and the SiLU behind it, on channels-last or contiguous pictures.
+
+Forward, over the D*H*W elements of a group of D channels of one picture::
+
+    mean, var                          rstd = 1 / sqrt(var + eps)            n = (x - mean) rstd
+    z = n w + b                        y = z sigmoid(z)   (silu), or z
+
+Backward, with ``dz = dy sigmoid(z) (1 + z (1 - sigmoid(z)))``, or dy, and means over the group::
+
+    dw = sum dz n                      db = sum dz        over pictures and pixels, a channel each
+    dx = rstd (w dz - mean(w dz) - n mean(w dz n))
+
+Shapes: x, y [N, C, *]; w, b [C]; groups of equal numbers of neighbouring channels. x may be contiguous or channels-last
+(each its own tile, no copy; y and dx lie as x does) or have gaps between pictures or channels; anything else is copied.
+
+Dtypes: any float in; statistics of tiles in fp32 about the tile's own mean (two passes in registers), joined over tiles
+in fp64, so that no mean is too large for its variance; y in x's dtype, dw and db in the weights'.
+
+How: a picture is cut into tiles of 128 pixels x 64 channels (channels-last) or of whole channels (contiguous): 1280
+programs for two pictures of 320 x 128 x 128, where a program per group gives 64. Three launches forward (tile
+statistics, groups, apply), three backward and the weights' sums. All sums have a fixed order; there are no atomics.
+
+Bytes an element, halves: forward 6 (x twice, y once), plus 6 % for partial statistics; backward 10. z is not kept: the
+backward pass computes it from x. SDXL, 1024 px, two pictures: 46 calls a forward pass, 1.9 GB.
+
+Status: not measured on a GPU. Libraries: PyTorch's CUDA GroupNorm copies channels-last pictures to contiguous ones and
+back and runs 64 programs at batch 2; Liger's is contiguous only, without SiLU, its backward wrong for SDXL's shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
+
+PIXELS, CHANNELS = 128, 64  # a tile of a channels-last picture; 64 divides every width of SDXL and SD1.5
+TILE = 4096  # elements of a tile of a contiguous picture
+WARPS = 8
+
+
+# --- eager reference -------------------------------------------------------------------------------------------
+
+
+def group_norm_silu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float = 1e-5, silu: bool = True
+) -> Tensor:
+    """``group_norm_silu`` in eager PyTorch."""
+    if weight.dtype == x.dtype:
+        y = F.group_norm(x, num_groups, weight, bias, eps)
+    else:  # autocast: weights in fp32, activations in half
+        y = F.group_norm(x.float(), num_groups, weight.float(), bias.float(), eps)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P: tl.constexpr, CB: tl.constexpr):
+    """This program's picture, chunk of pixels and channels; addresses from the tile's start, which is int64."""
+    i_block = tl.program_id(0) % blocks
+    i_chunk = (tl.program_id(0) // blocks) % chunks
+    i_n = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    o_p, o_c = i_chunk * P + tl.arange(0, P), i_block * CB + tl.arange(0, CB)
+    m = (o_c < channels)[:, None] & (o_p < pixels)[None, :]
+    start = i_n * s_n + (i_chunk * P).to(tl.int64) * s_p + (i_block * CB).to(tl.int64) * s_c
+    o = tl.arange(0, CB)[:, None] * s_c + tl.arange(0, P)[None, :] * s_p
+    return i_n, i_chunk, o_c, m, start, o
+
+
+@triton.jit
+def _z_and_slope(b_n, b_w, b_b, SILU: tl.constexpr):
+    """y = f(z) of the normalised tile, and f'(z)."""
+    b_z = b_n * b_w[:, None] + b_b[:, None]
+    if SILU:
+        b_s = 1.0 / (1.0 + tl.exp(-b_z))
+        return b_z * b_s, b_s * (1.0 + b_z * (1.0 - b_s))
+    else:
+        return b_z, 1.0
+
+
+@triton.jit
+def _statistics_kernel(
+    p_x, p_mean, p_m2, pixels, channels, chunks, blocks, s_n, s_c, s_p, P: tl.constexpr, CB: tl.constexpr
+):
+    """Mean and sum of squared deviations of each channel of a tile; both [N, chunks, C]."""
+    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P, CB)
+    b_x = tl.load(p_x + start + o, mask=m, other=0.0).to(tl.float32)
+    count = tl.minimum(pixels - i_chunk * P, P)
+    b_mean = tl.sum(b_x, 1) / count
+    b_x = tl.where(m, b_x - b_mean[:, None], 0.0)
+    o_out = (i_n * chunks + i_chunk) * channels + o_c
+    # what rounding left of the mean: a constant picture gives exactly b
+    b_rest = tl.sum(b_x, 1) / count
+    tl.store(p_mean + o_out, b_mean + b_rest, mask=o_c < channels)
+    tl.store(p_m2 + o_out, tl.sum(b_x * b_x, 1), mask=o_c < channels)
+
+
+@triton.jit
+def _groups_kernel(
+    p_mean, p_m2, p_group_mean, p_group_rstd, pixels, channels, chunks, groups, eps,
+    P: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Mean and rstd of one group of one picture from its channels' tiles."""
+    i_n, i_g = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    size = channels // groups
+    o_d = tl.arange(0, D)
+    b_sum = tl.zeros([K, D], tl.float64)
+    b_total = tl.zeros([K, D], tl.float64)
+    for k in range(0, chunks, K):
+        o_k = k + tl.arange(0, K)
+        m = (o_k < chunks)[:, None] & (o_d < size)[None, :]
+        b_count = tl.minimum(pixels - o_k * P, P).to(tl.float64)[:, None]
+        o = (i_n * chunks + o_k[:, None]) * channels + i_g * size + o_d[None, :]
+        b_mean = tl.load(p_mean + o, mask=m, other=0.0).to(tl.float64)
+        b_sum += tl.where(m, b_count * b_mean, 0.0)
+        b_total += tl.where(m, b_count, 0.0)
+    total = tl.sum(tl.sum(b_total, 0), 0)
+    mean = tl.sum(tl.sum(b_sum, 0), 0) / total
+    b_sum = tl.zeros([K, D], tl.float64)
+    for k in range(0, chunks, K):
+        o_k = k + tl.arange(0, K)
+        m = (o_k < chunks)[:, None] & (o_d < size)[None, :]
+        b_count = tl.minimum(pixels - o_k * P, P).to(tl.float64)[:, None]
+        o = (i_n * chunks + o_k[:, None]) * channels + i_g * size + o_d[None, :]
+        b_apart = tl.load(p_mean + o, mask=m, other=0.0).to(tl.float64) - mean
+        b_m2 = tl.load(p_m2 + o, mask=m, other=0.0).to(tl.float64)
+        b_sum += tl.where(m, b_m2 + b_count * b_apart * b_apart, 0.0)
+    variance = tl.sum(tl.sum(b_sum, 0), 0) / total
+    tl.store(p_group_mean + i_n * groups + i_g, mean.to(tl.float32))
+    tl.store(p_group_rstd + i_n * groups + i_g, (1.0 / tl.sqrt(variance + eps)).to(tl.float32))
+
+
+@triton.jit
+def _channel_values(p_mean, p_rstd, p_weight, p_bias, i_n, o_c, channels, groups):
+    m_c = o_c < channels
+    o_g = i_n * groups + o_c // (channels // groups)
+    b_mean = tl.load(p_mean + o_g, mask=m_c, other=0.0)
+    b_rstd = tl.load(p_rstd + o_g, mask=m_c, other=0.0)
+    b_w = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_b = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return o_g, m_c, b_mean, b_rstd, b_w, b_b
+
+
+@triton.jit
+def _apply_kernel(
+    p_x, p_y, p_mean, p_rstd, p_weight, p_bias,
+    pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p,
+    SILU: tl.constexpr, P: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """One tile of y; s and t are the strides of x and y."""
+    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P, CB)
+    _, _, _, _, start_y, o_y = _tile(pixels, channels, chunks, blocks, t_n, t_c, t_p, P, CB)
+    _, _, b_mean, b_rstd, b_w, b_b = _channel_values(p_mean, p_rstd, p_weight, p_bias, i_n, o_c, channels, groups)
+    b_x = tl.load(p_x + start + o, mask=m, other=0.0).to(tl.float32)
+    b_y, _ = _z_and_slope((b_x - b_mean[:, None]) * b_rstd[:, None], b_w, b_b, SILU)
+    tl.store(p_y + start_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=["pictures"])
+def _bwd_sums_kernel(
+    p_x, p_grad_y, p_mean, p_rstd, p_weight, p_bias, p_sums,
+    pictures, pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p,
+    SILU: tl.constexpr, P: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """Sums of dz and of dz n over each channel of a tile: [2, N, chunks, C]; t are the strides of grad_y."""
+    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P, CB)
+    _, _, _, _, start_y, o_y = _tile(pixels, channels, chunks, blocks, t_n, t_c, t_p, P, CB)
+    _, m_c, b_mean, b_rstd, b_w, b_b = _channel_values(p_mean, p_rstd, p_weight, p_bias, i_n, o_c, channels, groups)
+    b_n = (tl.load(p_x + start + o, mask=m, other=0.0).to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
+    _, b_slope = _z_and_slope(b_n, b_w, b_b, SILU)
+    b_dz = tl.load(p_grad_y + start_y + o_y, mask=m, other=0.0).to(tl.float32) * b_slope
+    o_out = (i_n * chunks + i_chunk) * channels + o_c
+    tl.store(p_sums + o_out, tl.sum(tl.where(m, b_dz, 0.0), 1), mask=m_c)
+    o_out += pictures.to(tl.int64) * chunks * channels
+    tl.store(p_sums + o_out, tl.sum(tl.where(m, b_dz * b_n, 0.0), 1), mask=m_c)
+
+
+@triton.jit(do_not_specialize=["pictures"])
+def _bwd_groups_kernel(
+    p_sums, p_weight, p_channel_sums, p_group_means, pictures, pixels, channels, chunks, groups,
+    K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Joins one group of one picture: sums a channel [2, N, C], means of w dz and w dz n a group [2, N, G]."""
+    i_n, i_g = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    size = channels // groups
+    o_d = tl.arange(0, D)
+    b_w = tl.load(p_weight + i_g * size + o_d, mask=o_d < size, other=0.0).to(tl.float64)
+    for which in range(2):
+        i_row = which * pictures + i_n
+        b_sum = tl.zeros([K, D], tl.float64)
+        for k in range(0, chunks, K):
+            o_k = k + tl.arange(0, K)
+            m = (o_k < chunks)[:, None] & (o_d < size)[None, :]
+            o = (i_row * chunks + o_k[:, None]) * channels + i_g * size + o_d[None, :]
+            b_sum += tl.load(p_sums + o, mask=m, other=0.0).to(tl.float64)
+        b_channel = tl.sum(b_sum, 0)
+        tl.store(p_channel_sums + i_row * channels + i_g * size + o_d, b_channel.to(tl.float32), mask=o_d < size)
+        mean = tl.sum(b_w * b_channel, 0) / pixels / size
+        tl.store(p_group_means + i_row * groups + i_g, mean.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["pictures"])
+def _bwd_apply_kernel(
+    p_x, p_grad_y, p_grad_x, p_mean, p_rstd, p_weight, p_bias, p_group_means,
+    pictures, pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p, u_n, u_c, u_p,
+    SILU: tl.constexpr, P: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """One tile of the gradient of x; s, t and u are the strides of x, grad_y and grad_x."""
+    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P, CB)
+    _, _, _, _, start_y, o_y = _tile(pixels, channels, chunks, blocks, t_n, t_c, t_p, P, CB)
+    _, _, _, _, start_x, o_x = _tile(pixels, channels, chunks, blocks, u_n, u_c, u_p, P, CB)
+    o_g, m_c, b_mean, b_rstd, b_w, b_b = _channel_values(p_mean, p_rstd, p_weight, p_bias, i_n, o_c, channels, groups)
+    b_c1 = tl.load(p_group_means + o_g, mask=m_c, other=0.0)
+    b_c2 = tl.load(p_group_means + pictures.to(tl.int64) * groups + o_g, mask=m_c, other=0.0)
+    b_n = (tl.load(p_x + start + o, mask=m, other=0.0).to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
+    _, b_slope = _z_and_slope(b_n, b_w, b_b, SILU)
+    b_dz = tl.load(p_grad_y + start_y + o_y, mask=m, other=0.0).to(tl.float32) * b_slope
+    b_dx = b_rstd[:, None] * (b_w[:, None] * b_dz - b_c1[:, None] - b_n * b_c2[:, None])
+    tl.store(p_grad_x + start_x + o_x, b_dx.to(p_grad_x.dtype.element_ty), mask=m)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------
+
+
+def _strided(x: Tensor) -> Tensor:
+    """[N, C, pixels], a view where the pixels have one stride, else a copy."""
+    return x.flatten(2)
+
+
+def _like(x: Tensor) -> Tensor:
+    """An uninitialised tensor of the shape of x, channels-last where x is, else contiguous."""
+    last = x.ndim == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
+    form = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=form)
+
+
+def _tiles(x: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Chunks of pixels, blocks of channels and the tile for [N, C, pixels]."""
+    channels, pixels = x.shape[1:]
+    if x.stride(1) == 1 and channels > 1:
+        p, cb = min(PIXELS, power_of_2(pixels)), min(CHANNELS, power_of_2(channels))
+    else:
+        p = min(TILE, power_of_2(pixels))
+        cb = min(TILE // p, power_of_2(channels))
+    return cdiv(pixels, p), cdiv(channels, cb), {"P": p, "CB": cb}
+
+
+def _join(chunks: int, size: int) -> dict[str, int]:
+    d = power_of_2(size)
+    return {"K": min(power_of_2(chunks), max(1, 256 // d)), "D": d, "num_warps": 4}
+
+
+def _group_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _fwd_shapes(x, weight, bias, groups, eps, silu)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    a, b = _strided(x), _strided(y)
+    n, channels, pixels = a.shape
+    chunks, blocks, tile = _tiles(a)
+    tile_mean, tile_m2 = torch.empty((2, n, chunks, channels), dtype=torch.float32, device=x.device).unbind()
+    programs, cut = n * chunks * blocks, (pixels, channels, chunks, blocks)
+    launch(_statistics_kernel, programs, x, a, tile_mean, tile_m2, *cut, *a.stride(), **tile, num_warps=WARPS)
+    launch(
+        _groups_kernel, n * groups, x,
+        tile_mean, tile_m2, mean, rstd, pixels, channels, chunks, groups, eps,
+        P=tile["P"], **_join(chunks, channels // groups),
+    )  # fmt: skip
+    launch(
+        _apply_kernel, programs, x,
+        a, b, mean, rstd, weight, bias, *cut, groups, *a.stride(), *b.stride(), SILU=silu, **tile, num_warps=WARPS,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _group_norm_bwd(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, weight, bias = _like(x), weight.contiguous(), bias.contiguous()
+    a, b, c = _strided(x), _strided(grad_y), _strided(grad_x)
+    n, channels, pixels = a.shape
+    chunks, blocks, tile = _tiles(a)
+    options = {"dtype": torch.float32, "device": x.device}
+    sums = torch.empty((2, n, chunks, channels), **options)
+    channel_sums, group_means = torch.empty((2, n, channels), **options), torch.empty((2, n, groups), **options)
+    programs, cut = n * chunks * blocks, (n, pixels, channels, chunks, blocks, groups)
+    launch(
+        _bwd_sums_kernel, programs, x,
+        a, b, mean, rstd, weight, bias, sums, *cut, *a.stride(), *b.stride(), SILU=silu, **tile, num_warps=WARPS,
+    )  # fmt: skip
+    launch(
+        _bwd_groups_kernel, n * groups, x,
+        sums, weight, channel_sums, group_means, n, pixels, channels, chunks, groups,
+        **_join(chunks, channels // groups),
+    )  # fmt: skip
+    launch(
+        _bwd_apply_kernel, programs, x,
+        a, b, c, mean, rstd, weight, bias, group_means, *cut, *a.stride(), *b.stride(), *c.stride(),
+        SILU=silu, **tile, num_warps=WARPS,
+    )  # fmt: skip
+    of_bias, of_weight = (sums.sum(0).to(weight.dtype) for sums in channel_sums)
+    return grad_x, of_weight, of_bias
+
+
+def _fwd_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (torch.empty((x.shape[0], groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    return _like(x), mean, rstd
+
+
+def _bwd_shapes(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+_fwd_op = operator(
+    "group_norm_silu",
+    "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
+    _group_norm_fwd,
+    _fwd_shapes,
+)
+_bwd_op = operator(
+    "group_norm_silu_backward",
+    "(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups, bool silu)"
+    " -> (Tensor, Tensor, Tensor)",
+    _group_norm_bwd,
+    _bwd_shapes,
+)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, groups, eps, silu):  # type: ignore[no-untyped-def]
+        y, mean, rstd = _fwd_op(x, weight, bias, groups, eps, silu)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.groups, ctx.silu = groups, silu
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y):  # type: ignore[no-untyped-def]
+        grad_x, grad_w, grad_b = _bwd_op(grad_y, *ctx.saved_tensors, ctx.groups, ctx.silu)
+        wanted = ctx.needs_input_grad
+        return grad_x, grad_w if wanted[1] else None, grad_b if wanted[2] else None, None, None, None
+
+
+# --- public ----------------------------------------------------------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float = 1e-5, silu: bool = True
+) -> Tensor:
+    """GroupNorm of x [N, C, *] and, unless ``silu`` is off, SiLU of it; see the top of this file."""
+    channels = x.shape[1] if x.ndim > 1 else 0
+    check(x.ndim >= 3 and channels % num_groups == 0, f"{num_groups} groups for a tensor {tuple(x.shape)}")
+    check(weight.shape == bias.shape == (channels,), f"weights {tuple(weight.shape)} for {channels} channels")
+    if not on_kernel(x):
+        return group_norm_silu_reference(x, weight, bias, num_groups=num_groups, eps=eps, silu=silu)
+    return _GroupNorm.apply(x, weight, bias, num_groups, eps, silu)
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """nn.GroupNorm with the op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, silu=False)
+
+
+class FusedGroupNormSiLU(nn.GroupNorm):
+    """nn.GroupNorm and the SiLU that stands behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, silu=True)

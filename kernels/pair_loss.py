@@ -1,0 +1,431 @@
+"""pair_loss: the losses of preference pairs from the networks' predictions, without materialised targets.
+
+Forward, for a pair with pictures i = w (winner), l (loser), over the n = C*H*W elements of a picture::
+
+    tau_i  = target_i                            or  (x_t_i - signal x_0_i) / noise
+    m_i    = mean (prediction_i - tau_i)^2       r_i likewise for the reference (or given)
+    D      = (m_w - m_l) - (r_w - r_l)           logit = -(beta/2) weight D
+    loss   = softplus(-logit)                    link "sigmoid"
+             relu(1 - logit)                     link "hinge"
+             (logit/beta - 1/(2 beta))^2         link "ipo"
+
+Backward, with g the gradient of the pair's loss and s the sign, + for the winner and - for the loser::
+
+    d prediction_i = s g (d loss/d logit) (-(beta/2) weight) (2/n) (prediction_i - tau_i)
+
+Shapes: prediction, reference, target, x_t, x_0 [B, 2, C, H, W], winner first; weight, signal, noise, loss, logit [B];
+errors [B, 2]. Pictures may lie contiguous or channels-last, each tensor as it likes; any other layout is copied first.
+
+Dtypes: any float in; differences and partial sums in fp32, the sums' sum, the margin and the link in fp64 (a few
+numbers a pair); loss, logit and errors out in fp32; the gradient in the prediction's dtype. At beta 5000 an average
+taken in bf16 is wrong by many times the logit: this op is a correctness kernel first.
+
+Determinism: a picture is split into fixed pieces of 2048 elements whose partial sums are added in a fixed order, so a
+pair's numbers do not depend, in any bit, on its neighbours or on the batch; no atomics. ``pair_errors`` sums in
+the same order, so that equal networks give a logit of exactly 0 also when the reference's errors are computed apart.
+
+Bytes: forward reads prediction, reference and target once (x_t and x_0 in place of the target); backward reads
+prediction and target and writes the gradient. 4x128x128, half predictions, fp32 target: 8 bytes an element forward
+(6 with given reference errors), 8 backward. Launches: 2 forward, 1 backward, whatever the batch.
+
+Status: not measured on a GPU. At the batch sizes of training it is launch overhead either way (under 0.3 % of a step);
+its worth is accuracy, a third of the memory of the eager graph, and no host work.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smpo_fast.kernels._launch import (
+    cdiv,
+    check,
+    launch,
+    on_kernel,
+    operator,
+    packed,
+    packed_like,
+    transposition,
+)
+
+LINKS = ("sigmoid", "hinge", "ipo")
+BLOCK = 2048  # elements of a program; fixed, since the order of summation follows from it
+WARPS = 4
+
+
+class Trajectory(NamedTuple):
+    """A target by its trajectory: tau = (x_t - signal x_0) / noise; [B, 2, C, H, W] twice, [B] twice."""
+
+    x_t: Tensor
+    x_0: Tensor
+    signal: Tensor
+    noise: Tensor
+
+
+class PairLoss(NamedTuple):
+    """loss [B], logit [B], errors of the policy and of the reference [B, 2], all fp32; only the loss has a gradient."""
+
+    loss: Tensor
+    logit: Tensor
+    policy: Tensor
+    reference: Tensor
+
+
+# --- eager reference -------------------------------------------------------------------------------------------
+
+
+def pair_errors_reference(prediction: Tensor, target: Tensor | Trajectory) -> Tensor:
+    """``pair_errors`` in eager PyTorch; float64 inputs stay float64."""
+    prediction, tau = _upcast(prediction), target
+    if isinstance(target, Trajectory):
+        signal, noise = (_upcast(c)[:, None, None, None, None] for c in (target.signal, target.noise))
+        tau = (_upcast(target.x_t) - signal * _upcast(target.x_0)) / noise
+    return (prediction - _upcast(tau)).square().mean(dim=(2, 3, 4))
+
+
+def pair_loss_reference(
+    prediction: Tensor,
+    reference: Tensor,
+    target: Tensor | Trajectory,
+    weight: Tensor,
+    *,
+    beta: float,
+    link: str = "sigmoid",
+) -> PairLoss:
+    """``pair_loss`` in eager PyTorch; float64 inputs stay float64."""
+    policy = pair_errors_reference(prediction, target)
+    frozen = reference if reference.ndim == 2 else pair_errors_reference(reference, target).detach()
+    difference = (policy[:, 0] - policy[:, 1]) - (frozen[:, 0] - frozen[:, 1])
+    logit = -0.5 * beta * weight * difference
+    if link == "sigmoid":
+        loss = F.softplus(-logit)
+    elif link == "hinge":
+        loss = F.relu(1 - logit)
+    else:
+        loss = (logit / beta - 0.5 / beta).square()
+    return PairLoss(loss, logit.detach(), policy.detach(), frozen)
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_tau(p_target, p_clean, o_target, m, signal, inverse_noise, TRAJECTORY: tl.constexpr):
+    b_tau = tl.load(p_target + o_target, mask=m, other=0.0).to(tl.float32)
+    if TRAJECTORY:
+        b_clean = tl.load(p_clean + o_target, mask=m, other=0.0).to(tl.float32)
+        b_tau = (b_tau - signal * b_clean) * inverse_noise
+    return b_tau
+
+
+@triton.jit
+def _levels(p_signal, p_noise, i_pair, TRAJECTORY: tl.constexpr):
+    signal, inverse_noise = 0.0, 0.0
+    if TRAJECTORY:
+        signal = tl.load(p_signal + i_pair).to(tl.float32)
+        inverse_noise = 1.0 / tl.load(p_noise + i_pair).to(tl.float32)
+    return signal, inverse_noise
+
+
+@triton.jit(do_not_specialize=["pictures"])
+def _partial_sums_kernel(
+    p_prediction, p_reference, p_target, p_clean, p_signal, p_noise, p_sums,
+    pictures, n, pieces, minor,
+    REFERENCE: tl.constexpr, TRAJECTORY: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of squared errors of one piece of one picture; p_sums [1 or 2 networks, pictures, pieces]."""
+    i_picture = tl.program_id(0) // pieces
+    i_piece = tl.program_id(0) % pieces
+    o = i_piece * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    first = i_picture.to(tl.int64) * n
+    o_target = (o % minor) * (n // minor) + o // minor if TRANSPOSED else o
+    signal, inverse_noise = _levels(p_signal, p_noise, i_picture // 2, TRAJECTORY)
+    b_tau = _load_tau(p_target + first, p_clean + first, o_target, m, signal, inverse_noise, TRAJECTORY)
+    b_error = tl.load(p_prediction + first + o, mask=m, other=0.0).to(tl.float32) - b_tau
+    o_sum = i_picture.to(tl.int64) * pieces + i_piece
+    # where: beyond the picture's end tau is 0 / noise, which is not 0 for a noise of 0
+    tl.store(p_sums + o_sum, tl.sum(tl.where(m, b_error * b_error, 0.0), 0))
+    if REFERENCE:
+        b_error = tl.load(p_reference + first + o, mask=m, other=0.0).to(tl.float32) - b_tau
+        o_sum += pictures.to(tl.int64) * pieces
+        tl.store(p_sums + o_sum, tl.sum(tl.where(m, b_error * b_error, 0.0), 0))
+
+
+@triton.jit
+def _mean_error(p_sums, i_picture, n, pieces, BLOCK: tl.constexpr):
+    b_sum = tl.zeros([BLOCK], tl.float64)
+    for i in range(0, pieces, BLOCK):
+        o = i + tl.arange(0, BLOCK)
+        b_sum += tl.load(p_sums + i_picture * pieces + o, mask=o < pieces, other=0.0).to(tl.float64)
+    # rounded here: given errors are rounded too, and equal networks must give equal errors
+    return (tl.sum(b_sum, 0) / n).to(tl.float32)
+
+
+@triton.jit
+def _errors_kernel(p_sums, p_errors, n, pieces, BLOCK: tl.constexpr):
+    """Mean squared error of one picture from its pieces' sums."""
+    i_picture = tl.program_id(0).to(tl.int64)
+    tl.store(p_errors + i_picture, _mean_error(p_sums, i_picture, n, pieces, BLOCK))
+
+
+@triton.jit
+def _log1p(y):
+    """log(1 + y) for y in [0, 1] in fp64, also where 1 + y would round y away."""
+    return tl.where(y < 1e-5, y * (1.0 - y * (0.5 - y * 0.3333333333333333)), tl.log(1.0 + y))
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _pair_loss_kernel(
+    p_sums, p_reference_errors, p_weight, p_loss, p_logit, p_errors, p_slope,
+    pairs, n, pieces, beta,
+    LINK: tl.constexpr, REFERENCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss of one pair from its pictures' sums, and d loss / d m_w (which is - d loss / d m_l)."""
+    i_pair = tl.program_id(0).to(tl.int64)
+    m_w = _mean_error(p_sums, 2 * i_pair, n, pieces, BLOCK)
+    m_l = _mean_error(p_sums, 2 * i_pair + 1, n, pieces, BLOCK)
+    if REFERENCE:
+        r_w = _mean_error(p_sums, 2 * (pairs + i_pair), n, pieces, BLOCK)
+        r_l = _mean_error(p_sums, 2 * (pairs + i_pair) + 1, n, pieces, BLOCK)
+        tl.store(p_reference_errors + 2 * i_pair, r_w)
+        tl.store(p_reference_errors + 2 * i_pair + 1, r_l)
+    else:
+        r_w = tl.load(p_reference_errors + 2 * i_pair)
+        r_l = tl.load(p_reference_errors + 2 * i_pair + 1)
+    difference = (m_w.to(tl.float64) - m_l.to(tl.float64)) - (r_w.to(tl.float64) - r_l.to(tl.float64))
+    by_difference = tl.load(p_weight + i_pair).to(tl.float64) * (-0.5 * beta)
+    logit = by_difference * difference
+    if LINK == 0:
+        small = tl.exp(-tl.abs(logit))
+        # where, not maximum: the hardware's maximum would hide a NaN
+        loss = tl.where(logit >= 0, 0.0, -logit) + _log1p(small)
+        slope = -tl.where(logit >= 0, small, 1.0) / (1.0 + small)
+    elif LINK == 1:
+        loss = tl.where(logit >= 1, 0.0, 1.0 - logit)
+        slope = tl.where(logit >= 1, 0.0, -1.0)
+    else:
+        root = (logit - 0.5) / beta
+        loss = root * root
+        slope = 2.0 * root / beta
+    tl.store(p_loss + i_pair, loss.to(tl.float32))
+    tl.store(p_logit + i_pair, logit.to(tl.float32))
+    tl.store(p_errors + 2 * i_pair, m_w)
+    tl.store(p_errors + 2 * i_pair + 1, m_l)
+    tl.store(p_slope + i_pair, (slope * by_difference).to(tl.float32))
+
+
+@triton.jit
+def _pair_loss_bwd_kernel(
+    p_prediction, p_target, p_clean, p_signal, p_noise, p_slope, p_grad_loss, p_grad,
+    n, pieces, minor,
+    TRAJECTORY: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one piece of one picture's prediction."""
+    i_picture = tl.program_id(0) // pieces
+    o = (tl.program_id(0) % pieces) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    first = i_picture.to(tl.int64) * n
+    o_target = (o % minor) * (n // minor) + o // minor if TRANSPOSED else o
+    signal, inverse_noise = _levels(p_signal, p_noise, i_picture // 2, TRAJECTORY)
+    b_tau = _load_tau(p_target + first, p_clean + first, o_target, m, signal, inverse_noise, TRAJECTORY)
+    b_error = tl.load(p_prediction + first + o, mask=m, other=0.0).to(tl.float32) - b_tau
+    slope = tl.load(p_slope + i_picture // 2) * tl.load(p_grad_loss + i_picture // 2).to(tl.float32)
+    slope = tl.where(i_picture % 2 == 0, slope, -slope)
+    b_grad = slope * (2.0 * b_error / n)
+    tl.store(p_grad + first + o, b_grad.to(p_grad.dtype.element_ty), mask=m)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------
+
+
+def _partial_sums(prediction: Tensor, reference: Tensor | None, target: Tensor, levels: list[Tensor]) -> Tensor:
+    """[1 or 2, B*2, pieces] fp32. levels: [] or [x_0, signal, noise]."""
+    prediction, target = packed(prediction), packed(target)
+    pictures, n = 2 * prediction.shape[0], prediction[0, 0].numel() if len(prediction) else 1
+    pieces = cdiv(n, BLOCK)
+    if reference is not None:
+        reference = packed_like(reference, prediction)
+    x_0, signal, noise = _levels_or(levels, target)
+    sums = torch.empty((1 if reference is None else 2, pictures, pieces), dtype=torch.float32, device=target.device)
+    minor = transposition(prediction, target)
+    launch(
+        _partial_sums_kernel, pictures * pieces, target,
+        prediction, prediction if reference is None else reference, target, x_0, signal, noise, sums,
+        pictures, n, pieces, max(minor, 1),
+        REFERENCE=reference is not None, TRAJECTORY=bool(levels), TRANSPOSED=minor > 0, BLOCK=BLOCK, num_warps=WARPS,
+        enable_fp_fusion=False,  # fused or not, square and sum must round alike for both networks
+    )  # fmt: skip
+    return sums
+
+
+def _pair_errors(prediction: Tensor, target: Tensor, levels: list[Tensor]) -> Tensor:
+    sums = _partial_sums(prediction, None, target, levels)
+    errors = torch.empty(prediction.shape[:2], dtype=torch.float32, device=prediction.device)
+    n, pieces = prediction.shape[2:].numel(), sums.shape[2]
+    launch(_errors_kernel, errors.numel(), errors, sums, errors, n, pieces, BLOCK=_pieces_block(pieces), num_warps=1)
+    return errors
+
+
+def _pair_loss_fwd(
+    prediction: Tensor, reference: Tensor, target: Tensor, weight: Tensor, levels: list[Tensor], beta: float, link: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, logit, policy errors, reference errors, and the slope that the backward pass needs."""
+    given = reference.ndim == 2
+    sums = _partial_sums(prediction, None if given else reference, target, levels)
+    out = _pair_loss_shapes(prediction, reference, target, weight, levels, beta, link)
+    loss, logit, errors, reference_errors, slope = out
+    if given:
+        reference_errors.copy_(reference)
+    n, pieces = prediction.shape[2:].numel(), sums.shape[2]
+    launch(
+        _pair_loss_kernel, len(prediction), sums,
+        sums, reference_errors, weight.contiguous(), loss, logit, errors, slope,
+        len(prediction), n, pieces, beta,
+        LINK=link, REFERENCE=not given, BLOCK=_pieces_block(pieces), num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def _pair_loss_bwd(
+    grad_loss: Tensor, slope: Tensor, prediction: Tensor, target: Tensor, levels: list[Tensor]
+) -> Tensor:
+    prediction, target = packed(prediction), packed(target)
+    x_0, signal, noise = _levels_or(levels, target)
+    grad = torch.empty_like(prediction)
+    n = prediction.shape[2:].numel()
+    pieces, minor = cdiv(n, BLOCK), transposition(prediction, target)
+    launch(
+        _pair_loss_bwd_kernel, 2 * len(prediction) * pieces, prediction,
+        prediction, target, x_0, signal, noise, slope, grad_loss.contiguous(), grad,
+        n, pieces, max(minor, 1),
+        TRAJECTORY=bool(levels), TRANSPOSED=minor > 0, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return grad
+
+
+def _levels_or(levels: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x_0 in the target's order, signal, noise; anything valid where the target is given directly."""
+    if not levels:
+        return target, target, target
+    x_0, signal, noise = levels
+    return packed_like(x_0, target), signal.contiguous(), noise.contiguous()
+
+
+def _pieces_block(pieces: int) -> int:
+    return min(1024, triton.next_power_of_2(pieces))
+
+
+def _pair_errors_shapes(prediction: Tensor, target: Tensor, levels: list[Tensor]) -> Tensor:
+    return prediction.new_empty(prediction.shape[:2], dtype=torch.float32)
+
+
+def _pair_loss_shapes(
+    prediction: Tensor, reference: Tensor, target: Tensor, weight: Tensor, levels: list[Tensor], beta: float, link: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pairs, options = prediction.shape[0], {"dtype": torch.float32, "device": prediction.device}
+    shapes = ((pairs,), (pairs,), (pairs, 2), (pairs, 2), (pairs,))
+    loss, logit, errors, reference_errors, slope = (torch.empty(s, **options) for s in shapes)
+    return loss, logit, errors, reference_errors, slope
+
+
+def _pair_loss_bwd_shapes(
+    grad_loss: Tensor, slope: Tensor, prediction: Tensor, target: Tensor, levels: list[Tensor]
+) -> Tensor:
+    return torch.empty_like(packed(prediction))
+
+
+_errors_op = operator(
+    "pair_errors", "(Tensor prediction, Tensor target, Tensor[] levels) -> Tensor", _pair_errors, _pair_errors_shapes
+)
+_fwd_op = operator(
+    "pair_loss",
+    "(Tensor prediction, Tensor reference, Tensor target, Tensor weight, Tensor[] levels, float beta, int link)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pair_loss_fwd,
+    _pair_loss_shapes,
+)
+_bwd_op = operator(
+    "pair_loss_backward",
+    "(Tensor grad_loss, Tensor slope, Tensor prediction, Tensor target, Tensor[] levels) -> Tensor",
+    _pair_loss_bwd,
+    _pair_loss_bwd_shapes,
+)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------
+
+
+class _PairLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, prediction, reference, weight, beta, link, target, *levels):  # type: ignore[no-untyped-def]
+        loss, logit, errors, reference_errors, slope = _fwd_op(
+            prediction, reference, target, weight, list(levels), beta, link
+        )
+        ctx.save_for_backward(prediction, slope, target, *levels)
+        ctx.mark_non_differentiable(logit, errors, reference_errors)
+        return loss, logit, errors, reference_errors
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss, *_):  # type: ignore[no-untyped-def]
+        prediction, slope, target, *levels = ctx.saved_tensors
+        grad = _bwd_op(grad_loss, slope, prediction, target, list(levels))
+        return (grad, *[None] * (5 + len(levels)))
+
+
+# --- public ----------------------------------------------------------------------------------------------------
+
+
+def pair_errors(prediction: Tensor, target: Tensor | Trajectory) -> Tensor:
+    """Mean squared error of each picture, [B, 2] fp32, without a gradient; see the top of this file."""
+    tau, levels = _checked(prediction, target)
+    if not on_kernel(prediction):
+        return pair_errors_reference(prediction, target).detach()
+    return _errors_op(prediction.detach(), tau, levels)
+
+
+def pair_loss(
+    prediction: Tensor,
+    reference: Tensor,
+    target: Tensor | Trajectory,
+    weight: Tensor,
+    *,
+    beta: float,
+    link: str = "sigmoid",
+) -> PairLoss:
+    """Losses of pairs with their gradient to ``prediction``; see the top of this file.
+
+    prediction: [B, 2, C, H, W]; reference: the reference's prediction of that shape, or its errors [B, 2];
+    target: tau of that shape, or a Trajectory; weight: [B]; link: one of LINKS.
+    """
+    check(link in LINKS, f"link = '{link}': one of {', '.join(LINKS)}")
+    tau, levels = _checked(prediction, target)
+    pairs = prediction.shape[0]
+    check(reference.shape in (prediction.shape, (pairs, 2)), f"reference has the shape {tuple(reference.shape)}")
+    check(weight.shape == (pairs,), f"weight has the shape {tuple(weight.shape)}, wanted ({pairs},)")
+    if not on_kernel(prediction):
+        return pair_loss_reference(prediction, reference, target, weight, beta=beta, link=link)
+    out = _PairLoss.apply(prediction, reference.detach(), weight.detach(), beta, LINKS.index(link), tau, *levels)
+    return PairLoss(*out)
+
+
+def _checked(prediction: Tensor, target: Tensor | Trajectory) -> tuple[Tensor, list[Tensor]]:
+    """The target (or x_t) and [x_0, signal, noise] where it is a trajectory."""
+    shape = prediction.shape
+    check(len(shape) == 5 and shape[1] == 2, f"predictions are [B, 2, C, H, W]; found {tuple(shape)}")
+    check(shape[2:].numel() < 2**31 - BLOCK, "a picture has 2^31 elements or more")
+    tau, *levels = target if isinstance(target, Trajectory) else (target,)
+    for x in (tau, *levels[:1]):
+        check(x.shape == shape, f"the target has the shape {tuple(x.shape)}, the prediction {tuple(shape)}")
+    for level in levels[1:]:
+        check(level.shape == shape[:1], f"signal and noise have one entry a pair; found {tuple(level.shape)}")
+    return tau.detach(), [x.detach() for x in levels]

@@ -1,0 +1,188 @@
+"""Program: compile every kernel as SDXL launches it for GPUs that are not here, and print what came out as JSON.
+
+The launchers are called with tensors that hold no data, their launches are caught, and each kernel is compiled with
+the types and divisibilities of the arguments it was given, as Triton would. Run it without TRITON_INTERPRET:
+
+    python tests/kernels/compile_ahead.py 80 90
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from smpo_fast.kernels import geglu, group_norm_silu, layer_norm, pair_loss, renoise_step
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = False) -> Tensor:
+    form = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=form)
+
+
+def pictures(pairs: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+    return meta(pairs, 2, 4, 128, 128, dtype=dtype)
+
+
+def numbers(count: int = 4) -> Tensor:
+    return meta(count, dtype=torch.float32)
+
+
+def pair_loss_launches(pairs: int, dtype: torch.dtype, *, trajectory: bool, turned: bool = False) -> None:
+    policy, target, weight = pictures(pairs, dtype), pictures(pairs), numbers(pairs)
+    if turned:
+        policy = meta(pairs, 2, 128, 128, 4, dtype=dtype).permute(0, 1, 4, 2, 3)
+    levels = [pictures(pairs), numbers(pairs), numbers(pairs)] if trajectory else []
+    pair_loss._pair_loss_fwd(policy, policy, target, weight, levels, 5000.0, 0)
+    pair_loss._pair_errors(policy, target, levels)
+    pair_loss._pair_loss_bwd(weight, weight, policy, target, levels)
+
+
+def renoise_launches(turned: bool) -> None:
+    x, x_0, total, c = pictures(dtype=torch.bfloat16), pictures(), pictures(), numbers()
+    estimate = meta(4, 2, 128, 128, 4).permute(0, 1, 4, 2, 3) if turned else x
+    renoise_step._predict(x, x_0, total, c, c, estimate, c, None)
+    renoise_step._correct(x, x_0, total, c, c, estimate, c, estimate, c, c)
+
+
+def group_norm_launches(pictures_: int, channels: int, side: int, dtype: torch.dtype, last: bool) -> None:
+    x, w = meta(pictures_, channels, side, side, dtype=dtype, last=last), meta(channels, dtype=dtype)
+    stats = meta(pictures_, 32, dtype=torch.float32)
+    group_norm_silu._group_norm_fwd(x, w, w, 32, 1e-5, True)
+    group_norm_silu._group_norm_bwd(x, x, w, w, stats, stats, 32, True)
+
+
+def layer_norm_launches(rows: int, features: int, dtype: torch.dtype, residual: bool) -> None:
+    x, w, stats = meta(rows, features, dtype=dtype), meta(features, dtype=dtype), meta(rows, dtype=torch.float32)
+    layer_norm._layer_norm_fwd(x, x if residual else None, w, w, 1e-5)
+    layer_norm._layer_norm_bwd(x, x if residual else None, x, w, stats, stats, True)
+
+
+def geglu_launches(features: int, dtype: torch.dtype) -> None:
+    x = meta(2048, 2 * features, dtype=dtype)
+    geglu._geglu_fwd(x)
+    geglu._geglu_bwd(meta(2048, features, dtype=dtype), x)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES: dict[str, Callable[[], None]] = {
+    "pair_loss": lambda: pair_loss_launches(4, BF16, trajectory=False),
+    "pair_loss trajectory": lambda: pair_loss_launches(4, BF16, trajectory=True),
+    "pair_loss channels-last": lambda: pair_loss_launches(4, BF16, trajectory=False, turned=True),
+    "renoise_step": lambda: renoise_launches(turned=False),
+    "renoise_step channels-last": lambda: renoise_launches(turned=True),
+    "group_norm_silu 320": lambda: group_norm_launches(2, 320, 128, BF16, last=True),
+    "group_norm_silu 1280": lambda: group_norm_launches(2, 1280, 32, BF16, last=True),
+    "group_norm_silu contiguous": lambda: group_norm_launches(2, 320, 128, BF16, last=False),
+    "layer_norm 640": lambda: layer_norm_launches(8192, 640, BF16, residual=False),
+    "layer_norm add 1280": lambda: layer_norm_launches(2048, 1280, BF16, residual=True),
+    "geglu": lambda: geglu_launches(5120, BF16),
+}
+# what more there is to compile: one pair, one picture (a size of 1 is a constant to Triton), fp32, odd sizes
+EDGE_CASES: dict[str, Callable[[], None]] = {
+    "pair_loss one": lambda: pair_loss_launches(1, FP32, trajectory=True),
+    "group_norm_silu one": lambda: group_norm_launches(1, 32, 1, FP32, last=True),
+    "group_norm_silu fp32": lambda: group_norm_launches(2, 320, 128, FP32, last=True),
+    "layer_norm one": lambda: layer_norm_launches(1, 1, FP32, residual=True),
+    "layer_norm fp32": lambda: layer_norm_launches(2048, 1280, FP32, residual=True),
+    "layer_norm widest": lambda: layer_norm_launches(64, 4096, FP32, residual=True),
+    "geglu fp32": lambda: geglu_launches(5120, FP32),
+    "geglu odd": lambda: geglu_launches(37, BF16),
+}
+
+
+def launches(make: Callable[[], None]) -> Iterator[Launch]:
+    """What ``make`` would launch, each kernel once."""
+    caught: dict[str, Launch] = {}
+
+    def catch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: Any) -> None:
+        caught.setdefault(kernel.fn.__name__, (kernel, arguments, options))
+
+    for room in (geglu, group_norm_silu, layer_norm, pair_loss, renoise_step):
+        room.launch = catch  # type: ignore[assignment]
+    make()
+    return iter(caught.values())
+
+
+def source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:
+    """Triton's view of a launch: pointers are 16-byte aligned, a 1 is a constant, multiples of 16 are known as such."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    divisible = {}
+    values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **options}
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            divisible[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                divisible[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+
+
+def cuobjdump() -> str:
+    return next(str(p) for p in Path(triton.__file__).parent.rglob("cuobjdump"))
+
+
+def measure(launch: Launch, capability: int) -> dict[str, Any]:
+    """Registers and bytes of spills, local and shared memory of one kernel, and the widths in bytes of its accesses."""
+    kernel, arguments, options = launch
+    warps = options.get("num_warps", 4)
+    compiler = {"num_warps": warps, "enable_fp_fusion": options.get("enable_fp_fusion", True)}
+    target = GPUTarget("cuda", capability, 32)
+    built = triton.compile(source(kernel, arguments, options), target=target, options=compiler)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        told = subprocess.run([cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    usage = {name: int(told.partition(f" {name}:")[2].split()[0]) for name in ("STACK", "LOCAL")}
+    registers = int(told.partition("REG:")[2].split()[0])
+    return {
+        "registers": registers, "spills": sum(usage.values()), "shared": built.metadata.shared, "warps": warps,
+        "loads": widths(built.asm["ptx"], "ld"), "stores": widths(built.asm["ptx"], "st"),
+    }  # fmt: skip
+
+
+def widths(ptx: str, access: str) -> dict[str, int]:
+    """How many global loads or stores there are of each width in bytes."""
+    found: dict[str, int] = {}
+    for vector, bits in re.findall(rf"\b{access}\.global[\w.]*?(?:\.v(\d))?\.[busf](\d+)", ptx):
+        width = str(int(vector or 1) * int(bits) // 8)
+        found[width] = found.get(width, 0) + 1
+    return found
+
+
+def main(capabilities: list[int], which: dict[str, Callable[[], None]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for case, make in which.items():
+        for launch in launches(make):
+            name = f"{case}: {launch[0].fn.__name__.strip('_').removesuffix('_kernel')}"
+            table[name] = {str(c): measure(launch, c) for c in capabilities}
+    return table
+
+
+if __name__ == "__main__":
+    edges = "edges" in sys.argv
+    chosen = [int(c) for c in sys.argv[1:] if c.isdigit()] or [80, 89, 90, 100]
+    print(json.dumps(main(chosen, EDGE_CASES if edges else CASES)))

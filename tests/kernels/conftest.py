@@ -1,0 +1,91 @@
+"""Kernels run here as they are: on the GPU where there is one, elsewhere interpreted, on CPU tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # numerics.py
+
+from smpo_fast.kernels import _launch
+
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]  # nothing to test: without Triton the project is its eager code
+
+settings.register_profile("kernels", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+settings.load_profile("kernels")
+
+
+def _mend_interpreter() -> None:
+    """Triton's interpreter cuts fp32 to bf16, where hardware and PyTorch round to nearest even: round here too."""
+    from triton.runtime import interpreter
+
+    stock = interpreter._convert_float
+
+    def convert(data, source, target, rounding_mode):  # type: ignore[no-untyped-def]
+        if str(source) != "fp32" or str(target) != "bf16":
+            return stock(data, source, target, rounding_mode)
+        bits = np.ascontiguousarray(data).view(np.uint32)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
+        rounded = np.where(np.isnan(bits.view(np.float32)), (bits >> 16) | 0x40, rounded)
+        return rounded.astype(np.uint16).reshape(data.shape)
+
+    interpreter._convert_float = convert
+
+
+if _launch.INTERPRET:
+    _mend_interpreter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    if not torch.cuda.is_available() and not _launch.INTERPRET and any(here in item.path.parents for item in items):
+        raise pytest.UsageError("no GPU, and TRITON_INTERPRET is not 1: the kernels in tests/kernels cannot run")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if _launch.INTERPRET else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nothing wrote to holds NaN, as it may in real life."""
+
+    def poisoned(make):  # type: ignore[no-untyped-def]
+        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+            out = make(*args, **kwargs)
+            real = isinstance(out, torch.Tensor) and not isinstance(out, torch._subclasses.FakeTensor)
+            return out.fill_(float("nan")) if real and out.is_floating_point() else out
+
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    yield
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched from now on."""
+    from smpo_fast.kernels import geglu, group_norm_silu, layer_norm, pair_loss, renoise_step
+
+    seen: list[str] = []
+
+    def counted(kernel, *args, **kwargs):  # type: ignore[no-untyped-def]
+        seen.append(kernel.fn.__name__)
+        _launch.launch(kernel, *args, **kwargs)
+
+    for room in (geglu, group_norm_silu, layer_norm, pair_loss, renoise_step):
+        monkeypatch.setattr(room, "launch", counted)
+    return seen
