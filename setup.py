@@ -40,7 +40,18 @@ setup(
         "xformers": ["xformers"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+        "bench": ["pytest", "pytest-benchmark"],
+        # CUDA builds of PyTorch bring Triton; CPU builds do not, and CI runs the kernels in its interpreter
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "peft",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-timeout",
+            "ruff",
+            "triton>=3.6,<3.10; platform_system == 'Linux'",
+        ],
     },
     entry_points={"console_scripts": ["smpo = smpo_fast.cli:main"]},
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -76,14 +77,14 @@ def scorer_identity(name: str) -> str:
     return name if file is None else f"{name}@{_digest([file])}"
 
 
-class _Base:
+class _Base(ABC):
     """A scorer whose score has no parts."""
 
     name: str
     identity: str
 
-    def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray: ...
 
     def parts(self, images: Sequence[Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
         return {"reward": self(images, prompts)}

@@ -1,0 +1,265 @@
+"""Counts that hold on every machine: FLOPs, bytes, kernel launches, host syncs, saved activations, peak memory.
+
+Everything is counted on the meta device, where tensors have shapes and no memory: SDXL at its true size is traced in
+seconds on a laptop. There "meta" plays the accelerator and the CPU plays the host, so a copy between them or a number
+read from the device is seen as what it would be on a GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from architectures import Architecture, make_inputs, make_unet
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+META = torch.device("meta")
+# Operations that make no kernel run: they allocate, or only look at memory in another way.
+_FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view",
+         "aten::detach", "aten::lift_fresh", "aten::alias", "aten::_local_scalar_dense", "aten::new_empty_strided",
+         "aten::set_", "aten::resize_"}  # fmt: skip
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention.default(query, key, value)[0]
+
+
+def fused_attention() -> AbstractContextManager[Any]:
+    """Attention as one kernel, as a GPU runs it: without this the meta device takes the unfused formula."""
+    return mock.patch.object(F, "scaled_dot_product_attention", _flash)
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Floating-point operations of a call and of everything it starts; a multiply-add counts as two."""
+    with fused_attention(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def _is_view(operation: Any) -> bool:
+    """Whether the output is a look at an input: aliased and not written."""
+    returns = operation._schema.returns
+    if operation._schema.name in ("aten::split", "aten::chunk", "aten::unbind", "aten::split_with_sizes"):
+        return True  # a list of looks: the schema marks its input only
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+class _Constants(TorchFunctionMode):
+    """Counts ``torch.tensor([...], device=...)``, which makes its copy where no dispatch mode sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uploads = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.tensor, torch.as_tensor) and torch.device((kwargs or {}).get("device") or "cpu") == META:
+            self.uploads += 1
+        return func(*args, **(kwargs or {}))
+
+
+class DeviceSpy(TorchDispatchMode):
+    """Counts what a program asks of its device, the meta device.
+
+    launches: operations that run at least one kernel. uploads: copies from the host. reads: copies to the host and
+    numbers asked for; each of these makes the host wait. Numbers read are 1, tensors read are zeros.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.reads = 0
+        self._copies = 0
+        self._constants = _Constants()
+
+    @property
+    def uploads(self) -> int:
+        return self._copies + self._constants.uploads
+
+    def __enter__(self) -> DeviceSpy:
+        self._constants.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._constants.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name
+        on_device = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and x.device.type == "meta"]
+        if name == "aten::_local_scalar_dense" and on_device:
+            self.reads += 1
+            return 1.0 if on_device[0].is_floating_point() else 1
+        if name == "aten::_to_copy" and on_device and kwargs.get("device", META).type == "cpu":
+            self.reads += 1
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        out = func(*args, **kwargs)
+        made = [x for x in tree_iter(out) if isinstance(x, Tensor) and x.device.type == "meta"]
+        if made and not on_device and name in ("aten::_to_copy", "aten::copy_"):
+            self._copies += 1
+        elif made and name not in _FREE and not _is_view(func):
+            self.launches[name] += 1
+        return out
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages alive on the meta device, and the most there were: a simulated memory plan.
+
+    Allocator rounding, libraries' workspaces and the driver's own memory are not in it.
+    """
+
+    def __init__(self, alive: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, int] = {}
+        for tensor in alive:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        if tensor.device.type != "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._seen.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if isinstance(x, Tensor):
+                self._add(x)
+        return out
+
+
+@contextmanager
+def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Counter[str]]:
+    """Bytes that autograd keeps for the backward pass, beside the parameters: ``counter["bytes"]`` after the block."""
+    own = {p.untyped_storage()._cdata for p in parameters}
+    kept: dict[int, Tensor] = {}  # holding them keeps a storage's address from being used again
+    total: Counter[str] = Counter()
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in own and key not in kept:
+            kept[key] = tensor.detach()
+            total["bytes"] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield total
+
+
+def saved_bytes_of_a_pair(architecture: Architecture, checkpointing: bool) -> int:
+    """Bytes that autograd keeps for one pair's policy forward pass in half precision."""
+    unet: Any = make_unet(architecture, META, torch.bfloat16).train()
+    args, kwargs = make_inputs(architecture, 2, META, torch.bfloat16)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    with fused_attention(), saved_bytes(unet.parameters()) as kept:
+        unet(*args, **kwargs)
+    return kept["bytes"]
+
+
+def unet_call(architecture: Architecture, images: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
+    """One call of a UNet on the meta device."""
+    unet = make_unet(architecture, META, dtype)
+    args, kwargs = make_inputs(architecture, images, META, dtype)
+    return lambda: unet(*args, **kwargs)[0]
+
+
+def pair_flops(architecture: Architecture, calls: float) -> dict[str, float]:
+    """FLOPs of one pair by part: ``calls`` no-gradient calls for each picture, then policy and reference at x_t."""
+    call = unet_call(architecture, 2)
+    with torch.no_grad():
+        forward = flops(call)
+    both = flops(lambda: call().sum().backward())
+    return {
+        "inversion": calls * forward,
+        "reference": forward,
+        "policy forward": forward,
+        "policy backward": both - forward,
+        "total": (calls + 1) * forward + both,
+    }
+
+
+class _Shapes(TorchDispatchMode):
+    """Shapes of the operations that a kernel of ours replaces, in the order of their first use."""
+
+    WATCHED = {"aten::native_group_norm", "aten::native_layer_norm", "aten::gelu", "aten::silu"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in self.WATCHED:
+            self.found[func._schema.name.removeprefix("aten::"), tuple(args[0].shape)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def op_shapes(architecture: Architecture, images: int = 2) -> dict[str, Counter[tuple[int, ...]]]:
+    """Shapes that one UNet call gives to each fusible operation, and how often: by tracing the configuration.
+
+    group_norm_silu: [B, C, H, W] normalised (and mostly passed on to SiLU); layer_norm: [B, L, C];
+    geglu: [B, L, 2C], value and gate side by side.
+    """
+    with fused_attention(), torch.no_grad(), _Shapes() as shapes:
+        unet_call(architecture, images)()
+    table: dict[str, Counter[tuple[int, ...]]] = {"group_norm_silu": Counter(), "layer_norm": Counter()}
+    table["geglu"] = Counter()
+    for (name, shape), count in shapes.found.items():
+        if name == "native_group_norm":
+            # blocks normalise [B, C, H, W]; diffusers hands the shape as it is
+            table["group_norm_silu"][shape] += count
+        elif name == "native_layer_norm":
+            table["layer_norm"][shape] += count
+        elif name == "gelu":
+            table["geglu"][(*shape[:-1], 2 * shape[-1])] += count
+    return table
+
+
+def least_bytes(op: str, shape: tuple[int, ...], item: int, *, backward: bool = False) -> int:
+    """The bytes an operation must move: every input read once, every output written once (parameters left out).
+
+    item: bytes of an element. pair_loss and renoise_step take the latents' shape [B, 2, C, H, W].
+    """
+    count = 1
+    for side in shape:
+        count *= side
+    forward = {
+        "group_norm_silu": 2 * count,  # x -> y
+        "layer_norm": 2 * count,
+        "geglu": count + count // 2,  # value and gate -> half as much
+        "pair_loss": 3 * count,  # policy, reference, target -> a few numbers
+        "renoise_step": 4 * count,  # clean latent, sum, estimate -> sum
+    }
+    gradient = {
+        "group_norm_silu": 3 * count,  # x, dy -> dx
+        "layer_norm": 3 * count,
+        "geglu": count + count // 2 + count,  # value and gate, dy -> both gradients
+        "pair_loss": 3 * count,  # policy, target -> gradient
+        "renoise_step": 0,
+    }
+    return (gradient if backward else forward)[op] * item
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """All parameters of some modules."""
+    return [p for module in modules for p in module.parameters()]

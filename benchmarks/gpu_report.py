@@ -1,0 +1,521 @@
+"""Program: everything that can be said about one device in under nine minutes, part by part.
+
+    python benchmarks/gpu_report.py [--only PART ...] [--out DIR] [--device cuda|cpu] [--toy]
+
+Every part runs in a process of its own with a budget, prints each result as it comes, and rewrites its own JSON
+after each: a run that is cut short, a part that fails and a card that hangs lose only what was not measured yet. Parts
+and libraries that are not there are said to be missing. Only PyTorch, diffusers, transformers and this project are
+needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not touch it before the fork
+
+import architectures
+import counting
+import harness
+import kernel_cases
+import ladder
+import ours
+import pairs
+import torch
+from architectures import Architecture
+from harness import say
+
+TOTAL_SECONDS = 505.0  # of which every part gets its share
+CANNOT_FORK = 77  # exit status of a part that found the GPU unusable in a forked process
+# what a printed line shows of a result; its file has all
+TOLD = {"seconds", "error", "value", "TFLOPs", "share_of_matmul", "share_of_copy", "peak_bytes", "skipped", "summary",
+        "repeatable", "tail", "inversion_seconds", "policy_seconds", "reference_seconds"}  # fmt: skip
+
+
+@dataclass
+class Report:
+    """One part's results, written to its file after each."""
+
+    part: str
+    device: torch.device
+    file: Path
+    deadline: float
+    toy: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        """Seconds that remain for this part."""
+        return self.deadline - time.monotonic()
+
+    def architecture(self, kind: str) -> Architecture:
+        return architectures.TOY_OF[kind] if self.toy else architectures.ALL[kind]
+
+    def start(self) -> None:
+        torch.manual_seed(0)
+        self.facts = {"part": self.part, "toy": self.toy, "complete": False}
+        self.facts |= {"environment": harness.environment(self.device), "rows": []}
+        self._write()
+
+    def add(self, name: str, **values: Any) -> None:
+        """One more result: told at once, and on disk."""
+        rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}
+        self.facts["rows"].append({"name": name, **rounded})
+        told = [f"{key} {_told(key, value)}" for key, value in rounded.items() if value is not None and key in TOLD]
+        say(f"  {name}: {', '.join(told)}")
+        self._write()
+
+    def skip(self, name: str, why: object) -> None:
+        """Something that was not measured, and why."""
+        self.add(name, skipped=str(why).strip().splitlines()[0][:200] if str(why).strip() else type(why).__name__)
+
+    def finish(self) -> None:
+        self.facts["complete"] = True
+        self._write()
+
+    def _write(self) -> None:
+        draft = self.file.with_suffix(".tmp")
+        draft.write_text(json.dumps(self.facts, indent=1) + "\n")
+        os.replace(draft, self.file)
+
+
+def _told(key: str, value: Any) -> str:
+    if key.endswith("seconds") and isinstance(value, float):
+        return harness.clock(value)
+    if key.endswith("bytes") and isinstance(value, (int, float)):
+        return f"{value / 1e9:.3g} GB"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _attempt(report: Report, name: str, what: Callable[[], None]) -> None:
+    """Do one thing of a part; what fails is told and does not stop the next."""
+    try:
+        what()
+    except ladder.Unavailable as reason:
+        report.skip(name, f"unavailable: {reason}")
+    except Exception as error:
+        traceback.print_exc(limit=4)
+        report.skip(name, f"failed: {type(error).__name__}: {error}")
+    finally:
+        ladder.release(report.device)
+
+
+# --- parts ----------------------------------------------------------------------------------------------------
+
+
+def part_ceilings(report: Report) -> None:
+    """What this machine can do at most: copies and matrix products, on random data."""
+    for name, value in harness.ceilings(report.device).items():
+        report.add(name, value=value)
+
+
+def part_correctness(report: Report) -> None:
+    """Every operation against its reference at the shapes of SDXL, and the kernels' own tests."""
+    architecture = report.architecture("sdxl")
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for op in kernel_cases.unknown(architecture):
+        report.skip(op, "an argument that nobody knows how to make")
+    for case in kernel_cases.cases(architecture, most=4):
+        for dtype in dtypes if report.device.type == "cuda" else dtypes[:1]:
+            name = f"{case.name} {_name(dtype)}"
+            if report.left < 40 and not report.toy:  # the rest belongs to the kernels' own tests
+                report.skip(name, "out of time")
+                continue
+            _attempt(report, name, lambda case=case, dtype=dtype, name=name: _check(report, name, case, dtype))  # type: ignore[misc]
+    tests = harness.ROOT / "tests" / "kernels"
+    if not tests.is_dir():
+        report.skip("tests/kernels", "does not exist")
+    elif report.device.type != "cuda":
+        report.skip("tests/kernels", "run by the ordinary test suite on a CPU")
+    else:
+        _attempt(report, "tests/kernels", lambda: _pytest(report, tests))
+
+
+def _check(report: Report, name: str, case: kernel_cases.Case, dtype: torch.dtype) -> None:
+    prepared = kernel_cases.Prepared(case, dtype, report.device)
+    mode = prepared.modes[-1]
+    wanted = prepared.call(case.reference, mode)()
+    error = harness.agree(name, prepared.call(case.run, mode)(), wanted, harness.TOLERANCE[dtype])
+    first, second = (prepared.call(case.run, mode)() for _ in range(2))
+    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    report.add(name, mode=mode, error=error, repeatable=same)
+
+
+def _pytest(report: Report, tests: Path) -> None:
+    words = [sys.executable, "-m", "pytest", str(tests), "-q", "--no-header", "-p", "no:cacheprovider", "--tb=line"]
+    hidden = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    try:
+        run = subprocess.run(words, capture_output=True, text=True, env=hidden, timeout=max(10.0, report.left - 5))
+    except subprocess.TimeoutExpired as late:
+        tail = (late.stdout or b"")[-300:]
+        report.add("tests/kernels", finished=False, tail=tail.decode(errors="replace") if tail else "")
+        return
+    lines = (run.stdout + run.stderr).strip().splitlines() or ["no output"]
+    failed = [line for line in lines if re.match(r"(FAILED|ERROR)\b", line)]
+    for line in failed[:20]:
+        say("   ", line)
+    report.add("tests/kernels", exit_status=run.returncode, summary=lines[-1], failed=failed[:20])
+
+
+def part_kernels(report: Report) -> None:
+    """Times of every operation, eager, compiled and fused, at its most frequent shapes in half precision."""
+    on_gpu = report.device.type == "cuda"
+    architecture = report.architecture("sdxl")
+    limits = harness.ceilings(report.device)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    cases = list(kernel_cases.cases(architecture, most=3))
+    jobs = [(c, i, m) for c in cases for i in ("eager", "fused") for m in kernel_cases.MODES]
+    if on_gpu:  # compiling takes long: last, and the most frequent shapes first
+        first = [case for case in cases if case.shape == kernel_cases.shapes_of(case.op, architecture)[0]]
+        jobs += [(c, "compiled", m) for m in ("forward", "both") for c in first]
+    for case, implementation, mode in jobs:
+        name = f"{case.name} {_name(dtype)} {mode} {implementation}"
+        if report.left < (15 if implementation == "compiled" else 3):
+            report.skip(name, "out of time")
+            continue
+
+        def time_it(
+            case: kernel_cases.Case = case, implementation: str = implementation, mode: str = mode, name: str = name
+        ) -> None:
+            prepared = kernel_cases.Prepared(case, dtype, report.device)
+            if mode not in prepared.modes:
+                return
+            run = {"eager": case.reference, "fused": case.run}.get(implementation)
+            call = prepared.call(run or torch.compile(case.reference, dynamic=False), mode)
+            error = harness.agree(name, call(), prepared.call(case.reference, mode)(), harness.TOLERANCE[dtype])
+            timing = harness.measure(call, report.device, seconds=0.1)
+            rates = harness.shares(timing.median, 0, prepared.moved(mode), dtype, limits)
+            report.add(name, op=case.op, shape=list(case.shape), mode=mode, implementation=implementation,
+                       baseline="eager", seconds=timing.median, spread=timing.spread, error=error,
+                       bytes=prepared.moved(mode), **rates)  # fmt: skip
+
+        _attempt(report, name, time_it)
+
+
+def part_ladder(report: Report) -> None:
+    """The UNet's no-gradient call, rung by rung, at 2, 8, 16 and 64 pictures."""
+    _ladder(report, report.architecture("sdxl"), (2, 16, 8, 64) if report.device.type == "cuda" else (2, 8))
+
+
+def _ladder(report: Report, architecture: Architecture, batches: tuple[int, ...]) -> None:
+    device, limits = report.device, harness.ceilings(report.device)
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    with torch.no_grad():
+        flops = counting.flops(counting.unet_call(architecture, 1))
+    wanted: dict[int, torch.Tensor] = {}
+
+    def timed(name: str, images: int, call: Callable[[], Any], dtype: torch.dtype, tolerance: float) -> None:
+        out = call()
+        reference = wanted.setdefault(images, out.float().clone())
+        error = harness.agree(f"{name}, {images} pictures", out, reference, tolerance)
+        timing = harness.measure(call, device, seconds=0.5, least=3, most=30, warmup=2 if images < 64 else 1)
+        rates = harness.shares(timing.median, images * flops, 0, dtype, limits)
+        report.add(f"{name}, {images} pictures", rung=name, images=images, baseline=ladder.AUTOCAST,
+                   seconds=timing.median, spread=timing.spread, peak_bytes=timing.peak_bytes, error=error,
+                   **rates)  # fmt: skip
+
+    def autocast() -> None:
+        for images in batches:
+            if report.left > 5:
+                timed(ladder.AUTOCAST, images, ladder.autocast_call(architecture, device, images), half, 1e-6)
+
+    _attempt(report, ladder.AUTOCAST, autocast)
+    for rung in ladder.RUNGS:
+        needed = 35 if rung.compiles else 8
+        if report.left < (needed if not report.toy else 1):
+            report.skip(rung.name, "out of time")
+            continue
+
+        def climb(rung: ladder.Rung = rung) -> None:
+            unet = ladder.HalfUNet(architecture, device, rung)
+            tolerance = rung.tolerance
+            for images in batches[:2] if rung.few else batches:
+                if report.left > 4 or report.toy:
+                    timed(rung.name, images, unet.call(images), unet.dtype, tolerance)
+
+        _attempt(report, rung.name, climb)
+
+
+def part_pair(report: Report) -> None:
+    """The whole pair by phase: reference, best_eager, ours; then each opt-in."""
+    _pairs(report, report.architecture("sdxl"), 8 if report.device.type == "cuda" else 2)
+
+
+def _pairs(report: Report, architecture: Architecture, count: int) -> None:
+    device = report.device
+    makers: dict[str, Callable[[], pairs.Contender]] = {
+        name: lambda make=make: make(architecture, device, count)  # type: ignore[misc]
+        for name, make in pairs.MAKERS.items()
+    }
+    kernels = ours.all_kernels()
+    if kernels:
+        name = "ours, all kernels"
+        makers[name] = lambda: pairs.make_ours(architecture, device, count, kernels, name)
+    for setting, values in ours.approximations().items():
+        both = {**kernels, **values}
+        name = f"ours, {setting} (approximation)"
+        makers[name] = lambda both=both, name=name: pairs.make_ours(architecture, device, count, both, name)  # type: ignore[misc]
+    truth: list[torch.Tensor] = []
+    for name, maker in makers.items():
+        if report.left < 12 and not report.toy:
+            report.skip(name, "out of time")
+            continue
+
+        def run(name: str = name, maker: Callable[[], pairs.Contender] = maker) -> None:
+            contender = maker()
+            pair = pairs.check_pair(architecture, device)
+            if not truth:
+                truth.append(contender.invert(pair).float().clone())
+            allowed = 0.5 if "approximation" in name else pairs.TOLERANCE[contender.dtype]
+            error = harness.agree(f"x_t of {name}", contender.invert(pair), truth[0], allowed)
+            contender.warm()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            rounds = [contender.step()]
+            while len(rounds) < 3 and report.left > 20 + 2 * sum(rounds[0].values()):
+                rounds.append(contender.step())
+            told = {p: harness.Timing(tuple(r[p] / count for r in rounds)).median for p in pairs.PHASES
+                    if p in rounds[0]}  # fmt: skip
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            whole = harness.Timing(tuple(sum(r.values()) / count for r in rounds))
+            report.add(f"{architecture.name}: {name}", contender=name, architecture=architecture.name, pairs=count,
+                       baselines=[pairs.REFERENCE, pairs.BEST_EAGER], seconds=whole.median, spread=whole.spread,
+                       rounds=len(rounds), error=error, peak_bytes=peak,
+                       **{f"{phase}_seconds": value for phase, value in told.items()})  # fmt: skip
+
+        _attempt(report, name, run)
+
+
+def part_memory(report: Report) -> None:
+    """Peak memory of full fine-tuning by optimizer and checkpointing, and of LoRA."""
+    architecture = report.architecture("sdxl")
+    precision = "bf16" if report.device.type == "cuda" else "fp32"
+    for optimizer in ("adafactor", "adamw", "adamw8bit"):
+        for checkpointing in (False, True):
+            name = f"full, {optimizer}, {'with' if checkpointing else 'no'} checkpointing"
+            if report.left < 6 and not report.toy:
+                report.skip(name, "out of time")
+                continue
+            _attempt(report, name, lambda name=name, o=optimizer, c=checkpointing:  # type: ignore[misc]
+                     _full_memory(report, name, architecture, precision, o, c))  # fmt: skip
+    for checkpointing in (False, True):
+        name = f"LoRA rank 64, adamw, {'with' if checkpointing else 'no'} checkpointing"
+        _attempt(report, name, lambda name=name, c=checkpointing: _lora_memory(report, name, architecture, c))  # type: ignore[misc]
+
+
+def _full_memory(
+    report: Report, name: str, architecture: Architecture, precision: str, optimizer: str, checkpointing: bool
+) -> None:
+    overrides: dict[str, dict[str, Any]] = {
+        "model": {"precision": precision, "gradient_checkpointing": checkpointing},
+        "optim": {"name": optimizer},
+        "batch": {"pairs_per_step": 2, "micro_pairs": 1},
+        "inversion": {"source": "noise"},  # without gradients, so with less memory than the rest
+    }
+    device = report.device
+    trainer: Any = ours.make_trainer(architecture, device, overrides)
+    _reset_peak(device)
+    trainer.step(0)
+    trainer.step(1)
+    held = {
+        "policy_bytes": sum(p.nbytes for p in trainer.policy.unet.parameters()),
+        "reference_bytes": sum(p.nbytes for p in trainer.reference.unet.parameters()),
+        "masters_bytes": sum(m.nbytes for m in trainer.engine._masters.values()) if precision != "fp32" else 0,
+        "gradients_bytes": sum(4 * m.numel() for m in trainer.engine._masters.values()),
+        "optimizer_bytes": _state_bytes(trainer.engine._optimizer),
+    }
+    peak = _peak(device)
+    rest = None if peak is None else peak - sum(held.values())
+    report.add(name, architecture=architecture.name, optimizer=optimizer, checkpointing=checkpointing,
+               peak_bytes=peak, **held, rest_bytes=rest)  # fmt: skip
+
+
+def _lora_memory(report: Report, name: str, architecture: Architecture, checkpointing: bool) -> None:
+    """One half-precision base for policy and reference; adapters of rank 64 on the attention, in fp32."""
+    try:
+        peft: Any = importlib.import_module("peft")
+    except ImportError as error:
+        raise ladder.Unavailable(f"peft is not importable ({error})") from error
+    device, dtype = report.device, ladder.half_dtype(report.device)
+    unet: Any = architectures.make_unet(architecture, device, dtype).requires_grad_(False)
+    adapters = peft.LoraConfig(r=64, lora_alpha=64, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    unet.add_adapter(adapters)
+    learned = [p for p in unet.parameters() if p.requires_grad]
+    for parameter in learned:
+        parameter.data = parameter.data.float()
+    unet.train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(learned, lr=1e-4)
+    args, kwargs = architectures.make_inputs(architecture, 2, device, dtype)
+    _reset_peak(device)
+    for _ in range(2):
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                unet.disable_adapters()
+                reference = unet(*args, **kwargs)[0]
+                unet.enable_adapters()
+            (unet(*args, **kwargs)[0].float() - reference.float()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held = {
+        "policy_bytes": sum(p.nbytes for p in unet.parameters()),
+        "gradients_bytes": sum(p.nbytes for p in learned),
+        "optimizer_bytes": _state_bytes(optimizer),
+    }
+    peak = _peak(device)
+    report.add(name, architecture=architecture.name, optimizer="adamw", checkpointing=checkpointing, peak_bytes=peak,
+               **held, rest_bytes=None if peak is None else peak - sum(held.values()))  # fmt: skip
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> int | None:
+    """Most bytes allocated since the last reset; a CPU's allocator does not count."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def part_sd15(report: Report) -> None:
+    """SD1.5 at 512 px: the whole pair, and the ladder."""
+    architecture = report.architecture("sd15")
+    _pairs(report, architecture, 4 if report.device.type == "cuda" else 2)
+    _ladder(report, architecture, (2, 16) if report.device.type == "cuda" else (2,))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# name -> (what it does, seconds it may take)
+PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
+    "ceilings": (part_ceilings, 20),
+    "correctness": (part_correctness, 80),
+    "kernels": (part_kernels, 45),
+    "ladder": (part_ladder, 165),
+    "pair": (part_pair, 110),
+    "memory": (part_memory, 45),
+    "sd15": (part_sd15, 50),
+}
+
+
+# --- the program ----------------------------------------------------------------------------------------------
+
+
+def run_part(name: str, device_type: str, folder: Path, toy: bool, seconds: float) -> None:
+    """A part in its own process. Results go to ``folder/name.json``."""
+    deadline = time.monotonic() + seconds
+    device = torch.device(device_type)
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        say(f"  {error}")
+        sys.exit(CANNOT_FORK)
+    report = Report(name, device, folder / f"{name}.json", deadline, toy)
+    report.start()
+    PARTS[name][0](report)
+    report.finish()
+
+
+def supervise(name: str, device_type: str, folder: Path, toy: bool, seconds: float) -> str:
+    """Run a part and wait for it, but no longer than a little over its budget; returns how it ended."""
+    # fork: libraries are imported once, and this process never touches the GPU; where a library has touched it at its
+    # import, a part starts from nothing instead
+    for method in ("fork", "spawn"):
+        context: Any = multiprocessing.get_context(method)
+        process = context.Process(target=run_part, args=(name, device_type, folder, toy, seconds))
+        process.start()
+        process.join(seconds + 10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return "cut short: what it had measured is in its file"
+        if process.exitcode != CANNOT_FORK:
+            break
+    return "done" if process.exitcode == 0 else f"failed with exit status {process.exitcode}"
+
+
+def headline(folder: Path) -> str:
+    """The few numbers one looks for first."""
+    rows: list[tuple[str, str, str]] = []
+    for part, baseline in (("ladder", ladder.AUTOCAST), ("pair", pairs.REFERENCE), ("sd15", pairs.REFERENCE)):
+        file = folder / f"{part}.json"
+        found = json.loads(file.read_text())["rows"] if file.is_file() else []
+        times = {row["name"]: row for row in found if "seconds" in row}
+        for name, row in times.items():
+            rows.append((name, harness.clock(row["seconds"]), _ratio(row, times.values(), baseline)))
+    return harness.table(("result", "time", "ratio"), rows) if rows else "no times were measured"
+
+
+def _ratio(row: Mapping[str, Any], others: Any, baseline: str) -> str:
+    """This row's speed against the baseline of its kind: the same batch, or the same architecture."""
+    if "rung" in row:
+        baseline = ladder.AUTOCAST
+    for other in others:
+        same = other.get("images") == row.get("images") and other.get("architecture") == row.get("architecture")
+        if same and baseline in (other.get("rung"), other.get("contender")):
+            return f"x{other['seconds'] / row['seconds']:.2f} against {baseline}"
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 when every part ended by itself, 1 otherwise."""
+    parser = argparse.ArgumentParser(description="Measure one device, part by part.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--out", type=Path, help="folder for the JSON files (default: benchmarks/results/<device>)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--toy", action="store_true", help="miniature networks: does everything run?")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1: the times of interpreted kernels mean nothing; unset it")
+    device_type = args.device or ("cuda" if torch.cuda.device_count() else "cpu")
+    began = time.monotonic()
+    folder = args.out or harness.RESULTS / _folder(device_type)
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"device {device_type}, results in {folder}")
+    states = {}
+    for name in args.only or PARTS:
+        left = TOTAL_SECONDS - (time.monotonic() - began)
+        seconds = min(PARTS[name][1], left)
+        if seconds < 5:
+            states[name] = "not reached: out of time"
+            continue
+        start = time.monotonic()
+        say(f"== {name} (up to {seconds:.0f} s): {PARTS[name][0].__doc__}")
+        states[name] = supervise(name, device_type, folder, args.toy, seconds)
+        say(f"== {name}: {states[name]} in {time.monotonic() - start:.0f} s")
+    say("\n" + headline(folder))
+    say(f"\n{time.monotonic() - began:.0f} s; " + "; ".join(f"{name}: {state}" for name, state in states.items()))
+    return 0 if all(state == "done" for state in states.values()) else 1
+
+
+def _folder(device_type: str) -> str:
+    """The device's folder, asked for in another process: this one must stay clear of the GPU."""
+    code = f"import harness, torch; print(harness.folder_name(torch.device({device_type!r})))"
+    here = str(Path(__file__).resolve().parent)
+    run = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
+    return run.stdout.split()[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

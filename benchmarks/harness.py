@@ -1,0 +1,331 @@
+"""How a time is taken: first the result must be right, then warm up, then many timed calls, of which the median counts.
+
+On a GPU the times are CUDA events around each call, with the L2 cache flushed before it; on a CPU they are
+``perf_counter``. What a time is worth is said by ceilings measured on the same machine in the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LIBRARIES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "bitsandbytes", "xformers", "torchao")
+# largest relative error (2-norm) of a result that may be timed, by the dtype it was computed in
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+FLUSH_BYTES = 256 << 20  # several times any L2
+
+
+class WrongResult(AssertionError):
+    """An implementation does not compute what the reference computes: it is not timed."""
+
+
+def agree(what: str, found: Any, wanted: Any, tolerance: float) -> float:
+    """The largest relative error of tensors or nested sequences of them; raises WrongResult above the tolerance."""
+    pairs = list(zip(_tensors(found), _tensors(wanted), strict=True))
+    if not pairs:
+        raise WrongResult(f"{what}: nothing to compare")
+    worst = 0.0
+    for number, (a, b) in enumerate(pairs):
+        if a.shape != b.shape:
+            raise WrongResult(f"{what}: result {number} has shape {tuple(a.shape)}, the reference {tuple(b.shape)}")
+        scale = b.double().norm().clamp(min=1e-30)
+        error = float((a.double() - b.double()).norm() / scale)
+        if not error <= tolerance:  # NaN is wrong too
+            raise WrongResult(f"{what}: result {number} is off by {error:.2e}, allowed is {tolerance:.0e}: not timed")
+        worst = max(worst, error)
+    return worst
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value.detach()
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            yield from _tensors(value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each timed call, and the device memory they needed beyond what was held before."""
+
+    seconds: tuple[float, ...]
+    peak_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, relative to the median: a difference below it is noise."""
+        if len(self.seconds) < 4:
+            return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def measure(
+    call: Callable[[], Any],
+    device: torch.device,
+    *,
+    seconds: float = 1.0,
+    least: int = 5,
+    most: int = 200,
+    warmup: int = 3,
+    reset: Callable[[], Any] | None = None,
+) -> Timing:
+    """Time a call for about so many seconds; ``reset`` runs before each timed call, outside its time."""
+    began = time.perf_counter()
+    for _ in range(warmup):
+        if reset is not None:
+            reset()
+        call()
+    synchronize(device)
+    once = max((time.perf_counter() - began) / warmup, 1e-7) if warmup else 1e-3
+    rounds = max(least, min(most, int(seconds / once)))
+    if device.type == "cuda":
+        return _measure_cuda(call, device, rounds, reset)
+    taken = []
+    for _ in range(rounds):
+        if reset is not None:
+            reset()
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return Timing(tuple(taken))
+
+
+def _measure_cuda(
+    call: Callable[[], Any], device: torch.device, rounds: int, reset: Callable[[], Any] | None
+) -> Timing:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    marks = []
+    for _ in range(rounds):
+        if reset is not None:
+            reset()
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        marks.append((start, end))
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return Timing(tuple(s.elapsed_time(e) / 1e3 for s, e in marks), peak)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class PhaseClock:
+    """Times named phases of a program without stopping the device; ``seconds`` ends a round."""
+
+    device: torch.device
+    marks: list[tuple[str, Any, Any]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.marks.append((name, start, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase since the last call."""
+        synchronize(self.device)
+        total: dict[str, float] = defaultdict(float)
+        for name, start, end in self.marks:
+            total[name] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+        self.marks.clear()
+        return dict(total)
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+# --- what the machine can do ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Copy bandwidth in GB/s (read plus written) and matrix products in TFLOP/s, measured on random data."""
+    large = device.type == "cuda"
+    count = (1 << 31) if large else (1 << 25)
+    source = torch.empty(count // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    took = measure(lambda: target.copy_(source), device, seconds=0.3, least=5)
+    found = {"copy_GBps": 2 * count / took.median / 1e9}
+    side = 8192 if large else 512
+    for dtype in (torch.bfloat16, torch.float16, torch.float32) if large else (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        found[f"{name}_TFLOPs"] = _matmul_ceiling(device, dtype, side)
+    if large and (eight := _fp8_ceiling(device, side)) is not None:
+        found["float8_TFLOPs"] = eight
+    return found
+
+
+def _matmul_ceiling(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    took = measure(lambda: torch.mm(a, b, out=out), device, seconds=0.3, least=5)
+    return 2 * side**3 / took.median / 1e12
+
+
+def _fp8_ceiling(device: torch.device, side: int) -> float | None:
+    """None where the card or the library has no fp8 matrix product."""
+    try:
+        a, b = (torch.randn(side, side, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones((), device=device)
+
+        def product() -> Tensor:
+            return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+
+        return 2 * side**3 / measure(product, device, seconds=0.3, least=5).median / 1e12
+    except (RuntimeError, AttributeError, TypeError):
+        return None
+
+
+def shares(
+    seconds: float, flops: float, moved: float, dtype: torch.dtype, limits: Mapping[str, float]
+) -> dict[str, float]:
+    """Achieved rates, and which part of the measured ceilings they are."""
+    found: dict[str, float] = {}
+    if flops:
+        found["TFLOPs"] = flops / seconds / 1e12
+        peak = limits.get(f"{str(dtype).removeprefix('torch.')}_TFLOPs")
+        if peak:
+            found["share_of_matmul"] = found["TFLOPs"] / peak
+    if moved:
+        found["GBps"] = moved / seconds / 1e9
+        found["share_of_copy"] = found["GBps"] / limits["copy_GBps"]
+    return found
+
+
+# --- what was measured, and where -----------------------------------------------------------------------------
+
+
+@functools.cache
+def _environment(device: torch.device) -> tuple[tuple[str, Any], ...]:
+    commit, dirty = revision()
+    facts = {
+        "device": device_name(device),
+        "driver": _driver() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: v for name in LIBRARIES if (v := _version(name)) is not None},
+        "commit": commit,
+        "dirty": dirty,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return tuple(facts.items())
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, driver, versions, commit: what every result carries with it."""
+    return dict(_environment(device))
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} thread(s)"
+    return platform.processor() or "cpu"
+
+
+def folder_name(device: torch.device) -> str:
+    """The device's name as a folder's."""
+    name = device_name(device).partition(",")[0]
+    kept = "".join(c if c.isalnum() else "-" for c in name.lower())
+    return "-".join(part for part in kept.split("-") if part)
+
+
+def revision() -> tuple[str | None, bool | None]:
+    """The commit measured, and whether tracked files differ from it; None where git or the repository is missing."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
+        return git("rev-parse", "--short=12", "HEAD").strip(), bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    try:
+        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+# --- telling --------------------------------------------------------------------------------------------------
+
+
+def clock(seconds: float) -> str:
+    """A time for people: three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def say(*words: object) -> None:
+    """Print at once: a run that is cut short must have said what it knew."""
+    print(*words, flush=True)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first one left, the others right."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    lines = [[str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+             for row in [head, ["-" * w for w in widths], *rows]]  # fmt: skip
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def pick_device(name: str) -> torch.device:
+    """cpu, cuda or auto; ends the program when CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        sys.exit("no CUDA device here: give --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,159 @@
+"""This project's own trainer on random weights and synthetic pairs, and what of it is optional and found by looking.
+
+The loop, the engine, the loader and whatever ``load_unets`` does to the networks are the real ones: only files are
+replaced by random numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+from unittest import mock
+
+import counting
+import numpy as np
+import torch
+from architectures import SCHEDULER, Architecture, make_unet
+from torch import Tensor
+from tqdm import tqdm
+
+from smpo_fast import config, engine, model
+from smpo_fast.config import Config
+from smpo_fast.loader import Loader
+from smpo_fast.runtime import World
+from smpo_fast.train import Trainer
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+
+class SyntheticCache:
+    """A prepared cache of random pairs, in memory: what ``Loader`` asks of ``cache.CachedPairs``."""
+
+    def __init__(self, architecture: Architecture, pairs: int, seed: int = 6) -> None:
+        generator = np.random.default_rng(seed)
+        shape = (pairs, 2, 4, architecture.latent, architecture.latent)
+        self.rows = np.arange(pairs)
+        self.rewards = generator.random((pairs, 2))
+        self.labels = np.full(pairs, np.nan)
+        self.prompt_index = np.arange(1, pairs + 1)
+        self._mean = generator.standard_normal(shape, dtype=np.float32).astype(np.float16)
+        width, pooled = architecture.prompt_width, architecture.pooled_width
+        texts = (pairs + 1, architecture.tokens, width)
+        self._prompts = generator.standard_normal(texts, dtype=np.float32).astype(np.float16)
+        self._pooled = None if pooled is None else generator.standard_normal((pairs + 1, pooled)).astype(np.float16)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def moments(self, index: np.ndarray, flips: np.ndarray) -> tuple[Tensor, Tensor]:
+        mean = torch.from_numpy(self._mean[index]).float()
+        return mean, torch.full_like(mean, 0.05)
+
+    def prompts(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+        pooled = None if self._pooled is None else torch.from_numpy(self._pooled[indices]).float()
+        return torch.from_numpy(self._prompts[indices]).float(), pooled
+
+
+class NoSignals:
+    """Stands for ``StopSignal`` where nobody sends signals."""
+
+    def check(self) -> None:
+        """Never stops."""
+
+
+def settings(architecture: Architecture, overrides: Overrides | None = None) -> Config:
+    """The released recipe of a model family, changed by ``overrides``."""
+    values: dict[str, dict[str, Any]] = {
+        "data": {"resolution": architecture.resolution, "flip": False},
+        "batch": {"pairs_per_step": 8, "micro_pairs": 1, "inversion_pairs": 8},
+        "inversion": {"fidelity": "release", "steps": architecture.inversion_steps, "timesteps": "stratified"},
+        "objective": {"beta": architecture.beta},
+        "optim": {"name": architecture.optimizer},
+        "model": {"precision": "fp32"},
+    }
+    for section, given in (overrides or {}).items():
+        values[section] = {**values.get(section, {}), **given}
+    return config.from_dict(values)
+
+
+def make_trainer(architecture: Architecture, device: torch.device, overrides: Overrides | None = None) -> Trainer:
+    """A trainer that is ready for ``step(0)``."""
+    run, world = settings(architecture, overrides), World(device=device)
+    here = Path(".")
+    source = model.Source(here, here, here, architecture.kind, "epsilon", SCHEDULER, None)
+    precision = run.model.precision
+
+    def random_weights(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+        return make_unet(architecture, device, dtype)
+
+    with mock.patch.object(model, "_load", random_weights):
+        policy, reference = model.load_unets(source, run.model, precision, device)
+    enabled = getattr(getattr(run, "kernels", None), "enabled", ())
+    if enabled:
+        for unet in (policy, reference):
+            patch_kernels(unet, enabled)
+    engine_ = engine.make_engine(policy, run, world, precision, None)
+    cache: Any = SyntheticCache(architecture, max(16, run.batch.pairs_per_step))
+    loader, signals = Loader(cache, run, world), NoSignals()
+    return Trainer(run, world, source, engine_, reference, loader, precision, signals, tqdm(disable=True))  # type: ignore[arg-type]
+
+
+def planned_peak(architecture: Architecture, checkpointing: bool) -> int:
+    """Bytes at the worst moment of a step of the released recipe's optimizer in half precision, simulated.
+
+    Two micro-batches of one pair each, so that the gradients are there already when the second one begins; the
+    inversion, whose own peak is lower, is left out.
+    """
+    overrides: dict[str, dict[str, Any]] = {
+        "model": {"precision": "bf16", "gradient_checkpointing": checkpointing},
+        "inversion": {"source": "noise"},
+        "batch": {"pairs_per_step": 2},
+    }
+    trainer: Any = make_trainer(architecture, counting.META, overrides)
+    networks = counting.parameters_of([trainer.policy.unet, trainer.reference.unet])
+    held = [*networks, *trainer.engine._masters.values()]
+    with counting.fused_attention(), counting.DeviceSpy(), counting.LiveBytes(held) as live:
+        trainer.step(0)
+    return live.peak
+
+
+def kernel_modules() -> list[ModuleType]:
+    """The modules of ``smpo_fast.kernels`` that hold operations; none where Triton is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    package = importlib.import_module("smpo_fast.kernels")
+    names = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")]
+    return [importlib.import_module(f"smpo_fast.kernels.{name}") for name in names]
+
+
+def all_kernels() -> dict[str, dict[str, Any]]:
+    """Settings that switch every kernel on; empty where the settings know of none."""
+    section = Config.model_fields.get("kernels")
+    field = getattr(section.annotation, "model_fields", {}).get("enabled") if section else None
+    if field is None:
+        return {}
+    names = next((get_args(inner) for inner in get_args(field.annotation)), ())
+    return {"kernels": {"enabled": list(names)}}
+
+
+def patch_kernels(unet: Any, enabled: Sequence[str] | None = None) -> dict[str, int] | None:
+    """Put kernels into a UNet, in place: all there are unless named. None where ``smpo_fast.patch`` does not exist."""
+    if importlib.util.find_spec("smpo_fast.patch") is None:
+        return None
+    patch = importlib.import_module("smpo_fast.patch")
+    return patch.patch(unet, patch.MODULES if enabled is None else enabled)
+
+
+def approximations() -> dict[str, dict[str, dict[str, Any]]]:
+    """Opt-in approximations: settings that are off by default and whose description says 'approximation'."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, field in config.keys():
+        section, _, key = name.partition(".")
+        if "approximation" in (field.description or "").lower() and field.annotation is bool and field.default is False:
+            found[name] = {section: {key: True}}
+    return found

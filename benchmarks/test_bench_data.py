@@ -1,0 +1,101 @@
+"""Around the step: pairs a second from the prepared cache, and how long a run takes to its first step."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import SDXL, SDXL_TOY
+from PIL import Image
+
+from smpo_fast import config
+from smpo_fast.cache import CachedPairs, CacheWriter, Entry
+from smpo_fast.loader import Loader
+from smpo_fast.runtime import World
+
+ON_GPU = torch.cuda.is_available()
+ARCHITECTURE = SDXL if ON_GPU else SDXL_TOY
+WINDOW = 16
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> CachedPairs:
+    """A prepared cache on disk: 64 pairs of random latents, both flips, 8 prompts."""
+    root, generator = tmp_path_factory.mktemp("cache") / "cache", torch.Generator().manual_seed(0)
+    side = ARCHITECTURE.latent
+    with CacheWriter(root, {"kind": ARCHITECTURE.kind}, {}) as writer:
+        for row in range(64):
+            mean, std = (torch.randn(2, 2, 4, side, side, generator=generator) for _ in range(2))
+            writer.add(Entry(row, str(row), f"prompt {row % 7}", (0.2, 0.3 + row / 100), None, False), mean, std.abs())
+        texts = writer.prompts()
+        embeds = torch.randn(len(texts), ARCHITECTURE.tokens, ARCHITECTURE.prompt_width, generator=generator)
+        writer.add_prompts(embeds, torch.randn(len(texts), ARCHITECTURE.pooled_width or 1, generator=generator))
+        writer.finish({"stored": 64, "scored": 0, "unrewarded": 0})
+    return CachedPairs(root)
+
+
+def _jpegs(count: int) -> list[bytes]:
+    """Pictures of the size Pick-a-Pic has, as they lie in its tables."""
+    drawn, made = np.random.default_rng(0), []
+    side = 1024 if ON_GPU else 64
+    for _ in range(count):
+        buffer = io.BytesIO()
+        smooth = drawn.integers(0, 255, (side // 16, side // 16, 3), dtype=np.uint8)
+        Image.fromarray(smooth).resize((side, side)).save(buffer, "JPEG", quality=90)
+        made.append(buffer.getvalue())
+    return made
+
+
+def _decode(data: bytes, side: int) -> torch.Tensor:
+    """As the released script's loader: decode, resize, centre crop, to [-1, 1]."""
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = side / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    pixels = np.asarray(picture.crop((left, top, left + side, top + side)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize("implementation", ["decode JPEGs", "prepared cache"])
+def test_data_loading(bench: Any, device: torch.device, cache: CachedPairs, implementation: str) -> None:
+    """A window of 16 pairs onto the device, in one process. The decoded pictures have yet to go through the VAE."""
+    values = {"data": {"resolution": ARCHITECTURE.resolution, "flip": True}, "batch": {"pairs_per_step": WINDOW}}
+    loader = Loader(cache, config.from_dict(values), World(device=device))
+    jpegs = _jpegs(2 * WINDOW)
+
+    def cached() -> torch.Tensor:
+        return loader.window(0).latents
+
+    def decoded() -> torch.Tensor:
+        return torch.stack([_decode(data, ARCHITECTURE.resolution) for data in jpegs]).to(device)
+
+    call = cached if implementation == "prepared cache" else decoded
+    wanted = loader.window(0).latents if implementation == "prepared cache" else decoded()
+    bench(
+        "data loading", f"{WINDOW} pairs {ARCHITECTURE.name}", implementation, call, baseline="decode JPEGs",
+        reference=lambda: wanted, tolerance=0.0, seconds=0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["imports alone", "to the first step's end"])
+def test_cold_start(bench: Any, tmp_path: Path, implementation: str) -> None:
+    """A new process: the embedded default with 32 pairs, from nothing to a step, a checkpoint and an export."""
+    imports = "import torch, transformers; from diffusers import UNet2DConditionModel, AutoencoderKL"
+    taken = []
+    for attempt in range(2):
+        run = [sys.executable, "-m", "smpo_fast.train", "run.steps=1", f"run.dir={tmp_path / str(attempt)}",
+               "eval.prompts=", "log.tensorboard=false", "batch.pairs_per_step=4", "data.max_pairs=32"]  # fmt: skip
+        words = run if implementation != "imports alone" else [sys.executable, "-c", imports]
+        start = time.perf_counter()
+        subprocess.run(words, check=True, capture_output=True, cwd=tmp_path)
+        taken.append(time.perf_counter() - start)
+        if implementation != "imports alone":
+            assert (tmp_path / str(attempt) / "export" / "model_index.json").is_file(), "the run did not finish"
+    bench.record("cold start", "embedded default", implementation, taken, baseline="imports alone")
