@@ -40,7 +40,7 @@ setup(
         "xformers": ["xformers"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],
-        "bench": ["pytest", "pytest-benchmark"],
+        "bench": ["peft", "pytest", "pytest-benchmark"],
         # CUDA builds of PyTorch bring Triton; CPU builds do not, and CI runs the kernels in its interpreter
         "dev": [
             "hypothesis",
