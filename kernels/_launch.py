@@ -6,7 +6,7 @@ touches a device at import.
 
 Every launcher is registered as an operator of the library ``smpo_fast``, with a rule for the shapes of its results,
 so that ``torch.compile`` puts it into its graph as it is. The operators know nothing of gradients: each room has an
-``autograd.Function`` around them, which costs a third of the host time of ``torch.library.custom_op``.
+``autograd.Function`` around them, which costs half the host time of ``torch.library.custom_op``.
 """
 
 from __future__ import annotations

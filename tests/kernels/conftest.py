@@ -70,6 +70,8 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return call
 
+    # torch.device("meta") as a context knows constructors by a set that it makes once: not while they are replaced
+    torch.utils._device._device_constructors()
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     yield
