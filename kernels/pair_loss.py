@@ -28,8 +28,8 @@ Bytes: forward reads prediction, reference and target once (x_t and x_0 in place
 prediction and target and writes the gradient. 4x128x128, half predictions, fp32 target: 8 bytes an element forward
 (6 with given reference errors), 8 backward. Launches: 2 forward, 1 backward, whatever the batch.
 
-Status: not measured on a GPU. At the batch sizes of training it is launch overhead either way (predicted: under 0.3 % of a step);
-its worth is accuracy, no fp32 tensors kept for the backward pass, and little host work.
+Status: not measured on a GPU. At the batch sizes of training it is launch overhead either way, by prediction under
+0.3 % of a step; its worth is accuracy, no fp32 tensors kept for the backward pass, and little host work.
 """
 
 from __future__ import annotations
