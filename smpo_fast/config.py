@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -308,12 +307,6 @@ def dump(config: Config) -> str:
         lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
         lines.append("")
     return "\n".join(lines)
-
-
-def fingerprint(*values: object) -> str:
-    """A stable 16-digit hash of JSON-able values (pydantic sections included)."""
-    plain = [v.model_dump() if isinstance(v, BaseModel) else v for v in values]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

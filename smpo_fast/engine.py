@@ -27,14 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from smpo_fast.config import Config, SettingsError
+from smpo_fast.runtime import COMPUTE_DTYPES as DTYPES
 from smpo_fast.runtime import World
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "bf16-autocast": torch.float32,
-}
 _AUTO = (None, "auto")
 _STATE = "state.pt"
 _TAG = "deepspeed"  # DeepSpeed's name for a folder inside the folder it is given

@@ -30,7 +30,7 @@ from smpo_fast import config as settings
 from smpo_fast import embedded
 from smpo_fast.batch import Conditioning
 from smpo_fast.config import SettingsError
-from smpo_fast.runtime import warn0
+from smpo_fast.runtime import COMPUTE_DTYPES, warn0
 from smpo_fast.schedule import NoiseSchedule
 from smpo_fast.schedule import Path as NoisePath
 
@@ -44,7 +44,6 @@ TEXT_PARTS = {
     "sdxl": (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
     "sd15": (("tokenizer", "text_encoder"),),
 }
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-autocast": torch.float32}
 _FILES = ("*.json", "*.txt", "*.safetensors")
 _PARTS = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _OPTIONAL_PARTS = ("feature_extractor", "safety_checker")

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+# What the networks' weights are held in, by model.precision.
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-autocast": torch.float32}
 IMPATIENCE_SECONDS = 2.0
 _printing_rank = True
 

@@ -147,11 +147,6 @@ def test_the_settings_page_is_current() -> None:
     assert config.describe() in page.read_text(), "run: smpo settings, and put its output into docs/settings.md"
 
 
-def test_fingerprint_is_stable_and_tells_apart() -> None:
-    a = config.fingerprint(load().optim, {"x": 1})
-    assert a == config.fingerprint(load().optim, {"x": 1}) and a != config.fingerprint(load().optim, {"x": 2})
-
-
 def test_toml_numbers_are_numbers() -> None:
     """The reason for TOML: a learning rate written 1e-8 is a number."""
     assert tomllib.loads("lr = 1e-8")["lr"] == 1e-8

@@ -44,7 +44,7 @@ def test_embedded_pipeline_is_found_as_sdxl() -> None:
 
 def test_prompts_are_encoded_as_the_sdxl_pipeline_does() -> None:
     source = find(settings("embedded"))
-    pipe = StableDiffusionXLPipeline.from_pretrained(source.folder, torch_dtype=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(source.folder, dtype=torch.float32)
     prompts = ["a red circle on a blue background", ""]
     theirs, _, pooled, _ = pipe.encode_prompt(prompts, device=CPU, do_classifier_free_guidance=False)
     ours, our_pooled = Encoders(source, CPU).encode_prompts(prompts)
