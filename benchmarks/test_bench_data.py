@@ -71,13 +71,13 @@ def test_data_loading(bench: Any, device: torch.device, cache: CachedPairs, impl
     jpegs = _jpegs(2 * WINDOW)
 
     def cached() -> torch.Tensor:
-        return loader.window(0).latents
+        return loader.window(0)[0].latents
 
     def decoded() -> torch.Tensor:
         return torch.stack([_decode(data, ARCHITECTURE.resolution) for data in jpegs]).to(device)
 
     call = cached if implementation == "prepared cache" else decoded
-    wanted = loader.window(0).latents if implementation == "prepared cache" else decoded()
+    wanted = loader.window(0)[0].latents if implementation == "prepared cache" else decoded()
     bench(
         "data loading", f"{WINDOW} pairs {ARCHITECTURE.name}", implementation, call, baseline="decode JPEGs",
         reference=lambda: wanted, tolerance=0.0, seconds=0.5,

@@ -32,9 +32,10 @@ class Pairs:
     latents: Tensor  # [B, 2, C, H, W] float32, in the units the UNet sees
     cond: Conditioning
     weight: Tensor  # [B] float32, 2*alpha - gamma >= 0
+    places: tuple[int, ...]  # place of each pair among this rank's pairs of the step
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, rows: slice) -> Pairs:
-        return Pairs(self.ids[rows], self.latents[rows], self.cond.take(rows), self.weight[rows])
+        return Pairs(self.ids[rows], self.latents[rows], self.cond.take(rows), self.weight[rows], self.places[rows])

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from smpo_fast import config
 from smpo_fast.config import SettingsError
+
+
+class Command(NamedTuple):
+    """A subcommand: what it says of itself, its arguments, and what it does; ``act`` returns the exit status."""
+
+    text: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    act: Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 a cache that does not verify, 2 a mistake in settings or data."""
     parser = argparse.ArgumentParser(prog="smpo", description=__doc__.partition(": ")[2])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("prepare", "encode the pairs of [data] with the networks of [model] into the cache"),
-        ("evaluate", "sample base and export of a run with the same noise, score and compare them"),
-    ):
-        config.add_arguments(commands.add_parser(name, help=text, description=text))
-    verify = commands.add_parser("verify", help="check every file of a cache against its hashes")
-    verify.add_argument("cache", type=Path)
-    commands.add_parser("settings", help="all settings with defaults and meaning, as Markdown")
+    for name, command in COMMANDS.items():
+        command.arguments(commands.add_parser(name, help=command.text, description=command.text))
     args = parser.parse_args(argv)
     try:
-        return {"prepare": _prepare, "evaluate": _evaluate, "verify": _verify, "settings": _settings}[args.command](
-            args
-        )
+        return COMMANDS[args.command].act(args)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+# --- prepare, verify --------------------------------------------------------------------------------------------
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -45,13 +49,8 @@ def _prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    from smpo_fast import evaluate
-    from smpo_fast.runtime import world_from_environment
-
-    settings = config.from_arguments(args)
-    evaluate.run(settings, world_from_environment(settings.run.device).device)
-    return 0
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cache", type=Path)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -63,9 +62,37 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+# --- evaluate, settings -----------------------------------------------------------------------------------------
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from smpo_fast import evaluate
+    from smpo_fast.runtime import world_from_environment
+
+    settings = config.from_arguments(args)
+    evaluate.run(settings, world_from_environment(settings.run.device).device)
+    return 0
+
+
 def _settings(args: argparse.Namespace) -> int:
     print(config.describe())
     return 0
+
+
+def _none(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+COMMANDS = {
+    "prepare": Command(
+        "encode the pairs of [data] with the networks of [model] into the cache", config.add_arguments, _prepare
+    ),
+    "verify": Command("check every file of a cache against its hashes", _verify_arguments, _verify),
+    "evaluate": Command(
+        "sample base and export of a run with the same noise, score and compare them", config.add_arguments, _evaluate
+    ),
+    "settings": Command("all settings with defaults and meaning, as Markdown", _none, _settings),
+}
 
 
 if __name__ == "__main__":

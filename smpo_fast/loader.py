@@ -7,6 +7,7 @@ sample are functions of (seed, position). Nothing depends on the rank, the numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -46,15 +47,16 @@ class Loader:
         start = step * self.pairs_per_step
         return range(start + self.world.rank, start + self.pairs_per_step, self.world.size)
 
-    def window(self, step: int) -> Pairs:
-        """This rank's pairs of a step, winner first, on the rank's device."""
+    def window(self, step: int) -> list[Pairs]:
+        """This rank's pairs of a step, winner first, on the rank's device: one entry for each shape of latents."""
         positions = self.positions(step)
         index = np.array([self.used[self._permutation(p // len(self))[p % len(self)]] for p in positions])
         latents = self._latents(index, positions)
         prompts = [self._prompt(i, p) for i, p in zip(index, positions, strict=True)]
         weight = torch.from_numpy(self.labels.weight[index]).to(self.world.device)
         ids = tuple(int(row) for row in self.cache.rows[index])
-        return Pairs(ids, latents.to(self.world.device), self._conditioning(prompts), weight)
+        places = tuple(range(len(index)))
+        return [Pairs(ids, latents.to(self.world.device), self._conditioning(prompts), weight, places)]
 
     def _latents(self, index: np.ndarray, positions: range) -> Tensor:
         """Samples of the VAE's posteriors, [B, 2, C, H, W]: winner first, each picture flipped or not."""
@@ -78,7 +80,8 @@ class Loader:
         time_ids = torch.tensor([side, side, 0.0, 0.0, side, side]).repeat(len(prompts), 1)
         return Conditioning(embeds.to(device), pooled.to(device), time_ids.to(device))
 
-    def normals(self, step: int, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normals of a shape for each of this rank's pairs of a step: [B, *shape] on the rank's device."""
-        draws = [rng(self.seed, purpose, p).standard_normal(shape, dtype=np.float32) for p in self.positions(step)]
+    def normals(self, step: int, purpose: str, shape: tuple[int, ...], places: Sequence[int]) -> Tensor:
+        """Standard normals of a shape for some of this rank's pairs of a step: [B, *shape] on the rank's device."""
+        own = self.positions(step)
+        draws = [rng(self.seed, purpose, own[p]).standard_normal(shape, dtype=np.float32) for p in places]
         return torch.from_numpy(np.stack(draws)).to(self.world.device)

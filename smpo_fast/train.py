@@ -89,27 +89,27 @@ class Trainer:
     def step(self, step: int) -> tuple[engines.StepResult, metrics.StepTable, dict[str, float]]:
         """Train on the pairs of a step; returns the engine's result, the step's table and seconds per phase."""
         with self.meter.phase("load"):
-            window = self.loader.window(step)
-        paths, active = self.paths(step)
-        with self.meter.phase("inversion"):
-            x_t, tau = self.trajectory(window, paths, active, step)
-        micro = self.config.batch.micro_pairs
-        for first in range(0, len(window), micro):
-            rows = slice(first, min(first + micro, len(window)))
-            self.backward(
-                window.take(rows), x_t[rows], tau[rows], paths[rows], len(window), last=rows.stop == len(window)
-            )
+            groups = self.loader.window(step)
+        total, done, micro = sum(map(len, groups)), 0, self.config.batch.micro_pairs
+        for window in groups:
+            paths, active = self.paths(step, window.places)
+            with self.meter.phase("inversion"):
+                x_t, tau = self.trajectory(window, paths, active, step)
+            for first in range(0, len(window), micro):
+                rows = slice(first, min(first + micro, len(window)))
+                done += rows.stop - rows.start
+                self.backward(window.take(rows), x_t[rows], tau[rows], paths[rows], total, last=done == total)
         with self.meter.phase("optimizer"):
             result = self.engine.step(learning_rate(self.config.optim, step, self.config.run.steps))
         return result, *self.meter.flush()
 
-    def paths(self, step: int) -> tuple[list[NoisePath], list[int]]:
-        """This rank's noise paths, deepest first, and how many pairs each rank puts through the network a round."""
+    def paths(self, step: int, places: Sequence[int]) -> tuple[list[NoisePath], list[int]]:
+        """Noise paths of this rank's pairs at ``places`` of a step, deepest first, and pairs per round of any rank."""
         run, batch, world = self.config.run, self.config.batch, self.world
         times = self.schedule.timesteps(batch.pairs_per_step, self.config.inversion, run.seed, step)
         paths = [self.schedule.path(t, self.config.inversion) for t in times]
-        by_rank = [inversion.rounds(paths[rank :: world.size]) for rank in range(world.size)]
-        return paths[world.rank :: world.size], [max(n) for n in zip_padded(by_rank)]
+        by_rank = [[paths[rank + world.size * place] for place in places] for rank in range(world.size)]
+        return by_rank[world.rank], [max(n) for n in zip_padded([inversion.rounds(p) for p in by_rank])]
 
     @torch.no_grad()
     def trajectory(
@@ -118,7 +118,7 @@ class Trainer:
         """x_t and tau of a window, [B, 2, C, H, W]: by inversion, or by adding the same noise to both pictures."""
         settings, picture = self.config.inversion, tuple(window.latents.shape[1:])
         if settings.source == "noise":
-            tau = self.loader.normals(step, "noise", (1, *picture[1:])).expand_as(window.latents)
+            tau = self.loader.normals(step, "noise", (1, *picture[1:]), window.places).expand_as(window.latents)
             return inversion.forward_noise(window.latents, tau, paths), tau
         inverter = self.policy if settings.network == "policy" else self.reference
         inverter.unet.eval()
@@ -128,9 +128,9 @@ class Trainer:
             self.bar.set_postfix_str(f"inversion to t={paths[0].at.time}", refresh=False)
             return inverter.eps(x, times, window.cond.take(rows))
 
-        noise = (
-            self.loader.normals(step, "inversion", (len(active), *picture)).transpose(0, 1) if settings.noise else None
-        )
+        noise = None
+        if settings.noise:
+            noise = self.loader.normals(step, "inversion", (len(active), *picture), window.places).transpose(0, 1)
         return inversion.invert(
             eps, window.latents, paths, settings, chunk=self.config.batch.inversion_pairs, active=active, noise=noise,
             solver=self.ops.solver, dtype=torch.float32 if inverter.velocity else inverter.dtype,

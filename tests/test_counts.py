@@ -64,7 +64,7 @@ def test_a_step_calls_the_networks_no_more_than_the_method_asks() -> None:
     trainer.reference.unet.register_forward_pre_hook(note("reference"))
     with counting.fused_attention(), counting.DeviceSpy():
         trainer.step(0)
-    paths, active = trainer.paths(0)
+    paths, active = trainer.paths(0, range(3))
     pairs, renoise = len(paths), 1 + trainer.config.inversion.renoise_steps
     assert pictures["policy"] == 2 * renoise * sum(p.depth for p in paths) + 2 * pairs
     assert pictures["reference"] == 2 * pairs
@@ -172,7 +172,7 @@ def phases() -> dict[str, tuple[float, float, float]]:
         watch(trainer.engine, "step", "optimizer")
         watch(trainer.meter, "flush", "flush")
         trainer.step(1)
-    paths, active = trainer.paths(1)
+    paths, active = trainer.paths(1, range(3))
     times = {"inversion round": len(active), "micro-step": len(paths)}
     return {name: tuple(n / times.get(name, 1) for n in sums) for name, sums in told.items()}  # type: ignore[misc]
 

@@ -45,7 +45,7 @@ def loader(rank: int = 0, size: int = 1, std: float = 0.0, **data: object) -> Lo
 
 def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own() -> None:
     whole = loader()
-    ids = [i for step in range(40) for i in whole.window(step).ids]
+    ids = [i for step in range(40) for i in whole.window(step)[0].ids]
     first, second = ids[:PAIRS], ids[PAIRS : 2 * PAIRS]
     assert sorted(first) == sorted(second) == list(range(1000, 1000 + PAIRS))
     assert first != second and first != sorted(first)
@@ -54,9 +54,9 @@ def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own() -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_together_see_what_one_rank_sees(size: int) -> None:
     options = {"std": 1.0, "flip": True, "prompt_dropout": 0.5}
-    alone = loader(**options).window(7)
+    alone = loader(**options).window(7)[0]
     for rank in range(size):
-        mine, rows = loader(rank, size, **options).window(7), slice(rank, None, size)
+        mine, rows = loader(rank, size, **options).window(7)[0], slice(rank, None, size)
         assert mine.ids == alone.ids[rows]
         assert torch.equal(mine.latents, alone.latents[rows]) and torch.equal(mine.weight, alone.weight[rows])
         assert torch.equal(mine.cond.prompt, alone.cond.prompt[rows])
@@ -66,11 +66,11 @@ def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
     visited = loader(std=1.0)
     for step in range(9):
         visited.window(step)
-    assert torch.equal(visited.window(9).latents, loader(std=1.0).window(9).latents)
+    assert torch.equal(visited.window(9)[0].latents, loader(std=1.0).window(9)[0].latents)
 
 
 def test_winner_stands_first_with_its_weight() -> None:
-    window = loader().window(0)
+    window = loader().window(0)[0]
     for row, latents, weight in zip(window.ids, window.latents, window.weight, strict=True):
         index = row - 1000
         reward = index % 5
@@ -82,34 +82,35 @@ def test_winner_stands_first_with_its_weight() -> None:
 
 
 def test_flips_are_drawn_apart_for_winner_and_loser() -> None:
-    flipped = torch.cat([loader(flip=True).window(step).latents[:, :, 0, 0, 0] >= 10_000 for step in range(50)])
+    flipped = torch.cat([loader(flip=True).window(step)[0].latents[:, :, 0, 0, 0] >= 10_000 for step in range(50)])
     assert abs(flipped.float().mean() - 0.5) < 0.05
     both = (flipped[:, 0] == flipped[:, 1]).float().mean()
     assert abs(both - 0.5) < 0.07
-    assert not (loader().window(0).latents >= 10_000).any()
+    assert not (loader().window(0)[0].latents >= 10_000).any()
 
 
 def test_prompt_dropout_takes_the_empty_prompt_at_its_rate() -> None:
     rate = np.mean(
-        [(loader(prompt_dropout=0.2).window(s).cond.prompt[:, 0, 0] == 0).float().mean() for s in range(100)]
+        [(loader(prompt_dropout=0.2).window(s)[0].cond.prompt[:, 0, 0] == 0).float().mean() for s in range(100)]
     )
     assert abs(rate - 0.2) < 0.03
-    assert (loader().window(0).cond.prompt > 0).all()
+    assert (loader().window(0)[0].cond.prompt > 0).all()
 
 
 def test_vae_sample_has_the_posteriors_moments() -> None:
-    noise = torch.cat([loader(std=2.0).window(s).latents - loader().window(s).latents for s in range(20)])
+    noise = torch.cat([loader(std=2.0).window(s)[0].latents - loader().window(s)[0].latents for s in range(20)])
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 2.0) < 0.05
 
 
 def test_sdxl_time_ids() -> None:
-    assert loader().window(0).cond.time_ids.tolist()[0] == [64, 64, 0, 0, 64, 64]
+    assert loader().window(0)[0].cond.time_ids.tolist()[0] == [64, 64, 0, 0, 64, 64]
 
 
 def test_normals_are_functions_of_position() -> None:
-    whole = loader().normals(3, "noise", (2, 2))
-    assert torch.equal(loader(1, 2).normals(3, "noise", (2, 2)), whole[1::2])
-    assert not torch.equal(whole, loader().normals(3, "inversion", (2, 2)))
+    whole = loader().normals(3, "noise", (2, 2), range(12))
+    assert torch.equal(loader(1, 2).normals(3, "noise", (2, 2), range(6)), whole[1::2])
+    assert torch.equal(loader().normals(3, "noise", (2, 2), [4, 7]), whole[[4, 7]])
+    assert not torch.equal(whole, loader().normals(3, "inversion", (2, 2), range(12)))
 
 
 def test_no_usable_pair_is_said() -> None:
