@@ -26,6 +26,7 @@ setup(
         "accelerate>=1.12",
         "deepspeed>=0.19",
         "bitsandbytes>=0.49",
+        "fsspec",
         "huggingface_hub",
         "matplotlib",
         "numpy",
@@ -37,6 +38,8 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "buckets": ["gcsfs", "s3fs"],  # caches and pairs at s3:// and gs://
+        "lora": ["peft"],
         "xformers": ["xformers"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],

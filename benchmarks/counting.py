@@ -7,43 +7,24 @@ read from the device is seen as what it would be on a GPU.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from architectures import Architecture, make_inputs, make_unet
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
-META = torch.device("meta")
+from smpo_fast.footprint import META, LiveBytes, flops, fused_attention, saved_bytes
+
+__all__ = ["META", "LiveBytes", "flops", "fused_attention", "saved_bytes"]
 # Operations that make no kernel run: they allocate, or only look at memory in another way.
 _FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view",
          "aten::detach", "aten::lift_fresh", "aten::alias", "aten::_local_scalar_dense", "aten::new_empty_strided",
          "aten::set_", "aten::resize_"}  # fmt: skip
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_flash_attention.default(query, key, value)[0]
-
-
-def fused_attention() -> AbstractContextManager[Any]:
-    """Attention as one kernel, as a GPU runs it: without this the meta device takes the unfused formula."""
-    return mock.patch.object(F, "scaled_dot_product_attention", _flash)
-
-
-def flops(call: Callable[[], Any]) -> int:
-    """Floating-point operations of a call and of everything it starts; a multiply-add counts as two."""
-    with fused_attention(), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def _is_view(operation: Any) -> bool:
@@ -110,60 +91,6 @@ class DeviceSpy(TorchDispatchMode):
         elif made and name not in _FREE and not _is_view(func):
             self.launches[name] += 1
         return out
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages alive on the meta device, and the most there were: a simulated memory plan.
-
-    Allocator rounding, libraries' workspaces and the driver's own memory are not in it.
-    """
-
-    def __init__(self, alive: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: dict[int, int] = {}
-        for tensor in alive:
-            self._add(tensor)
-
-    def _add(self, tensor: Tensor) -> None:
-        if tensor.device.type != "meta":
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self._seen.pop(key)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in tree_iter(out):
-            if isinstance(x, Tensor):
-                self._add(x)
-        return out
-
-
-@contextmanager
-def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Counter[str]]:
-    """Bytes that autograd keeps for the backward pass, beside the parameters: ``counter["bytes"]`` after the block."""
-    own = {p.untyped_storage()._cdata for p in parameters}
-    kept: dict[int, Tensor] = {}  # holding them keeps a storage's address from being used again
-    total: Counter[str] = Counter()
-
-    def pack(tensor: Tensor) -> Tensor:
-        key = tensor.untyped_storage()._cdata
-        if key not in own and key not in kept:
-            kept[key] = tensor.detach()
-            total["bytes"] += tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield total
 
 
 def saved_bytes_of_a_pair(architecture: Architecture, checkpointing: bool) -> int:

@@ -38,11 +38,14 @@ import torch
 from architectures import Architecture
 from harness import say
 
+from smpo_fast import footprint, plan
+
 TOTAL_SECONDS = 505.0  # of which every part gets its share
 CANNOT_FORK = 77  # exit status of a part that found the GPU unusable in a forked process
 # what a printed line shows of a result; its file has all
 TOLD = {"seconds", "error", "value", "TFLOPs", "share_of_matmul", "share_of_copy", "peak_bytes", "skipped", "summary",
-        "repeatable", "tail", "inversion_seconds", "policy_seconds", "reference_seconds"}  # fmt: skip
+        "repeatable", "tail", "inversion_seconds", "policy_seconds", "reference_seconds",
+        "predicted_of_measured"}  # fmt: skip
 
 
 @dataclass
@@ -339,8 +342,20 @@ def _full_memory(
     }
     peak = _peak(device)
     rest = None if peak is None else peak - sum(held.values())
+    predicted = _predicted_peak(architecture, overrides, precision)
     report.add(name, architecture=architecture.name, optimizer=optimizer, checkpointing=checkpointing,
-               peak_bytes=peak, **held, rest_bytes=rest)  # fmt: skip
+               peak_bytes=peak, predicted_bytes=predicted, predicted_of_measured=peak and predicted / peak,
+               **held, rest_bytes=rest)  # fmt: skip
+
+
+def _predicted_peak(architecture: Architecture, overrides: ours.Overrides, precision: str) -> float:
+    """What ``smpo plan`` says of the same settings: to be within 10 % of the measured peak."""
+    settings = ours.settings(architecture, overrides)
+    latent = (4, architecture.latent, architecture.latent)
+    text = (architecture.tokens, architecture.prompt_width)
+    network = footprint.Network.make(architecture.unet, architecture.kind, latent, text)
+    subject = plan.Subject(settings, network, precision)
+    return plan.memory(subject, subject.choice()).allocated
 
 
 def _lora_memory(report: Report, name: str, architecture: Architecture, checkpointing: bool) -> None:

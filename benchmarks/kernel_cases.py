@@ -21,7 +21,13 @@ from torch import Tensor
 MODES = ("forward", "backward", "both")
 PAIR_COUNTS = (1, 8, 64)
 DEFAULT_GROUPS = 32
+WEIGHTS = ((320 * 320,), (1280 * 1280,), (10240 * 1280,))
+"""Sizes of matrices in attention (SD1.5, SDXL) and of SDXL's largest one, flat, as an optimizer step meets them."""
+FORWARD_ONLY = {"geglu_linear"}
+"""With a gradient these are their eager reference."""
 _NO_GRADIENT = {"target", "reference", "x_t", "x_0", "total", "residual_out"}
+# what operations without a result write to, and what of it is compared
+_IN_PLACE = (("x", "total"), ("weight", "m_scale", "v_scale", "m8", "v8"))
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,15 @@ def operations() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
 
 
 def shapes_of(op: str, architecture: architectures.Architecture) -> list[tuple[int, ...]]:
-    """The shapes an operation meets in one call for two pictures, most frequent first; latents for pair operations."""
+    """The shapes an operation meets in one call for two pictures, most frequent first; latents for pair operations.
+
+    geglu_linear: what it reads; the projection is 8 times as wide, and half of it remains.
+    """
+    if op.startswith("adamw"):
+        return list(WEIGHTS)
     table = counting.op_shapes(architecture, images=2)
+    if op == "geglu_linear":
+        return [(*shape[:-1], shape[-1] // 8) for shape, _ in table["geglu"].most_common()]
     if op in table:
         return [shape for shape, _ in table[op].most_common()]
     side = architecture.latent
@@ -84,8 +97,11 @@ def unknown(architecture: architectures.Architecture) -> list[str]:
 def _arguments(
     op: str, reference: Callable[..., Any], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    paired = len(shape) == 5
-    pool = _pair_pool(shape, dtype, device) if paired else _layer_pool(op, shape, dtype, device)
+    if len(shape) == 1:
+        pool = _optimizer_pool(shape, dtype, device)
+    else:
+        paired = len(shape) == 5
+        pool = _pair_pool(shape, dtype, device) if paired else _layer_pool(op, shape, dtype, device)
     made = {}
     for name, parameter in inspect.signature(reference).parameters.items():
         if name in pool:
@@ -112,11 +128,36 @@ def _layer_pool(
     def half() -> Tensor:
         return _normal((*shape[:-1], shape[-1] // 2), dtype, device)
 
+    if op == "geglu_linear":
+        wide, size = 8 * channels, channels**-0.5
+        return {
+            "x": x, "weight": lambda: _normal((wide, channels), dtype, device).mul_(size),
+            "bias": lambda: _normal((wide,), dtype, device),
+        }  # fmt: skip
     groups = DEFAULT_GROUPS if channels % DEFAULT_GROUPS == 0 else 16
     return {
         "x": x, "input": x, "hidden_states": x, "weight": lambda: _normal((channels,), dtype, device),
         "bias": lambda: _normal((channels,), dtype, device), "groups": lambda: groups, "num_groups": lambda: groups,
         "eps": lambda: 1e-5, "value": half, "gate": half,
+    }  # fmt: skip
+
+
+def _optimizer_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Arguments of an optimizer step over one flat parameter; weights where they may lie in the dtype, else fp32."""
+    weight = dtype if dtype == torch.bfloat16 else torch.float32
+    blocks = (-(-shape[0] // 256),)
+
+    def codes(kind: torch.dtype) -> Tensor:
+        return torch.randint(0, 127, shape, dtype=kind, device=device)
+
+    def scale() -> Tensor:
+        return torch.empty(blocks, device=device).uniform_(0.5, 1.0)
+
+    return {
+        "weight": lambda: _normal(shape, weight, device), "grad": lambda: _normal(shape, torch.float32, device),
+        "m8": lambda: codes(torch.int8), "v8": lambda: codes(torch.uint8), "m_scale": scale, "v_scale": scale,
+        "lr": lambda: 1e-5, "beta1": lambda: 0.9, "beta2": lambda: 0.999, "eps": lambda: 1e-8,
+        "weight_decay": lambda: 0.01, "step": lambda: 100,
     }  # fmt: skip
 
 
@@ -161,10 +202,11 @@ class Prepared:
             if isinstance(value, Tensor) and value.is_floating_point() and name not in _NO_GRADIENT
         ]  # fmt: skip
         probe = self._tensors(self.case.reference(**self._fresh()))
-        self.in_place = not probe
+        names = (names for names in _IN_PLACE if set(names) <= set(self.arguments))
+        self.written = () if probe else next(names)
         smooth = [any(o.requires_grad for o in self._tensors(op(**self._fresh()))) for op in
                   (self.case.reference, self.case.run)]  # fmt: skip
-        self.modes = MODES if all(smooth) else ("forward",)
+        self.modes = MODES if all(smooth) and self.case.op not in FORWARD_ONLY else ("forward",)
         self.upstream = [torch.randn_like(p) for p in probe if p.requires_grad]
 
     def _tensors(self, result: Any) -> list[Tensor]:
@@ -180,7 +222,7 @@ class Prepared:
         if "prediction" in made:
             made = {k: v.detach() if isinstance(v, Tensor) else v for k, v in made.items()}
             made["prediction"].requires_grad_()
-        if "total" in made:
+        if "total" in made or "m8" in made:
             made = {k: v.detach() if isinstance(v, Tensor) else v for k, v in made.items()}
         return made
 
@@ -191,7 +233,7 @@ class Prepared:
 
         def forward() -> list[Tensor]:
             out = self._tensors(op(**inputs))
-            return [inputs["x"], inputs["total"]] if self.in_place else out
+            return [inputs[name] for name in self.written if inputs[name].is_floating_point()] if self.written else out
 
         def gradients(out: list[Tensor]) -> list[Tensor]:
             smooth = [o for o in out if o.requires_grad]
@@ -210,9 +252,9 @@ class Prepared:
         read = sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor))
         with torch.no_grad():
             written = sum(o.nbytes for o in self._tensors(self.case.reference(**inputs)))
-        if self.in_place:
-            written = inputs["x"].nbytes + inputs["total"].nbytes
-            return read - inputs["x"].nbytes + written
+        if self.written:
+            written = sum(inputs[name].nbytes for name in self.written)
+            return read - (inputs["x"].nbytes if "total" in inputs else 0) + written
         back = sum(u.nbytes for u in self.upstream) + read
         back += sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad)
         return {"forward": read + written, "backward": back, "both": read + written + back}[mode]

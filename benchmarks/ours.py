@@ -1,6 +1,6 @@
 """This project's own trainer on random weights and synthetic pairs, and what of it is optional and found by looking.
 
-The loop, the engine, the loader and whatever ``load_unets`` does to the networks are the real ones: only files are
+The loop, the engine, the loader and whatever ``load_unet`` does to the networks are the real ones: only files are
 replaced by random numbers.
 """
 
@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -26,7 +27,7 @@ from smpo_fast import config, engine, model
 from smpo_fast.config import Config
 from smpo_fast.loader import Loader
 from smpo_fast.runtime import World
-from smpo_fast.train import Trainer
+from smpo_fast.window import Trainer
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -41,6 +42,8 @@ class SyntheticCache:
         self.rewards = generator.random((pairs, 2))
         self.labels = np.full(pairs, np.nan)
         self.prompt_index = np.arange(1, pairs + 1)
+        self.shapes = np.zeros(pairs, np.int32)
+        self.pixels = np.array([[architecture.resolution, architecture.resolution]])
         self._mean = generator.standard_normal(shape, dtype=np.float32).astype(np.float16)
         width, pooled = architecture.prompt_width, architecture.pooled_width
         texts = (pairs + 1, architecture.tokens, width)
@@ -92,15 +95,30 @@ def make_trainer(architecture: Architecture, device: torch.device, overrides: Ov
         return make_unet(architecture, device, dtype)
 
     with mock.patch.object(model, "_load", random_weights):
-        policy, reference = model.load_unets(source, run.model, precision, device)
+        dtypes = (torch.float32, model.COMPUTE_DTYPES[precision])
+        policy, reference = (model.load_unet(source, run.model, dtype, device) for dtype in dtypes)
+    reference.requires_grad_(False).eval()
     enabled = getattr(getattr(run, "kernels", None), "enabled", ())
     if enabled:
         for unet in (policy, reference):
             patch_kernels(unet, enabled)
     engine_ = engine.make_engine(policy, run, world, precision, None)
     cache: Any = SyntheticCache(architecture, max(16, run.batch.pairs_per_step))
-    loader, signals = Loader(cache, run, world), NoSignals()
-    return Trainer(run, world, source, engine_, reference, loader, precision, signals, tqdm(disable=True))  # type: ignore[arg-type]
+    loader, signals = Loader(cache, run, World()), NoSignals()
+    schedule = model.schedule_of(source, run.inversion)
+    learner, frozen = (model.Denoiser(unet, source, schedule, precision, device) for unet in (engine_.unet, reference))
+    return Trainer(
+        run,
+        world,
+        schedule,
+        engine_,
+        learner,
+        lambda: nullcontext(frozen),
+        loader,
+        None,
+        signals,
+        tqdm(disable=True),  # type: ignore[arg-type]
+    )
 
 
 def planned_peak(architecture: Architecture, checkpointing: bool) -> int:

@@ -25,6 +25,11 @@ COUNTED = RESULTS / "counted.json"
 CHARTS = ROOT / "docs" / "benchmarks"
 PERFORMANCE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 ASSUMED_RATE = 790e12  # FLOP/s of a large bf16 matrix product on an H200, the rate the limits are drawn at
+# ways up whose calls are counted: the two fidelities, and the paper's with a one-call solver
+INVERSIONS: dict[str, dict[str, Any]] = {
+    "release": {"fidelity": "release"}, "paper": {}, "paper, pec": {"solver": "pec"},
+    "paper, pec, 4 timesteps a trajectory": {"solver": "pec", "per_trajectory": 4},
+}  # fmt: skip
 REFERENCE, BEST_EAGER = "reference", "best_eager"
 NOT_YET = "not measured yet"
 Files = Mapping[str, Mapping[str, Any]]  # part -> its JSON
@@ -64,7 +69,7 @@ def _counted(architecture: Any) -> dict[str, Any]:
     import torch
     from architectures import make_unet
 
-    calls = {fidelity: _calls(fidelity, architecture.inversion_steps) for fidelity in ("release", "paper")}
+    calls = {fidelity: _calls(fidelity, architecture.inversion_steps) for fidelity in INVERSIONS}
     flops = counting.pair_flops(architecture, calls["release"])
     call = counting.unet_call(architecture, 2)
     with torch.no_grad(), counting.fused_attention(), counting.DeviceSpy() as spy:
@@ -92,13 +97,13 @@ def _calls(fidelity: str, steps: int) -> float:
     """No-gradient calls for a picture, the mean over all timesteps."""
     from architectures import SCHEDULER
 
-    from smpo_fast import config
+    from smpo_fast import config, inversion
     from smpo_fast.schedule import NoiseSchedule
 
     schedule = NoiseSchedule.from_config(SCHEDULER)
-    run = config.from_dict({"inversion": {"fidelity": fidelity, "steps": steps}}).inversion
-    depths = [schedule.path(t, run).depth for t in range(len(schedule))]
-    return sum(depths) / len(depths) * (1 + run.renoise_steps)
+    run = config.from_dict({"inversion": {**INVERSIONS[fidelity], "steps": steps, "timesteps": "stratified"}}).inversion
+    paths = schedule.paths(len(schedule), run, 0, 0)  # so many stratified draws are each timestep once
+    return sum(inversion.evaluations(p.depth, run) for p in paths) / len(schedule)
 
 
 # --- rendering ------------------------------------------------------------------------------------------------
@@ -131,8 +136,10 @@ def counts(counted: Mapping[str, Any]) -> str:
     models = counted["models"].values()
     rows = [
         ["parameters, 10^9", *(f"{m['parameters'] / 1e9:.3f}" for m in models)],
-        ["no-gradient calls a picture, `release`", *(f"{m['calls_per_picture']['release']:.2f}" for m in models)],
-        ["no-gradient calls a picture, `paper`", *(f"{m['calls_per_picture']['paper']:.2f}" for m in models)],
+        *(
+            [f"no-gradient calls a picture, `{name}`", *(f"{m['calls_per_picture'][name]:.2f}" for m in models)]
+            for name in INVERSIONS
+        ),
         ["kernel launches of a half-precision call", *(f"{m['launches_per_call']:,}" for m in models)],
     ]
     for key, words in (("saved_bytes_per_pair", "GB saved for the backward pass of a pair"),
@@ -223,6 +230,33 @@ def memory_section(files: Files) -> str:
     return markdown(("GB (1e9 bytes)", "peak", *COMPONENTS), told)
 
 
+def frontier_section(files: Files) -> list[str]:
+    """Inversions by their yardsticks, and what training made of them, a network-call budget at a time."""
+    facts = files["inversion_frontier"]
+    rows = [
+        [r["way"], str(r["steps"]), f"{r['calls']:.1f}", f"{r['tau_error']:.3f}", f"{r['round_trip']:.3f}",
+         f"{r['gradient_cosine']:.3f}"] for r in facts["rows"]
+    ]  # fmt: skip
+    head = ("inversion", "steps", "calls a picture", "error of tau", "round trip", "gradient cosine")
+    blocks = [provenance({"frontier": facts}), markdown(head, rows)]
+    if facts.get("training"):
+        rows = []
+        for way, steps in dict.fromkeys((t["way"], t["steps"]) for t in facts["training"]):
+            runs = [t["looks"] for t in facts["training"] if (t["way"], t["steps"]) == (way, steps)]
+            for looks in zip(*runs, strict=True):
+                gains = [look["reward_gain"] for look in looks]
+                mean = sum(gains) / len(gains)
+                rows.append([
+                    way, str(steps), str(looks[0]["steps"]), f"{looks[0]['calls'] / 1e3:.0f}",
+                    f"{min(look['seconds'] for look in looks):.0f}", f"+{mean:.3f}",
+                    " ".join(f"{g:.3f}" for g in gains),
+                    f"{sum(look['shape_gain'] for look in looks) / len(looks):+.3f}",
+                ])  # fmt: skip
+        head = ("trained with", "steps", "optimizer steps", "10^3 calls", "seconds", "reward gain", "by seed", "shape")
+        blocks.append(markdown(head, rows))
+    return blocks
+
+
 def kernels_section(files: Files) -> str:
     """Fused operations, with the share of the copy bandwidth they reach."""
     rows = _rows(files, "kernels")
@@ -274,6 +308,9 @@ def render_performance(found: Mapping[str, Files], counted: Mapping[str, Any], c
                        "Miniature networks (about 2 million weights) in fp32, in bf16 where autocast is named: "
                        "these show that the instrument works and where host time goes, and say nothing about a GPU.",
                        provenance({"suite": files["suite"]}), suite_section(files, CPU_GROUPS)]  # fmt: skip
+    for name, files in found.items():
+        if "inversion_frontier" in files:
+            blocks += [f"### Inversions: error by network calls, {name}", *frontier_section(files)]
     blocks += [f"![{name}](benchmarks/{name})" for name in charts]
     return "\n\n".join(blocks)
 

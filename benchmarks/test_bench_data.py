@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import SDXL, SDXL_TOY
+from architectures import SDXL, SDXL_TOY, Architecture
 from PIL import Image
 
 from smpo_fast import config
-from smpo_fast.cache import CachedPairs, CacheWriter, Entry
+from smpo_fast.cache import LATENTS_PART, PROMPTS_PART, CachedPairs, CacheWriter, Entry
 from smpo_fast.loader import Loader
 from smpo_fast.runtime import World
 
@@ -25,20 +25,38 @@ ARCHITECTURE = SDXL if ON_GPU else SDXL_TOY
 WINDOW = 16
 
 
+def make_cache(root: Path, architecture: Architecture, rows: int) -> CachedPairs:
+    """A prepared cache on disk: pairs of random latents, both flips, a prompt to every eight pairs."""
+    generator, side = torch.Generator().manual_seed(0), architecture.latent
+    pixels, frame = (architecture.resolution, architecture.resolution), (architecture.resolution,) * 2 + (0, 0, 0)
+
+    def pairs(number: int) -> dict[str, Any]:
+        part = writer.pairs(number)
+        for row in range(rows):
+            mean, std = (torch.randn(2, 2, 4, side, side, generator=generator) for _ in range(2))
+            rewards = (0.2, 0.3 + row / 100)
+            entry = Entry(row, str(row), f"prompt {row % (rows // 8)}", rewards, None, False, pixels, (frame, frame))
+            part.add(entry, mean, std.abs())
+            part.commit(row + 1)
+        return part.close()
+
+    def prompts(number: int) -> dict[str, Any]:
+        part, count = writer.prompts(number), len(writer.texts())
+        embeds = torch.randn(count, architecture.tokens, architecture.prompt_width, generator=generator)
+        part.add(embeds, torch.randn(count, architecture.pooled_width or 1, generator=generator))
+        return part.close()
+
+    with CacheWriter(root, {"kind": architecture.kind}, {}) as writer:
+        writer.share(LATENTS_PART, 1, pairs)
+        writer.share(PROMPTS_PART, 1, prompts)
+        writer.finish()
+    return CachedPairs(root)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> CachedPairs:
-    """A prepared cache on disk: 64 pairs of random latents, both flips, 8 prompts."""
-    root, generator = tmp_path_factory.mktemp("cache") / "cache", torch.Generator().manual_seed(0)
-    side = ARCHITECTURE.latent
-    with CacheWriter(root, {"kind": ARCHITECTURE.kind}, {}) as writer:
-        for row in range(64):
-            mean, std = (torch.randn(2, 2, 4, side, side, generator=generator) for _ in range(2))
-            writer.add(Entry(row, str(row), f"prompt {row % 7}", (0.2, 0.3 + row / 100), None, False), mean, std.abs())
-        texts = writer.prompts()
-        embeds = torch.randn(len(texts), ARCHITECTURE.tokens, ARCHITECTURE.prompt_width, generator=generator)
-        writer.add_prompts(embeds, torch.randn(len(texts), ARCHITECTURE.pooled_width or 1, generator=generator))
-        writer.finish({"stored": 64, "scored": 0, "unrewarded": 0})
-    return CachedPairs(root)
+    """A cache in the shapes of this machine's architecture."""
+    return make_cache(tmp_path_factory.mktemp("cache") / "cache", ARCHITECTURE, 64)
 
 
 def _jpegs(count: int) -> list[bytes]:
@@ -82,6 +100,22 @@ def test_data_loading(bench: Any, device: torch.device, cache: CachedPairs, impl
         "data loading", f"{WINDOW} pairs {ARCHITECTURE.name}", implementation, call, baseline="decode JPEGs",
         reference=lambda: wanted, tolerance=0.0, seconds=0.5,
     )  # fmt: skip
+
+
+def test_reading_at_sdxl_shapes(bench: Any, tmp_path: Path) -> None:
+    """Pairs a second of the host alone: 256 pairs of [2, 4, 128, 128] with their prompts, flips and VAE samples."""
+    pairs = 256
+    values = {"data": {"resolution": SDXL.resolution}, "batch": {"pairs_per_step": pairs}}
+    loader = Loader(make_cache(tmp_path / "cache", SDXL, pairs), config.from_dict(values), World())
+    taken = []
+    for step in range(6):
+        start = time.perf_counter()
+        window = loader.window(step)
+        taken.append(time.perf_counter() - start)
+    assert window[0].latents.shape == (pairs, 2, 4, 128, 128)
+    seconds = sorted(taken[1:])
+    print(f"\nreading: {pairs / seconds[len(seconds) // 2]:.0f} pairs/s (median), {pairs / seconds[0]:.0f} (best)")
+    bench.record("reading", f"{pairs} pairs sdxl", "prepared cache", seconds, baseline="prepared cache")
 
 
 @pytest.mark.parametrize("implementation", ["imports alone", "to the first step's end"])

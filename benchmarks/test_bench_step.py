@@ -95,7 +95,7 @@ def test_inversion_arithmetic(bench: Any, device: torch.device, count: int, impl
     scheduler = InverseScheduler(architecture.inversion_steps, device)
 
     def ours_() -> torch.Tensor:
-        return inversion.invert(lambda x, time, rows: 0.1 * x, clean, paths, settings, chunk=count)[0]
+        return inversion.invert(lambda rows: _tenth, clean, paths, settings, chunk=count)[0][0]
 
     def released() -> torch.Tensor:
         return torch.stack([_released(scheduler, clean[i], path.at.time, device) for i, path in enumerate(paths)])
@@ -104,6 +104,10 @@ def test_inversion_arithmetic(bench: Any, device: torch.device, count: int, impl
         "inversion arithmetic", f"{count} pairs", implementation, ours_ if implementation == "ours" else released,
         baseline="scheduler objects", reference=released, tolerance=1e-4, moved=3 * clean.nbytes,
     )  # fmt: skip
+
+
+def _tenth(x: torch.Tensor, timesteps: torch.Tensor, *, again: bool = False) -> torch.Tensor:
+    return 0.1 * x
 
 
 def _released(scheduler: InverseScheduler, latents: torch.Tensor, time: int, device: torch.device) -> torch.Tensor:

@@ -47,6 +47,25 @@ def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: An
         kernel[(programs,)](*arguments, **options)
 
 
+_TICKETS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def tickets(count: int, device: torch.device) -> Tensor:
+    """int32 zeros [>= count], on which the programs of a launch count their arrivals and which they leave at zero.
+
+    Zeroing them for every call would be a second launch, so a buffer is kept for each stream: the calls of a stream
+    follow one another and each finds what the last one left. A CUDA graph is replayed on any stream, beside others
+    that were captured on the same one, so a captured call gets a buffer of its own in the graph's memory, zeroed by
+    a node of the graph. Under torch.compile the operator runs as it is, and one of the two holds.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _TICKETS or len(_TICKETS[key]) < count:
+        _TICKETS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return _TICKETS[key]
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

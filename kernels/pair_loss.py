@@ -20,13 +20,15 @@ Dtypes: any float in; differences and partial sums in fp32, the sums' sum, the m
 numbers a pair); loss, logit and errors out in fp32; the gradient in the prediction's dtype. At beta 5000 an average
 taken in bf16 is wrong by many times the logit: this op is a correctness kernel first.
 
-Determinism: a picture is split into fixed pieces of 2048 elements whose partial sums are added in a fixed order, so a
-pair's numbers do not depend, in any bit, on its neighbours or on the batch; no atomics. ``pair_errors`` sums in
-the same order, so that equal networks give a logit of exactly 0 also when the reference's errors are computed apart.
+Determinism: a picture is split into fixed pieces of 2048 elements, a program each, and the last program of a pair to
+arrive adds the pieces' sums in a fixed order. Which one is last is chance, what it adds up is not: a pair's numbers do
+not depend, in any bit, on its neighbours, the batch or the order of arrival. The one atomic counts arrivals, in
+integers. ``pair_errors`` is the same kernel and sums in the same order, so that equal networks give a logit of exactly
+0 also when the reference's errors are computed apart.
 
 Bytes: forward reads prediction, reference and target once (x_t and x_0 in place of the target); backward reads
 prediction and target and writes the gradient. 4x128x128, half predictions, fp32 target: 8 bytes an element forward
-(6 with given reference errors), 8 backward. Launches: 2 forward, 1 backward, whatever the batch.
+(6 with given reference errors), 8 backward: two passes. Launches: 1 forward, 1 backward, whatever the batch.
 
 Status: not measured on a GPU. At the batch sizes of training it is launch overhead either way, by prediction under
 0.3 % of a step; its worth is accuracy, no fp32 tensors kept for the backward pass, and little host work.
@@ -50,6 +52,7 @@ from smpo_fast.kernels._launch import (
     operator,
     packed,
     packed_like,
+    tickets,
     transposition,
 )
 
@@ -136,46 +139,22 @@ def _levels(p_signal, p_noise, i_pair, TRAJECTORY: tl.constexpr):
     return signal, inverse_noise
 
 
-@triton.jit(do_not_specialize=["pictures"])
-def _partial_sums_kernel(
-    p_prediction, p_reference, p_target, p_clean, p_signal, p_noise, p_sums,
-    pictures, n, pieces, minor,
-    REFERENCE: tl.constexpr, TRAJECTORY: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums of squared errors of one piece of one picture; p_sums [1 or 2 networks, pictures, pieces]."""
-    i_picture = tl.program_id(0) // pieces
-    i_piece = tl.program_id(0) % pieces
-    o = i_piece * BLOCK + tl.arange(0, BLOCK)
-    m = o < n
-    first = i_picture.to(tl.int64) * n
-    o_target = (o % minor) * (n // minor) + o // minor if TRANSPOSED else o
-    signal, inverse_noise = _levels(p_signal, p_noise, i_picture // 2, TRAJECTORY)
-    b_tau = _load_tau(p_target + first, p_clean + first, o_target, m, signal, inverse_noise, TRAJECTORY)
-    b_error = tl.load(p_prediction + first + o, mask=m, other=0.0).to(tl.float32) - b_tau
-    o_sum = i_picture.to(tl.int64) * pieces + i_piece
+@triton.jit
+def _squared_error(b_prediction, b_tau, m):
     # where: beyond the picture's end tau is 0 / noise, which is not 0 for a noise of 0
-    tl.store(p_sums + o_sum, tl.sum(tl.where(m, b_error * b_error, 0.0), 0))
-    if REFERENCE:
-        b_error = tl.load(p_reference + first + o, mask=m, other=0.0).to(tl.float32) - b_tau
-        o_sum += pictures.to(tl.int64) * pieces
-        tl.store(p_sums + o_sum, tl.sum(tl.where(m, b_error * b_error, 0.0), 0))
+    b_error = b_prediction.to(tl.float32) - b_tau
+    return tl.sum(tl.where(m, b_error * b_error, 0.0), 0)
 
 
 @triton.jit
-def _mean_error(p_sums, i_picture, n, pieces, BLOCK: tl.constexpr):
-    b_sum = tl.zeros([BLOCK], tl.float64)
-    for i in range(0, pieces, BLOCK):
-        o = i + tl.arange(0, BLOCK)
-        b_sum += tl.load(p_sums + i_picture * pieces + o, mask=o < pieces, other=0.0).to(tl.float64)
+def _mean_error(p_sums, n, pieces, PIECES: tl.constexpr):
+    """Of one picture, from the sums of its pieces, which other programs have written."""
+    b_sum = tl.zeros([PIECES], tl.float64)
+    for i in range(0, pieces, PIECES):
+        o = i + tl.arange(0, PIECES)
+        b_sum += tl.load(p_sums + o, mask=o < pieces, other=0.0, cache_modifier=".cg").to(tl.float64)
     # rounded here: given errors are rounded too, and equal networks must give equal errors
     return (tl.sum(b_sum, 0) / n).to(tl.float32)
-
-
-@triton.jit
-def _errors_kernel(p_sums, p_errors, n, pieces, BLOCK: tl.constexpr):
-    """Mean squared error of one picture from its pieces' sums."""
-    i_picture = tl.program_id(0).to(tl.int64)
-    tl.store(p_errors + i_picture, _mean_error(p_sums, i_picture, n, pieces, BLOCK))
 
 
 @triton.jit
@@ -184,27 +163,9 @@ def _log1p(y):
     return tl.where(y < 1e-5, y * (1.0 - y * (0.5 - y * 0.3333333333333333)), tl.log(1.0 + y))
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def _pair_loss_kernel(
-    p_sums, p_reference_errors, p_weight, p_loss, p_logit, p_errors, p_slope,
-    pairs, n, pieces, beta,
-    LINK: tl.constexpr, REFERENCE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The loss of one pair from its pictures' sums, and d loss / d m_w (which is - d loss / d m_l)."""
-    i_pair = tl.program_id(0).to(tl.int64)
-    m_w = _mean_error(p_sums, 2 * i_pair, n, pieces, BLOCK)
-    m_l = _mean_error(p_sums, 2 * i_pair + 1, n, pieces, BLOCK)
-    if REFERENCE:
-        r_w = _mean_error(p_sums, 2 * (pairs + i_pair), n, pieces, BLOCK)
-        r_l = _mean_error(p_sums, 2 * (pairs + i_pair) + 1, n, pieces, BLOCK)
-        tl.store(p_reference_errors + 2 * i_pair, r_w)
-        tl.store(p_reference_errors + 2 * i_pair + 1, r_l)
-    else:
-        r_w = tl.load(p_reference_errors + 2 * i_pair)
-        r_l = tl.load(p_reference_errors + 2 * i_pair + 1)
-    difference = (m_w.to(tl.float64) - m_l.to(tl.float64)) - (r_w.to(tl.float64) - r_l.to(tl.float64))
-    by_difference = tl.load(p_weight + i_pair).to(tl.float64) * (-0.5 * beta)
-    logit = by_difference * difference
+@triton.jit
+def _link(logit, beta, LINK: tl.constexpr):
+    """Loss and its slope by the logit."""
     if LINK == 0:
         small = tl.exp(-tl.abs(logit))
         # where, not maximum: the hardware's maximum would hide a NaN
@@ -217,11 +178,74 @@ def _pair_loss_kernel(
         root = (logit - 0.5) / beta
         loss = root * root
         slope = 2.0 * root / beta
-    tl.store(p_loss + i_pair, loss.to(tl.float32))
-    tl.store(p_logit + i_pair, logit.to(tl.float32))
-    tl.store(p_errors + 2 * i_pair, m_w)
-    tl.store(p_errors + 2 * i_pair + 1, m_l)
-    tl.store(p_slope + i_pair, (slope * by_difference).to(tl.float32))
+    return loss, slope
+
+
+@triton.jit
+def _arrives_last(p_ticket, programs):
+    """Whether all other programs of this ticket have been here; what they stored before is then visible.
+
+    The barrier puts the stores of all threads before the one thread's atomic, whose release and acquire at the scope
+    of the GPU put them before the loads of the last program. That program leaves the ticket as it was: 0.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(p_ticket, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(p_ticket, 0)
+    return last
+
+
+@triton.jit
+def _pair_loss_kernel(
+    p_prediction, p_reference, p_target, p_clean, p_signal, p_noise, p_weight,
+    p_sums, p_tickets, p_errors, p_reference_errors, p_loss, p_logit, p_slope,
+    n, pieces, minor, beta,
+    LINK: tl.constexpr, REFERENCE: tl.constexpr, TRAJECTORY: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Squared errors of one piece of one picture; the last program of a pair makes its numbers of all of them.
+
+    p_sums [pairs, 1 or 2 networks, 2 pictures, pieces]. LINK -1: nothing but the policy's errors. The slope is
+    d loss / d m_w, which is - d loss / d m_l.
+    """
+    i_picture = tl.program_id(0) // pieces
+    i_piece = tl.program_id(0) % pieces
+    i_pair = (i_picture // 2).to(tl.int64)
+    o = i_piece * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    first = i_picture.to(tl.int64) * n
+    o_target = (o % minor) * (n // minor) + o // minor if TRANSPOSED else o
+    signal, inverse_noise = _levels(p_signal, p_noise, i_pair, TRAJECTORY)
+    b_tau = _load_tau(p_target + first, p_clean + first, o_target, m, signal, inverse_noise, TRAJECTORY)
+    p_sums += i_pair * (4 if REFERENCE else 2) * pieces
+    o_sum = (i_picture % 2) * pieces + i_piece
+    b_prediction = tl.load(p_prediction + first + o, mask=m, other=0.0)
+    tl.store(p_sums + o_sum, _squared_error(b_prediction, b_tau, m))
+    if REFERENCE:
+        b_prediction = tl.load(p_reference + first + o, mask=m, other=0.0)
+        tl.store(p_sums + 2 * pieces + o_sum, _squared_error(b_prediction, b_tau, m))
+
+    if _arrives_last(p_tickets + i_pair, 2 * pieces):
+        m_w = _mean_error(p_sums, n, pieces, PIECES)
+        m_l = _mean_error(p_sums + pieces, n, pieces, PIECES)
+        tl.store(p_errors + 2 * i_pair, m_w)
+        tl.store(p_errors + 2 * i_pair + 1, m_l)
+        if LINK >= 0:
+            if REFERENCE:
+                r_w = _mean_error(p_sums + 2 * pieces, n, pieces, PIECES)
+                r_l = _mean_error(p_sums + 3 * pieces, n, pieces, PIECES)
+            else:
+                r_w = tl.load(p_reference + 2 * i_pair).to(tl.float32)
+                r_l = tl.load(p_reference + 2 * i_pair + 1).to(tl.float32)
+            tl.store(p_reference_errors + 2 * i_pair, r_w)
+            tl.store(p_reference_errors + 2 * i_pair + 1, r_l)
+            difference = (m_w.to(tl.float64) - m_l.to(tl.float64)) - (r_w.to(tl.float64) - r_l.to(tl.float64))
+            by_difference = tl.load(p_weight + i_pair).to(tl.float64) * (-0.5 * beta)
+            logit = by_difference * difference
+            loss, slope = _link(logit, beta, LINK)
+            tl.store(p_loss + i_pair, loss.to(tl.float32))
+            tl.store(p_logit + i_pair, logit.to(tl.float32))
+            tl.store(p_slope + i_pair, (slope * by_difference).to(tl.float32))
 
 
 @triton.jit
@@ -248,31 +272,35 @@ def _pair_loss_bwd_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------
 
 
-def _partial_sums(prediction: Tensor, reference: Tensor | None, target: Tensor, levels: list[Tensor]) -> Tensor:
-    """[1 or 2, B*2, pieces] fp32. levels: [] or [x_0, signal, noise]."""
+def _launch_forward(
+    prediction: Tensor, reference: Tensor | None, target: Tensor, weight: Tensor | None, levels: list[Tensor],
+    beta: float, link: int, out: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    """Fill ``out``. reference: predictions, errors [B, 2], or None together with a link of -1 and no weight."""
     prediction, target = packed(prediction), packed(target)
-    pictures, n = 2 * prediction.shape[0], prediction[0, 0].numel() if len(prediction) else 1
-    pieces = cdiv(n, BLOCK)
+    pairs, n = prediction.shape[0], prediction.shape[2:].numel()
+    pieces, minor = cdiv(n, BLOCK), transposition(prediction, target)
+    predicted = reference is not None and reference.ndim == 5
     if reference is not None:
-        reference = packed_like(reference, prediction)
+        reference = packed_like(reference, prediction) if predicted else reference.contiguous()
     x_0, signal, noise = _levels_or(levels, target)
-    sums = torch.empty((1 if reference is None else 2, pictures, pieces), dtype=torch.float32, device=target.device)
-    minor = transposition(prediction, target)
+    sums = torch.empty((pairs, 2 if predicted else 1, 2, pieces), dtype=torch.float32, device=target.device)
+    errors, reference_errors, loss, logit, slope = out if len(out) == 5 else (*out, *[sums] * 4)
     launch(
-        _partial_sums_kernel, pictures * pieces, target,
-        prediction, prediction if reference is None else reference, target, x_0, signal, noise, sums,
-        pictures, n, pieces, max(minor, 1),
-        REFERENCE=reference is not None, TRAJECTORY=bool(levels), TRANSPOSED=minor > 0, BLOCK=BLOCK, num_warps=WARPS,
+        _pair_loss_kernel, 2 * pairs * pieces, target,
+        prediction, target if reference is None else reference, target, x_0, signal, noise,
+        sums if weight is None else weight.contiguous(),
+        sums, tickets(pairs, target.device), errors, reference_errors, loss, logit, slope,
+        n, pieces, max(minor, 1), beta,
+        LINK=link, REFERENCE=predicted, TRAJECTORY=bool(levels), TRANSPOSED=minor > 0,
+        BLOCK=BLOCK, PIECES=min(1024, triton.next_power_of_2(pieces)), num_warps=WARPS,
         enable_fp_fusion=False,  # fused or not, square and sum must round alike for both networks
     )  # fmt: skip
-    return sums
 
 
 def _pair_errors(prediction: Tensor, target: Tensor, levels: list[Tensor]) -> Tensor:
-    sums = _partial_sums(prediction, None, target, levels)
-    errors = torch.empty(prediction.shape[:2], dtype=torch.float32, device=prediction.device)
-    n, pieces = prediction.shape[2:].numel(), sums.shape[2]
-    launch(_errors_kernel, errors.numel(), errors, sums, errors, n, pieces, BLOCK=_pieces_block(pieces), num_warps=1)
+    errors = _pair_errors_shapes(prediction, target, levels)
+    _launch_forward(prediction, None, target, None, levels, 1.0, -1, (errors,))
     return errors
 
 
@@ -280,19 +308,11 @@ def _pair_loss_fwd(
     prediction: Tensor, reference: Tensor, target: Tensor, weight: Tensor, levels: list[Tensor], beta: float, link: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, logit, policy errors, reference errors, and the slope that the backward pass needs."""
-    given = reference.ndim == 2
-    sums = _partial_sums(prediction, None if given else reference, target, levels)
     out = _pair_loss_shapes(prediction, reference, target, weight, levels, beta, link)
     loss, logit, errors, reference_errors, slope = out
-    if given:
-        reference_errors.copy_(reference)
-    n, pieces = prediction.shape[2:].numel(), sums.shape[2]
-    launch(
-        _pair_loss_kernel, len(prediction), sums,
-        sums, reference_errors, weight.contiguous(), loss, logit, errors, slope,
-        len(prediction), n, pieces, beta,
-        LINK=link, REFERENCE=not given, BLOCK=_pieces_block(pieces), num_warps=1,
-    )  # fmt: skip
+    _launch_forward(
+        prediction, reference, target, weight, levels, beta, link, (errors, reference_errors, loss, logit, slope)
+    )
     return out
 
 
@@ -321,12 +341,8 @@ def _levels_or(levels: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Te
     return packed_like(x_0, target), signal.contiguous(), noise.contiguous()
 
 
-def _pieces_block(pieces: int) -> int:
-    return min(1024, triton.next_power_of_2(pieces))
-
-
 def _pair_errors_shapes(prediction: Tensor, target: Tensor, levels: list[Tensor]) -> Tensor:
-    return prediction.new_empty(prediction.shape[:2], dtype=torch.float32)
+    return torch.empty(prediction.shape[:2], dtype=torch.float32, device=prediction.device)
 
 
 def _pair_loss_shapes(

@@ -6,6 +6,7 @@ Pictures of a pair stand next to each other, so a prefix of pairs is a contiguou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,8 +21,13 @@ class Conditioning:
     time_ids: Tensor | None = None  # [B, 6], SDXL
 
     def take(self, rows: slice) -> Conditioning:
-        pooled, time_ids = (None if x is None else x[rows] for x in (self.pooled, self.time_ids))
-        return Conditioning(self.prompt[rows], pooled, time_ids)
+        """Some of the rows."""
+        return self.map(lambda t: t[rows])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """The same with every tensor changed."""
+        pooled, time_ids = (None if x is None else change(x) for x in (self.pooled, self.time_ids))
+        return Conditioning(change(self.prompt), pooled, time_ids)
 
 
 @dataclass(frozen=True)
@@ -38,4 +44,14 @@ class Pairs:
         return len(self.ids)
 
     def take(self, rows: slice) -> Pairs:
+        """Some of the pairs."""
         return Pairs(self.ids[rows], self.latents[rows], self.cond.take(rows), self.weight[rows], self.places[rows])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pairs:
+        """The same with every tensor changed, e.g. moved."""
+        return Pairs(self.ids, change(self.latents), self.cond.map(change), change(self.weight), self.places)
+
+    def tensors(self) -> list[Tensor]:
+        """All that lies on a device."""
+        found = [self.latents, self.weight, self.cond.prompt, self.cond.pooled, self.cond.time_ids]
+        return [t for t in found if t is not None]

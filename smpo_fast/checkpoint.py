@@ -1,10 +1,11 @@
 """What a checkpoint is: a folder that is complete or not there, verified before a byte of it is believed.
 
     <run>/checkpoints/step-000050/manifest.json   progress, layout, facts, versions, size and sha256 of every file
-                                  engine/...      what the engine wrote: weights and optimizer state
+                                  engine/...      what the engine wrote: weights and optimizer state, in slices
 
-It is written under a name that starts with a dot and renamed when every file is on disk, so a run killed at
-any moment leaves the earlier checkpoints as they were.
+Another number of ranks, another ZeRO stage, or plain PyTorch can continue from it. It is written under a name that
+starts with a dot and renamed when every file is on disk, so a run killed at any moment leaves the earlier checkpoints
+as they were.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ import torch
 
 from smpo_fast.config import SettingsError
 from smpo_fast.engine import Engine
-from smpo_fast.runtime import World
+from smpo_fast.runtime import World, print0
 
-FORMAT = 1
+FORMAT = 2  # 1 held DeepSpeed's own files
 _LIBRARIES = ("smpo_fast", "torch", "deepspeed", "bitsandbytes")
 _T = TypeVar("_T")
 
@@ -65,15 +66,16 @@ def save(
 
     Collective; the gradients of an unfinished step are left out, so ``progress`` counts finished steps. ``facts``
     (JSON values) are what must be the same when the run continues. The folder must be on a disk that all ranks
-    see. A complete checkpoint of this step is kept as it is: what a step does is a function of the settings.
+    see. An error on one rank is raised on all. A complete checkpoint of this step is kept as it is: what a step does
+    is a function of the settings.
     """
     root, name = checkpoints_dir(run_dir), f"step-{progress.step:06d}"
     final, building = root / name, root / f".saving-{name}"
     if _on_rank_0(world, lambda: _complete(final)):
         return final
     _on_rank_0(world, lambda: _prepare(root, building))
-    engine.save(building / "engine")
-    _gather(world, None)  # all ranks have written before any of them lists the files
+    # all ranks have written before any of them lists the files
+    _raise_first(_gather(world, _guarded(lambda: engine.save(building / "engine"))))
     files = _gather(world, _guarded(lambda: _describe_files(building, world)))
     manifest = {
         "format": FORMAT,
@@ -90,8 +92,9 @@ def save(
 def restore_latest(run_dir: str | Path, engine: Engine, world: World, facts: Mapping[str, Any]) -> Progress | None:
     """Load the newest checkpoint into a fresh ``engine`` and return where it stands; None when there is none.
 
-    Collective. Raises CheckpointError, on every rank, for a checkpoint that is damaged, was made with other
-    ``facts``, or under another layout; the message names the newest one that would do and how to take it.
+    Collective. The number of ranks and the ZeRO stage may be others; on the same ones the run continues bit for bit.
+    Raises CheckpointError, on every rank, for a checkpoint that is damaged, or was made with other ``facts``, in
+    another precision, or with another optimizer; the message names the newest one that would do and how to take it.
     """
     found = _on_rank_0(world, lambda: [str(p) for p in list_checkpoints(run_dir)])
     if not found:
@@ -104,7 +107,11 @@ def restore_latest(run_dir: str | Path, engine: Engine, world: World, facts: Map
         advice = _on_rank_0(world, lambda: _advice([Path(f) for f in found], wanted))
         raise CheckpointError(f"checkpoint {newest}: {reason}. {advice}")
     engine.load(newest / "engine")
-    return Progress(**_read_manifest(newest)["progress"])
+    manifest = _read_manifest(newest)
+    if world.rank == 0 and manifest["layout"] != engine.layout:
+        there, here = _layout_words(manifest["layout"]), _layout_words(engine.layout)
+        print0(f"{newest} was written by {there}; this run is {here}: it continues but for the order of sums")
+    return Progress(**manifest["progress"])
 
 
 # --- writing --------------------------------------------------------------------------------------------------
@@ -215,18 +222,19 @@ def _problem(folder: Path, wanted: Mapping[str, Any], world: World) -> str | Non
 
 
 def _layout_problem(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    if found == wanted:
+    if all(found[key] == wanted[key] for key in ("precision", "master", "optimizer")):
         return None
     return (
-        f"written by {_layout_words(found)}, and this run is {_layout_words(wanted)}: start it as the checkpoint "
-        "was written, or give another run.dir"
+        f"written by {_layout_words(found)}, and this run is {_layout_words(wanted)}: take its precision, master "
+        "weights and optimizer, or give another run.dir"
     )
 
 
 def _layout_words(layout: Mapping[str, Any]) -> str:
     zero = f" with ZeRO stage {layout['zero_stage']}" if layout["engine"] == "deepspeed" else " without DeepSpeed"
     ranks = "1 process" if layout["world_size"] == 1 else f"{layout['world_size']} processes"
-    return f"{ranks}{zero}, precision {layout['precision']}, optimizer {layout['optimizer']}"
+    masters = "" if layout["master"] == "fp32" else " without master weights"
+    return f"{ranks}{zero}, precision {layout['precision']}{masters}, optimizer {layout['optimizer']}"
 
 
 def _facts_problem(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:

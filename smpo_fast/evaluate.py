@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from smpo_fast import report
+from smpo_fast import lora, report
 from smpo_fast.config import EMBEDDED, Config, SettingsError
 from smpo_fast.embedded import shapes
 from smpo_fast.model import Source, find, pipeline
@@ -95,10 +96,12 @@ def evaluate(config: Config, source: Source, export: Path, out: Path, device: to
     out.mkdir(parents=True, exist_ok=True)
     words = prompts(config)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    aligned_source = find(config.model.model_copy(update={"path": str(export), "vae": "", "unet": "", "variant": ""}))
+    make: dict[str, Callable[[Source, torch.dtype], Any]] = {
+        "base": pipeline,
+        "aligned": partial(aligned_pipeline, config, export),
+    }
     pictures = {
-        name: sample(pipeline(where, dtype).to(device), words, config, f"sample {name}")
-        for name, where in (("base", source), ("aligned", aligned_source))
+        name: sample(pipe(source, dtype).to(device), words, config, f"sample {name}") for name, pipe in make.items()
     }
     scores = score(config, pictures, words, device)
     comparisons = [compare(name, both["base"], both["aligned"]) for name, both in scores.items()]
@@ -109,6 +112,16 @@ def evaluate(config: Config, source: Source, export: Path, out: Path, device: to
     shown = next(iter(scores.values())) if scores else None
     report.draw_grid(pictures["base"], pictures["aligned"], words, shown, out / "grid.png", rows=GRID_ROWS)
     return text
+
+
+def aligned_pipeline(config: Config, export: Path, source: Source, dtype: torch.dtype) -> Any:
+    """What a run exported: a pipeline of its own, or the base with the run's adapters."""
+    if not (export / lora.FILE).is_file():
+        here = config.model.model_copy(update={"path": str(export), "vae": "", "unet": "", "variant": ""})
+        return pipeline(find(here), dtype)
+    pipe = pipeline(source, dtype)
+    pipe.load_lora_weights(export, weight_name=lora.FILE)
+    return pipe
 
 
 @torch.no_grad()
@@ -154,7 +167,7 @@ def write_scores(file: Path, words: Sequence[str], scores: dict[str, dict[str, n
 def run(config: Config, device: torch.device) -> None:
     """Program ``smpo evaluate``: compare a finished run's export with its base again."""
     run_dir = Path(config.run.dir)
-    if not (run_dir / "export" / "model_index.json").is_file():
+    if not any((run_dir / "export" / name).is_file() for name in ("model_index.json", lora.FILE)):
         raise SettingsError(f"run.dir = '{run_dir}': it has no export/ yet: train first")
     if not config.eval.prompts:
         raise SettingsError("eval.prompts is empty: give 'embedded' or a text file with a prompt a line")

@@ -3,12 +3,13 @@
 The method replaces the binary preference by a mixture of strength alpha under a sensitivity gamma, and the only
 trace of it in the loss is a factor 2 alpha - gamma per pair::
 
-    r'           = (r - low) / (high - low)                     min-max normalised reward
-    alpha/gamma  = sigmoid(r'_w - r'_l)
-    weight       = 2 alpha - gamma = gamma tanh((r'_w - r'_l) / 2)  >= 0
+    r'           = (r - low) / (high - low)                     normalised reward
+    alpha/gamma  = sigmoid((r'_w - r'_l) / T)
+    weight       = 2 alpha - gamma = gamma tanh((r'_w - r'_l) / (2 T))  >= 0
 
-The winner w is the picture with the higher reward.  A pair with a human label alone has a binary preference and
-the constant weight ``labels.human_weight``; 1 is plain Diffusion-DPO.
+The paper has no temperature T (it is 1) and takes low and high from the data.  The winner w is the picture with the
+higher reward.  A pair with a human label alone has a binary preference and the constant weight
+``labels.human_weight``; 1 is plain Diffusion-DPO.
 """
 
 from __future__ import annotations
@@ -22,6 +23,18 @@ from smpo_fast.config import Labels, SettingsError
 # Least and greatest PickScore (cosine) of the authors' data, from their training script.
 PICKSCORE_RANGE = (0.11543526500463486, 0.28201571106910706)
 TIE = 0.5
+BINS = 10
+_COLDEST = 1e-4  # temperature; where a lower one would fit, rewards decide without a doubt
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Pairs that a human decided, of about the same predicted preference for picture 0."""
+
+    predicted: float  # mean of alpha/gamma
+    human: float  # share in which picture 0 was preferred
+    error: float  # binomial, one standard deviation
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,13 @@ class Report:
     equal_rewards: int  # in use, weight 0: they cost time and give no gradient
     low: float  # reward mapped to 0; NaN where no rewards are used
     high: float
+    labelled: int  # with a human label, used or not
+    ties: int  # among those
+    first_preferred: float  # share of picture 0 among the others; NaN where there are none
     compared: int  # by reward, where a human preferred one of the two
     agreement: float  # share of those in which the human agrees; NaN when compared is 0
+    agreement_error: float  # binomial, one standard deviation
+    fitting_temperature: float  # labels.temperature of the greatest likelihood; NaN where none is or nothing compared
     weight_mean: float
     weight_quantiles: tuple[float, float, float]  # 5 %, 50 %, 95 %
 
@@ -50,8 +68,17 @@ class Report:
         if self.by_reward:
             equal = f", {self.equal_rewards} pairs with equal rewards (weight 0)" if self.equal_rewards else ""
             lines.append(f"  rewards {self.low:.6g} .. {self.high:.6g} mapped to 0 .. 1{equal}")
+        if self.labelled:
+            others = f", picture 0 preferred in {self.first_preferred:.1%} of the others"
+            balance = others if self.labelled > self.ties else ""
+            lines.append(f"  human labels: {self.labelled} pairs, {self.ties} ties{balance}")
         if self.compared:
-            lines.append(f"  rewards agree with the human label in {self.agreement:.1%} of {self.compared} pairs")
+            lines.append(
+                f"  rewards agree with the human label in {self.agreement:.1%} of {self.compared} pairs "
+                f"(+- {self.agreement_error:.1%})"
+            )
+        if np.isfinite(self.fitting_temperature):
+            lines.append(f"  labels.temperature = {self.fitting_temperature:.3g} would fit the human labels best")
         low, middle, high = self.weight_quantiles
         lines.append(f"  weight: mean {self.weight_mean:.3g}, 5 % {low:.3g}, median {middle:.3g}, 95 % {high:.3g}")
         return "\n".join(lines)
@@ -64,12 +91,13 @@ class Weighted:
     winner: np.ndarray  # int8 [N], 0 or 1: the preferred picture
     weight: np.ndarray  # float32 [N], 2 alpha - gamma >= 0; 0 where not used
     used: np.ndarray  # bool [N]
+    preference: np.ndarray  # float64 [N], alpha/gamma of picture 0; NaN where rewards do not decide
     report: Report
 
 
-def smoothed_weight(difference: np.ndarray, gamma: float) -> np.ndarray:
+def smoothed_weight(difference: np.ndarray, gamma: float, temperature: float = 1.0) -> np.ndarray:
     """2 alpha - gamma of a normalised reward difference r'_w - r'_l; odd in the difference."""
-    return gamma * np.tanh(difference / 2)
+    return gamma * np.tanh(difference / (2 * temperature))
 
 
 def weigh(labels: Labels, rewards: np.ndarray, label: np.ndarray) -> Weighted:
@@ -93,15 +121,15 @@ def weigh(labels: Labels, rewards: np.ndarray, label: np.ndarray) -> Weighted:
 
     # A label decides where rewards do not, which also names the winner of equal rewards (of weight 0).
     lead = np.where(difference != 0, difference, np.where(has_label, label - TIE, 0.0))
-    weight = np.zeros(len(label))
-    if by_reward.any() and high > low:
-        weight = np.where(by_reward, smoothed_weight(np.abs(difference) / (high - low), labels.gamma), weight)
+    normalised = difference / (high - low) if high > low else np.zeros(len(label))
+    weight = np.where(by_reward, smoothed_weight(np.abs(normalised), labels.gamma, labels.temperature), 0.0)
     weight = np.where(by_human & ~ties, labels.human_weight, weight)
 
     used = by_reward | by_human
     _check_something_left(weight, used)
     decided = by_reward & has_label & ~ties & (difference != 0)
-    agree = (difference > 0) == (label > TIE)
+    agreement = float(((difference > 0) == (label > TIE))[decided].mean()) if decided.any() else float("nan")
+    chosen = label[has_label & ~ties]
     report = Report(
         pairs=len(label),
         used=int(used.sum()),
@@ -112,12 +140,57 @@ def weigh(labels: Labels, rewards: np.ndarray, label: np.ndarray) -> Weighted:
         equal_rewards=int((by_reward & (difference == 0)).sum()),
         low=low,
         high=high,
+        labelled=int(has_label.sum()),
+        ties=int(ties.sum()),
+        first_preferred=float((chosen > TIE).mean()) if len(chosen) else float("nan"),
         compared=int(decided.sum()),
-        agreement=float(agree[decided].mean()) if decided.any() else float("nan"),
+        agreement=agreement,
+        agreement_error=_binomial_error(agreement, int(decided.sum())),
+        fitting_temperature=fitting_temperature(normalised[decided], label[decided]),
         weight_mean=float(weight[used].mean()),
         weight_quantiles=tuple(np.quantile(weight[used], [0.05, 0.5, 0.95]).tolist()),
     )
-    return Weighted((lead < 0).astype(np.int8), weight.astype(np.float32), used, report)
+    preference = np.where(by_reward, (1 + np.tanh(normalised / (2 * labels.temperature))) / 2, np.nan)
+    return Weighted((lead < 0).astype(np.int8), weight.astype(np.float32), used, preference, report)
+
+
+def calibration(weighted: Weighted, label: np.ndarray) -> list[Bin]:
+    """Predicted preference against human labels [N], in up to BINS bins of equally many pairs; ties are left out."""
+    decided = np.flatnonzero(np.isfinite(weighted.preference) & np.isfinite(label) & (label != TIE))
+    order = decided[np.argsort(weighted.preference[decided], kind="stable")]
+    bins = []
+    for group in np.array_split(order, min(BINS, len(order)) or 1):
+        if len(group):
+            human = float((label[group] > TIE).mean())
+            predicted = float(weighted.preference[group].mean())
+            bins.append(Bin(predicted, human, _binomial_error(human, len(group)), len(group)))
+    return bins
+
+
+def fitting_temperature(difference: np.ndarray, label: np.ndarray) -> float:
+    """The T of the greatest likelihood of labels [n] under sigmoid(difference / T); NaN where there is none.
+
+    difference: normalised reward of picture 0 less that of picture 1.  There is none where rewards and humans rather
+    disagree, and none where they never disagree: the likelihood then grows to the end.
+    """
+    first = (label > TIE).astype(np.float64)
+
+    def slope(sharpness: float) -> float:  # of the log-likelihood in 1/T: it falls
+        return float((difference * (first - (1 + np.tanh(difference * sharpness / 2)) / 2)).sum())
+
+    low, high = 0.0, 1 / _COLDEST
+    if not (slope(low) > 0 > slope(high)):
+        return float("nan")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return 2 / (low + high)
+
+
+def _binomial_error(share: float, count: int) -> float:
+    """Of a share, after one more case of either kind: what happened in all cases is not certain."""
+    share = (share * count + 1) / (count + 2)
+    return float(np.sqrt(share * (1 - share) / count)) if count else float("nan")
 
 
 def _check_source(labels: Labels, has_reward: np.ndarray, has_label: np.ndarray, pairs: int) -> None:
@@ -137,9 +210,11 @@ def _range(labels: Labels, rewards: np.ndarray) -> tuple[float, float]:
     """The rewards that are mapped to 0 and 1; NaN, NaN when no rewards are used. rewards: [n, 2], finite."""
     if not len(rewards):
         return float("nan"), float("nan")
-    low = {"data": float(rewards.min()), "pickscore": PICKSCORE_RANGE[0]}.get(str(labels.low), labels.low)
-    high = {"data": float(rewards.max()), "pickscore": PICKSCORE_RANGE[1]}.get(str(labels.high), labels.high)
-    low, high = float(low), float(high)
+    ends = (
+        {"data": rewards.min(), "quantile": np.quantile(rewards, labels.quantile), "pickscore": PICKSCORE_RANGE[0]},
+        {"data": rewards.max(), "quantile": np.quantile(rewards, 1 - labels.quantile), "pickscore": PICKSCORE_RANGE[1]},
+    )
+    low, high = (float(end.get(str(key), key)) for end, key in zip(ends, (labels.low, labels.high), strict=True))
     all_from_data = (labels.low, labels.high) == ("data", "data")
     if not (np.isfinite([low, high]).all() and (low < high or all_from_data)):
         raise SettingsError(

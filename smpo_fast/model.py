@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -32,7 +35,6 @@ from smpo_fast.batch import Conditioning
 from smpo_fast.config import SettingsError
 from smpo_fast.runtime import COMPUTE_DTYPES, warn0
 from smpo_fast.schedule import NoiseSchedule
-from smpo_fast.schedule import Path as NoisePath
 
 # Their bars count shards of a file; ours count pairs.
 diffusers_logging.disable_progress_bar()
@@ -128,43 +130,87 @@ def weights_identity(part: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_unets(
-    source: Source, model: settings.Model, precision: str, device: torch.device
-) -> tuple[nn.Module, nn.Module]:
-    """The policy in float32 (the engine casts it) and the frozen reference in the dtype that computes.
+def load_unet(source: Source, model: settings.Model, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+    """A UNet in ``dtype`` on ``device``, with the attention and the checkpointing of ``[model]``.
 
-    Both have the same attention, so that equal weights give bitwise equal predictions.
+    Two of them with equal weights give bitwise equal predictions.
+    """
+    unet = _load(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
+    set_attention([unet], model.attention, device)
+    if model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet.to(memory_format=torch.channels_last) if model.channels_last else unet
+
+
+def empty_unet(source: Source) -> UNet2DConditionModel:
+    """The UNet on the meta device: modules, names and shapes, no weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source.unet_folder))
+
+
+# model.attention -> the kernel that scaled_dot_product_attention must take
+_SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+class Attention(AttnProcessor2_0):
+    """SDPA, by a given kernel or PyTorch's choice; with keys and values at hand, it projects the queries alone.
+
+    ``attn.held``, where ``calls`` has set it, is (key, value) [pairs, heads, tokens, d] of a prompt's both pictures.
     """
 
-    unets = [
-        _load(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
-        for dtype in (torch.float32, COMPUTE_DTYPES[precision])
-    ]
-    set_attention(unets, model.attention, device)
-    policy, reference = unets
-    if model.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
-    return policy, reference.requires_grad_(False).eval()
+    def __init__(self, kernel: SDPBackend | None = None) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        with sdpa_kernel(self.kernel) if self.kernel is not None else nullcontext():
+            held = getattr(attn, "held", None)
+            if held is None or encoder_hidden_states is None:
+                return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+            key, value = held
+            # The two pictures of a pair stand next to each other and read the same prompt: one row of 2 L queries.
+            query = attn.to_q(hidden_states).view(len(key), -1, attn.heads, key.shape[-1]).transpose(1, 2)
+            out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+            return attn.to_out[1](attn.to_out[0](out.reshape(*hidden_states.shape[:2], -1).to(query.dtype)))
 
 
 def set_attention(unets: Sequence[UNet2DConditionModel], name: str, device: torch.device) -> str:
     """Select the attention of UNets; returns the one in use.
 
-    xformers needs CUDA and its package: where either is missing, SDPA serves and one notice says so.
+    Where the wanted one cannot run (xformers needs CUDA and its package, a kernel its hardware), PyTorch's own choice
+    serves, and one notice says so.
     """
-    if name == "xformers":
-        try:
+    try:
+        if name == "xformers":
             if device.type != "cuda":
                 raise ModuleNotFoundError("it has no attention for the CPU")
             for unet in unets:
                 unet.enable_xformers_memory_efficient_attention()
             return name
-        except (ModuleNotFoundError, ValueError, NotImplementedError) as error:
-            warn0(f"model.attention = 'xformers' cannot be used here ({error}); SDPA serves instead")
-            name = "sdpa"
+        kernel = _SDPA_KERNELS.get(name)
+        if kernel is not None:
+            _try_attention(kernel, device)
+    except (ModuleNotFoundError, ValueError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        warn0(f"model.attention = '{name}' cannot be used here ({reason}); SDPA serves instead")
+        name, kernel = "sdpa", None
     for unet in unets:
-        unet.set_attn_processor(AttnProcessor2_0() if name == "sdpa" else AttnProcessor())
+        unet.set_attn_processor(AttnProcessor() if name == "eager" else Attention(kernel))
     return name
+
+
+def _try_attention(kernel: SDPBackend, device: torch.device) -> None:
+    """Raise RuntimeError where a kernel cannot compute attention of SDXL's heads, forward and backward."""
+    x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    with sdpa_kernel(kernel), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells, at length, why each kernel was not taken
+        F.scaled_dot_product_attention(x, x, x).sum().backward()
 
 
 class Denoiser:
@@ -185,36 +231,45 @@ class Denoiser:
 
     def __call__(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """What the network predicts (eps or v): x [B, 2, C, H, W], time [B], cond of B rows -> like x, float32."""
-
-        def twice(rows: Tensor | None) -> Tensor | None:
-            return None if rows is None else rows.to(self.dtype).repeat_interleave(2, dim=0)
-
-        added = None if cond.pooled is None else {"text_embeds": twice(cond.pooled), "time_ids": twice(cond.time_ids)}
-        with self.autocast():
-            out = self.unet(
-                x.flatten(0, 1).to(self.dtype),
-                time.repeat_interleave(2),
-                encoder_hidden_states=twice(cond.prompt),
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
-        return out.float().unflatten(0, x.shape[:2])
+        return self.predict(x, time, self.told(cond))
 
     def eps(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """The noise prediction, also of a network that predicts v = signal eps - noise x_0."""
-        prediction = self(x, time, cond)
+        return self.as_eps(self(x, time, cond), x, time)
+
+    def told(self, cond: Conditioning) -> dict[str, Any]:
+        """What the UNet is given beside x and the timestep, a row a picture: 2 B rows in its dtype."""
+
+        told: dict[str, Any] = {"encoder_hidden_states": cond.prompt.to(self.dtype).repeat_interleave(2, dim=0)}
+        if cond.pooled is not None and cond.time_ids is not None:
+            ids = (
+                cond.time_ids
+            )  # sizes and crops: a row a pair, or one for each picture; half precision would round them
+            told["added_cond_kwargs"] = {
+                "text_embeds": cond.pooled.to(self.dtype).repeat_interleave(2, dim=0),
+                "time_ids": ids.flatten(0, 1) if ids.ndim == 3 else ids.repeat_interleave(2, dim=0),
+            }
+        return told
+
+    def predict(self, x: Tensor, time: Tensor, told: Mapping[str, Any]) -> Tensor:
+        """As a call, with what ``told`` made of the conditioning."""
+        with self.autocast():
+            out = self.unet(x.flatten(0, 1).to(self.dtype), time.repeat_interleave(2), return_dict=False, **told)[0]
+        return out.float().unflatten(0, x.shape[:2])
+
+    def as_eps(self, prediction: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """The noise that a prediction at x implies."""
         if not self.velocity:
             return prediction
         at = time.clamp(min=0)
         signal, noise = (table[at][:, None, None, None, None] for table in (self.signal, self.noise))
         return signal * prediction + noise * x
 
-    def target(self, x_0: Tensor, tau: Tensor, paths: Sequence[NoisePath]) -> Tensor:
-        """What the network should have predicted at x_t = signal_t x_0 + noise_t tau: [B, 2, C, H, W]."""
+    def target(self, x_0: Tensor, tau: Tensor, time: Tensor) -> Tensor:
+        """What the network should have predicted at x_t = signal_t x_0 + noise_t tau: [B, 2, C, H, W]; time [B]."""
         if not self.velocity:
             return tau
-        at = torch.tensor([p.at.time for p in paths], device=x_0.device)
-        signal, noise = (table[at][:, None, None, None, None] for table in (self.signal, self.noise))
+        signal, noise = (table[time][:, None, None, None, None] for table in (self.signal, self.noise))
         return signal * tau - noise * x_0
 
 
@@ -225,6 +280,8 @@ class Encoders:
         self.kind, self.device = source.kind, device
         self.identity = encoders_identity(source)
         self.vae = _load(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
+        self.channels = self.vae.config.latent_channels
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # px of a picture to one of its latent
         encoders = (CLIPTextModel, CLIPTextModelWithProjection)
         self.text = [
             (
@@ -236,7 +293,7 @@ class Encoders:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation, times the scaling factor: [N, 3, R, R] in [-1, 1] -> [N, C, H, W].
+        """Posterior mean and standard deviation, times the scaling factor: [N, 3, R, R'] in [-1, 1] -> [N, C, H, W].
 
         Raises FloatingPointError when the VAE gives NaN or infinity (SDXL's own VAE does in fp16; this is fp32).
         """
@@ -277,7 +334,7 @@ def export_pipeline(source: Source, state: Mapping[str, Tensor], folder: Path, d
     they are the very files that were trained with, readable by the library versions that read them before.
     Raises RuntimeError when names or shapes differ from the UNet's.
     """
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source.unet_folder))
+    unet = empty_unet(source)
     unet.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source.folder / "model_index.json", folder / "model_index.json")
@@ -304,10 +361,22 @@ def _variant_of(file: Path) -> str:
     return "".join(file.name.split(".")[1:-1]) if file.suffix == ".safetensors" else ""
 
 
-def pipeline(source: Source, dtype: torch.dtype, **parts: nn.Module) -> Any:
-    """The diffusers pipeline of a source, with some parts replaced."""
-    cls = StableDiffusionXLPipeline if source.kind == "sdxl" else StableDiffusionPipeline
-    return cls.from_pretrained(source.folder, dtype=dtype, variant=source.variant, use_safetensors=True, **parts)
+def pipeline_class(source: Source) -> Any:
+    """The diffusers class of a source's pipeline."""
+    return StableDiffusionXLPipeline if source.kind == "sdxl" else StableDiffusionPipeline
+
+
+def pipeline(source: Source, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline of a source, with the UNet and the VAE that training takes."""
+    own = {"unet": (UNet2DConditionModel, source.unet_folder), "vae": (AutoencoderKL, source.vae_folder)}
+    parts = {
+        name: _load(cls, folder, source.variant, dtype)
+        for name, (cls, folder) in own.items()
+        if folder != source.folder / name
+    }
+    return pipeline_class(source).from_pretrained(
+        source.folder, dtype=dtype, variant=source.variant, use_safetensors=True, **parts
+    )
 
 
 def _load(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:

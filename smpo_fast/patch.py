@@ -25,7 +25,7 @@ from smpo_fast import inversion, objective
 from smpo_fast.config import Config, SettingsError
 from smpo_fast.runtime import warn0
 
-MODULES = ("group_norm_silu", "layer_norm", "geglu")
+MODULES = ("group_norm_silu", "layer_norm", "geglu", "geglu_linear")
 
 
 class Ops(NamedTuple):
@@ -111,14 +111,18 @@ def unpatch(unet: nn.Module) -> int:
 
 
 def _swap(module: nn.Module, mixin: type) -> None:
-    if not hasattr(type(module), "stock_class"):
+    if not isinstance(module, mixin):
         module.__class__ = _subclass(cast(Any, type(module)), cast(Any, mixin))
 
 
 @cache
-def _subclass(stock: type, mixin: type) -> type:
-    """``stock`` with the forward pass of ``mixin``. It keeps the name, by which diffusers finds repeated blocks."""
-    return type(stock.__name__, (mixin, stock), {"__module__": __name__, "stock_class": stock})
+def _subclass(base: type, mixin: type) -> type:
+    """``base`` with the forward pass of ``mixin``. It keeps the name, by which diffusers finds repeated blocks.
+
+    A mixin that serves some calls only leaves the others to ``base``, which may have a mixin already.
+    """
+    stock = getattr(base, "stock_class", base)
+    return type(base.__name__, (mixin, base), {"__module__": __name__, "stock_class": stock})
 
 
 # --- group_norm_silu -------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def _layer_norms(unet: nn.Module) -> Iterator[tuple[nn.Module, type]]:
                 yield module, _AddNormBlock
 
 
-# --- geglu -----------------------------------------------------------------------------------------------------
+# --- geglu, geglu_linear ---------------------------------------------------------------------------------------
 
 
 def _geglus(unet: nn.Module) -> Iterator[tuple[nn.Module, type]]:
@@ -203,8 +207,15 @@ def _geglus(unet: nn.Module) -> Iterator[tuple[nn.Module, type]]:
     return ((module, FusedGEGLU) for module in unet.modules() if type(module) is GEGLU)
 
 
+def _linear_geglus(unet: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+    from smpo_fast.kernels.geglu_linear import FusedGEGLULinear, plain
+
+    return ((m, FusedGEGLULinear) for m in unet.modules() if type(m) is GEGLU and plain(m.proj))
+
+
 _MATCHES: dict[str, Callable[[nn.Module], Iterator[tuple[nn.Module, type]]]] = {
     "group_norm_silu": _group_norms,
     "layer_norm": _layer_norms,
     "geglu": _geglus,
+    "geglu_linear": _linear_geglus,
 }

@@ -1,7 +1,7 @@
 """Program: raw pairs to the cache that training reads: decode, score, encode, write.
 
-A row that cannot be used is left out with its number and the reason; it stops nothing and shifts no other pair.
-An interrupted preparation goes on after its last finished shard when it is started again.
+A row that cannot be used is left out with its number and the reason; it stops nothing and shifts no other pair. Any
+number of processes prepare one cache together, and what they were doing is taken up after a kill at any point.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,20 +24,37 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smpo_fast import cache, data
-from smpo_fast.cache import CachedPairs, CacheInfo, CacheWriter, Entry, Unstorable
+from smpo_fast import cache, data, parts, pictures, remote, sidecar
+from smpo_fast.cache import (
+    LATENTS_PART,
+    PROMPTS_PART,
+    SURVEY_PART,
+    CachedPairs,
+    CacheError,
+    CacheInfo,
+    CacheWriter,
+    Entry,
+    PairsPart,
+    Unstorable,
+)
 from smpo_fast.config import Config, SettingsError
 from smpo_fast.data import RawPair, Rejected
-from smpo_fast.runtime import print0, warn0
+from smpo_fast.labels import weigh
+from smpo_fast.order import Order
+from smpo_fast.runtime import World, print0, warn0
 from smpo_fast.scorers import Scorer, load_scorer, scorer_identity
+from smpo_fast.sidecar import Sidecar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 NO_PREFERENCE = "no preference"
 BAD_SCORE = "the scorer gave no finite score"
+SHARD_BYTES = 128 << 20
+PART_ROWS = 1024  # in a part of the work, at most
+PROMPT_SHARD = 512  # prompts; 160 MB of SDXL embeddings
 _PROMPT_BATCH = 32
-_PROMPT_SHARD = 512  # prompts; 160 MB of SDXL embeddings
+_SKIP_ROWS = 256  # so many rows are read over; beyond that the table is opened anew further down
 
 
 class Encoders(Protocol):
@@ -42,6 +62,8 @@ class Encoders(Protocol):
 
     kind: str  # "sdxl" | "sd15"
     identity: str
+    channels: int  # of a latent
+    factor: int  # px of a picture to one of its latent
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -50,12 +72,17 @@ class Encoders(Protocol):
     def truncated(self, prompts: Sequence[str]) -> int: ...
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    pair: RawPair
-    squares: np.ndarray  # uint8 [2, R, R, 3]
-    pictures: tuple[Image, Image] | None  # whole, where they must be scored
-    scored: bool = False
+def locate(config: Config) -> Path:
+    """The folder on this machine of the cache that ``data.cache`` names, which need not be there yet.
+
+    Of a cache at a URL it is ``<run.dir>/cache``, to which the index is fetched; shards follow when they are read.
+    """
+    named, own = config.data.cache, Path(config.run.dir) / "cache"
+    if not remote.is_url(named):
+        return Path(named) if named else own
+    if not cache.exists(own):
+        cache.fetch_index(own, named)
+    return own
 
 
 def wanted_identity(config: Config, *, encoders: str, kind: str, known: CacheInfo | None = None) -> dict[str, Any]:
@@ -65,14 +92,25 @@ def wanted_identity(config: Config, *, encoders: str, kind: str, known: CacheInf
     source saves hashing files that still have the same size and time; it also stands in for the source when
     ``data.pairs`` is the path it was made from and is not on this machine (which is said).
     """
-    return _identity(config, _source(config.data.pairs, known), encoders, kind)
+    return _identity(config, _source(config.data.pairs, known.source if known else {}), encoders, kind)
 
 
 def open_cache(config: Config, root: Path, *, encoders: str, kind: str) -> CachedPairs:
     """The cache at ``root``, after checking that it is whole and serves these settings; raises CacheError."""
-    cached = CachedPairs(root)
-    cached.expect(wanted_identity(config, encoders=encoders, kind=kind, known=cached.info))
+    cached = CachedPairs(root, config.data.cache if remote.is_url(config.data.cache) else "")
+    source = _source(config.data.pairs, cached.info.source)
+    details = {"source": _source_differences(cached.info.source, source)}
+    cached.expect(_identity(config, source, encoders, kind), details)
+    if not cached.encoded.all():
+        _check_visited(config, cached)
     return cached
+
+
+def visited(config: Config, rewards: np.ndarray, labels: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """Which of N pairs the run visits, ascending. rewards [N, 2] and labels [N] as in the cache, shapes int [N]."""
+    used = np.flatnonzero(weigh(config.labels, rewards, labels).used)
+    order = Order(config.run.seed, shapes[used], config.drawn_per_step)
+    return used[order.visited(config.run.steps * config.drawn_per_step)]
 
 
 def prepare(
@@ -83,59 +121,256 @@ def prepare(
     *,
     scorer: Scorer | None = None,
     batch: int = 8,
+    world: World | None = None,
 ) -> CacheInfo:
     """Turn the pairs of ``data.pairs`` into a cache at ``out``; where there is one that serves, that is returned.
 
+    Every process that calls this with the same settings, on any machine that shares the folder, takes parts of the
+    work; all return when the cache is complete, and its bytes do not depend on how many they were.
+
     scorer: scores the pairs without stored rewards (default: the one that data.scorer names, on ``device``).
-    batch: pairs handled, and pictures in a call of the VAE, at a time.
+    batch: pairs handled, and pictures in a call of the VAE, at a time.  world: which of the processes shows a bar and
+    sends the cache to a ``data.cache`` that is a URL (rank 0), and how many there are, for the forecast.
     Raises SettingsError for unreadable data, an ``out`` that holds something else, and when no pair is usable.
     """
-    if cache.exists(out):
-        cached = open_cache(config, out, encoders=encoders.identity, kind=encoders.kind)
+    world, began = world or World(), time.monotonic()
+    cache.settle(out)
+    there = cache.exists(out)
+    if not there:
+        _prepare(config, encoders, device, out, scorer, batch, world)
+    cached = open_cache(config, out, encoders=encoders.identity, kind=encoders.kind)
+    if there:
         print0(f"{out}: prepared already, {len(cached)} pairs")
-        return cached.info
+    elif world.rank == 0:
+        _summarise(cached, encoders, time.monotonic() - began)
+    if remote.is_url(config.data.cache) and world.rank == 0 and (sent := cache.send(out, config.data.cache)):
+        print0(f"{config.data.cache}: {sent} files sent")
+    return cached.info
+
+
+def _prepare(
+    config: Config, encoders: Encoders, device: torch.device, out: Path, scorer: Scorer | None, batch: int, world: World
+) -> None:
     path = data.source_path(config.data.pairs)
     if config.data.scorer and scorer is None:
         scorer = load_scorer(config.data.scorer, device)
-    _check_preference(data.columns(path), path, scorer)
+    if not config.data.scores:
+        _check_preference(data.columns(path), path, scorer)
+    cache.check_target(out)
+    try:
+        source = parts.agree(cache.partial(out), lambda known: _source(config.data.pairs, known))
+        identity = _identity(config, source, encoders.identity, encoders.kind)
+        with CacheWriter(out, identity, source, _plan(config, batch)) as writer:
+            kitchen = _Kitchen(config, encoders, scorer, batch, world)
+            rows = range(data.count_rows(path, max_pairs=config.data.max_pairs))
+            if config.data.only_visited:
+                _survey_and_encode(config, writer, kitchen, path, rows)
+            else:
+                _encode(writer, kitchen, path, _chunks(rows, kitchen.pairs_per_shard))
+            if not any(True for _ in writer.entries()):
+                reasons = _listed(writer.rejected())
+                writer.discard()
+                raise SettingsError(f"data.pairs: no usable pair in {path}: {reasons}")
+            if config.data.strict and (rejected := writer.rejected()):  # by an earlier process that was not strict
+                raise _strictly(rejected)
+            _store_prompts(writer, encoders, world)
+            writer.finish((NO_PREFERENCE, BAD_SCORE))
+    except parts.Finished:
+        cache.settle(out)
 
-    began = time.monotonic()
-    source = _source(config.data.pairs, None)
-    identity = _identity(config, source, encoders.identity, encoders.kind)
-    with CacheWriter(out, identity, source, shard_bytes=cache.SHARD_BYTES) as writer:
-        done = writer.next_row
-        if done:
-            print0(f"{out}: going on with an interrupted preparation after row {done - 1}")
-        _store_pairs(config, path, _Kitchen(encoders, scorer, writer, config.data.flip, batch))
-        if not writer.entries:
-            raise SettingsError(f"data.pairs: no usable pair in {path}: {_listed(writer.rejected)}")
-        _store_prompts(encoders, writer)
-        info = writer.finish(_counts(writer))
-        _summarise(info, writer, encoders, done, time.monotonic() - began)
-    return info
+
+def _plan(config: Config, batch: int) -> dict[str, Any]:
+    """How the work is divided, on which all processes must agree."""
+    plan: dict[str, Any] = {"shard_bytes": SHARD_BYTES, "batch": batch}
+    if config.data.only_visited:
+        plan |= {"seed": config.run.seed, "steps": config.run.steps, "pairs": config.drawn_per_step}
+        plan |= {"labels": config.labels.model_dump()}
+    return plan
+
+
+def _chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _encode(
+    writer: CacheWriter, kitchen: _Kitchen, path: Path, chunks: Sequence[Sequence[int]],
+    known: Mapping[int, Entry] | None = None,
+) -> None:  # fmt: skip
+    """Latents of some rows, a part a chunk. known: what a survey said of them."""
+    _forecast_size(writer, kitchen, chunks)
+    with kitchen.serving(path, "pairs", chunks, lambda: writer.done(LATENTS_PART, len(chunks))) as table:
+        writer.share(
+            LATENTS_PART, len(chunks), lambda i: kitchen.cook(table, writer.pairs(i), i, encode=True, known=known)
+        )
+
+
+def _survey_and_encode(config: Config, writer: CacheWriter, kitchen: _Kitchen, path: Path, rows: range) -> None:
+    """Look at all rows, then encode those that the run will visit: it sees what it would see with a whole cache.
+
+    A pair that turns out not to be encodable leaves the order, which changes the pairs that are visited: once more.
+    """
+    looks = _chunks(rows, PART_ROWS)
+    with kitchen.serving(path, "survey", looks, lambda: writer.done(SURVEY_PART, len(looks))) as table:
+        writer.share(
+            SURVEY_PART, len(looks), lambda i: kitchen.cook(table, writer.pairs(i, SURVEY_PART), i, encode=False)
+        )
+    chunks: list[Sequence[int]] = []
+    while True:
+        entries = [entry for entry, *_ in writer.entries()]
+        if not entries:
+            return
+        tried = {row for chunk in chunks for row in chunk}
+        wanted = [row for row in _visited_rows(config, entries) if row not in tried]
+        if not wanted:
+            return
+        print0(f"the run visits {len(wanted) + len(tried)} of {len(entries)} usable pairs")
+        chunks += _chunks(wanted, kitchen.pairs_per_shard)
+        _encode(writer, kitchen, path, chunks, {entry.row: entry for entry in entries})
+
+
+def _visited_rows(config: Config, entries: Sequence[Entry]) -> list[int]:
+    kinds = {size: i for i, size in enumerate(sorted({entry.pixels for entry in entries}))}
+    rewards = np.array([entry.rewards or (np.nan, np.nan) for entry in entries])
+    labels = np.array([np.nan if entry.label is None else entry.label for entry in entries])
+    shapes = np.array([kinds[entry.pixels] for entry in entries])
+    return [entries[i].row for i in visited(config, rewards, labels, shapes)]
+
+
+def _check_visited(config: Config, cached: CachedPairs) -> None:
+    wanted = visited(config, cached.rewards, cached.labels, cached.shapes)
+    missing = wanted[~cached.encoded[wanted]]
+    if len(missing):
+        raise CacheError(
+            f"{cached.root}: this cache holds the {int(cached.encoded.sum())} pairs that another run visits "
+            f"(data.only_visited); of the {len(wanted)} that this one visits (run.seed = {config.run.seed}, "
+            f"run.steps = {config.run.steps}, batch.pairs_per_step = {config.batch.pairs_per_step}) {len(missing)} are "
+            f"missing, the first is row {cached.rows[missing[0]]}: give data.cache another folder, or remove this one"
+        )
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    pair: RawPair
+    size: pictures.Size  # of the pixels
+    pixels: np.ndarray  # uint8 [2, H, W, 3]
+    frames: tuple[pictures.Frame, pictures.Frame]
+    pictures: tuple[Image, Image] | None  # whole, where they must be scored
+    scored: bool = False
+
+
+class _Table:
+    """Rows of the pair table in ascending chunks; neighbouring ones are read in one go."""
+
+    def __init__(self, path: Path, scores: Sidecar | None) -> None:
+        self._path, self._scores, self._next = path, scores, -1
+        self._rows: Iterator[RawPair | Rejected] = iter(())
+
+    def read(self, rows: Sequence[int]) -> Iterator[RawPair | Rejected]:
+        """The rows of a chunk."""
+        if not rows:
+            return
+        if not 0 <= rows[0] - self._next <= _SKIP_ROWS or self._next < 0:
+            found = data.read_pairs(self._path, start=rows[0])
+            self._rows, self._next = self._scores.rewarded(found) if self._scores else found, rows[0]
+        wanted = rows if isinstance(rows, range) else set(rows)
+        for item in self._rows:
+            self._next = item.row + 1
+            if item.row in wanted:
+                yield item
+            if item.row >= rows[-1]:
+                return
 
 
 class _Kitchen:
-    """What happens to decoded pairs: scored, encoded, written."""
+    """What happens to rows: read, decoded, scored, encoded, written. One process's share of the work."""
 
-    def __init__(self, encoders: Encoders, scorer: Scorer | None, writer: CacheWriter, flip: bool, batch: int) -> None:
-        self.encoders, self.scorer, self.writer, self.flip, self.batch = encoders, scorer, writer, flip, batch
+    def __init__(self, config: Config, encoders: Encoders, scorer: Scorer | None, batch: int, world: World) -> None:
+        self.encoders, self.scorer, self.batch, self.world = encoders, scorer, batch, world
+        self.scores = Sidecar(Path(config.data.scores)) if config.data.scores else None
+        side = config.data.resolution
+        self.flip, self.square = config.data.flip, (side, side)
+        self.shapes = pictures.buckets(side) if config.data.buckets else (self.square,)
+        self.strict = config.data.strict
+        self._workers = min(8, os.cpu_count() or 1)
+        self._known: Mapping[int, Entry] = {}
 
-    def take(self, group: list[_Decoded]) -> None:
-        group = self._with_scores(group)
-        moments = self._encode(group)
-        for item, found in zip(group, moments, strict=True):
+    @property
+    def pair_bytes(self) -> int:
+        """Size of a pair's latents on disk; with buckets at most so much."""
+        height, width = (side // self.encoders.factor for side in self.square)
+        return 2 * 2 * (1 + self.flip) * self.encoders.channels * height * width * 2  # mean and std, two bytes a number
+
+    @property
+    def pairs_per_shard(self) -> int:
+        return max(1, min(PART_ROWS, SHARD_BYTES // self.pair_bytes))
+
+    @contextmanager
+    def serving(
+        self, path: Path, what: str, chunks: Sequence[Sequence[int]], done: Callable[[], list[bool]]
+    ) -> Iterator[_Table]:
+        """A bar over the rows of all processes and a pool of decoders, for as long as a kind of parts is done."""
+        self._chunks, self._done, self._forecast = chunks, done, _Forecast(self.world.size)
+        total = sum(map(len, chunks))
+        with (
+            ThreadPoolExecutor(self._workers) as self._pool,
+            tqdm(total=total, unit="pair", desc=what, mininterval=0.5, disable=self.world.rank != 0) as self._bar,
+        ):
+            yield _Table(path, self.scores)
+            self._move_bar(total)
+
+    def cook(
+        self, table: _Table, part: PairsPart, number: int, *, encode: bool, known: Mapping[int, Entry] | None = None
+    ) -> dict[str, Any]:
+        """Do a part, from where it was left; returns its note."""
+        self._known = known or {}
+        rows = self._chunks[number]
+        todo = rows[bisect_left(rows, part.next_row) :]
+        finished = sum(len(rows) for rows, done in zip(self._chunks, self._done(), strict=True) if done)
+        self._move_bar(finished + len(rows) - len(todo))
+        group: list[_Decoded | Rejected] = []
+        for item in self._decoded(table.read(todo)):
+            group.append(item)
+            self._bar.update()
+            if sum(isinstance(item, _Decoded) for item in group) == self.batch:
+                self._take(part, group, encode)
+                group = []
+        if group:
+            self._take(part, group, encode)
+        return part.close()
+
+    def _move_bar(self, rows: int) -> None:
+        self._bar.update(max(0, rows - self._bar.n))
+
+    def _take(self, part: PairsPart, items: list[_Decoded | Rejected], encode: bool) -> None:
+        for item in items:
+            if isinstance(item, Rejected):
+                self._reject(part, item.row, item.uid, item.reason)
+        group = self._with_scores(part, [item for item in items if isinstance(item, _Decoded)])
+        for item, found in zip(group, self._encode(group) if encode else [()] * len(group), strict=True):
             pair = item.pair
             try:
                 if found is None:
                     raise Unstorable("the VAE gave NaN or infinity")
-                entry = Entry(pair.row, pair.uid, pair.prompt, pair.rewards, pair.label, item.scored)
-                self.writer.add(entry, *found)
+                part.add(self._entry(item), *found)
             except Unstorable as error:
-                self.writer.reject(pair.row, pair.uid, f"latents: {error}")
-        self.writer.commit()
+                self._reject(part, pair.row, pair.uid, f"latents: {error}")
+        last = items[-1]
+        part.commit((last.row if isinstance(last, Rejected) else last.pair.row) + 1)
+        if encode:
+            self._forecast.note(len(items), self._bar)
 
-    def _with_scores(self, group: list[_Decoded]) -> list[_Decoded]:
+    def _reject(self, part: PairsPart, row: int, uid: str, reason: str) -> None:
+        if self.strict:
+            raise _strictly([(row, uid, reason)])
+        part.reject(row, uid, reason)
+
+    def _entry(self, item: _Decoded) -> Entry:
+        pair = item.pair
+        if pair.row in self._known:
+            return self._known[pair.row]
+        return Entry(pair.row, pair.uid, pair.prompt, pair.rewards, pair.label, item.scored, item.size, item.frames)
+
+    def _with_scores(self, part: PairsPart, group: list[_Decoded]) -> list[_Decoded]:
         """The pairs, with rewards for those that had none and whose pictures were kept for it."""
         todo = [item for item in group if item.pictures is not None]
         if self.scorer is None or not todo:
@@ -154,16 +389,21 @@ class _Kitchen:
             elif np.isfinite(found).all():
                 kept.append(replace(item, pair=replace(pair, rewards=(found[0], found[1])), pictures=None, scored=True))
             else:
-                self.writer.reject(pair.row, pair.uid, f"{BAD_SCORE}: {found[0]:g}, {found[1]:g}")
+                self._reject(part, pair.row, pair.uid, f"{BAD_SCORE}: {found[0]:g}, {found[1]:g}")
         return kept
 
     def _encode(self, group: list[_Decoded]) -> list[tuple[Tensor, Tensor] | None]:
         """Mean and std [2, F, C, H, W] of each pair; None where the VAE cannot encode it."""
-        if not group:
-            return []
-        squares = torch.from_numpy(np.stack([item.squares for item in group]))  # [n, 2, R, R, 3]
+        found: dict[int, tuple[Tensor, Tensor] | None] = {}
+        for _, same in groupby(sorted(group, key=lambda item: item.size), key=lambda item: item.size):
+            items = list(same)
+            found |= zip((item.pair.row for item in items), self._encode_alike(items), strict=True)
+        return [found[item.pair.row] for item in group]
+
+    def _encode_alike(self, group: list[_Decoded]) -> list[tuple[Tensor, Tensor] | None]:
+        squares = torch.from_numpy(np.stack([item.pixels for item in group]))  # [n, 2, H, W, 3]
         views = [squares, squares.flip(3)] if self.flip else [squares]
-        pixels = torch.stack(views, dim=2).permute(0, 1, 2, 5, 3, 4).float() / 127.5 - 1  # [n, 2, F, 3, R, R]
+        pixels = torch.stack(views, dim=2).permute(0, 1, 2, 5, 3, 4).float() / 127.5 - 1  # [n, 2, F, 3, H, W]
         try:
             return list(self._encode_pixels(pixels))
         except FloatingPointError:  # some picture of the group: find out which
@@ -176,82 +416,104 @@ class _Kitchen:
             return None
 
     def _encode_pixels(self, pixels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = [self.encoders.encode_images(part) for part in pixels.flatten(0, 2).split(self.batch)]
-        mean, std = (torch.cat([p.float().cpu() for p in both]) for both in zip(*parts, strict=True))
+        pieces = [self.encoders.encode_images(part) for part in pixels.flatten(0, 2).split(self.batch)]
+        mean, std = (torch.cat([p.float().cpu() for p in both]) for both in zip(*pieces, strict=True))
         shape = (*pixels.shape[:3], *mean.shape[1:])
         return zip(mean.reshape(shape), std.reshape(shape), strict=True)
 
-
-def _store_pairs(config: Config, path: Path, kitchen: _Kitchen) -> None:
-    writer, limit = kitchen.writer, config.data.max_pairs
-    rows = data.read_pairs(path, max_pairs=limit, start=writer.next_row)
-    total = data.count_rows(path, max_pairs=limit)
-    group: list[_Decoded] = []
-    with tqdm(total=total, initial=writer.next_row, unit="pair", desc="pairs", mininterval=0.5) as bar:
-        for item in _decoded(rows, config.data.resolution, kitchen.scorer is not None):
-            if isinstance(item, Rejected):
-                writer.reject(item.row, item.uid, item.reason)
-                bar.update()
-                continue
-            group.append(item)
-            if len(group) == kitchen.batch:
-                first = not writer.entries
-                kitchen.take(group)
-                bar.update(len(group))
-                group = []
-                if first:
-                    _check_space(writer, total)
-        kitchen.take(group)
-        bar.update(len(group))
-    writer.flush()
-
-
-def _decoded(rows: Iterator[RawPair | Rejected], resolution: int, scoring: bool) -> Iterator[_Decoded | Rejected]:
-    """Decode in threads (Pillow lets go of the interpreter), a bounded number ahead, in order."""
-    workers = min(8, os.cpu_count() or 1)
-    waiting: deque[Future[_Decoded | Rejected]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    def _decoded(self, rows: Iterator[RawPair | Rejected]) -> Iterator[_Decoded | Rejected]:
+        """Decode in threads (Pillow lets go of the interpreter), a bounded number ahead, in order."""
+        waiting: deque[Future[_Decoded | Rejected]] = deque()
         try:
             for item in rows:
-                waiting.append(pool.submit(_decode, item, resolution, scoring))
-                if len(waiting) > 4 * workers:
+                waiting.append(self._pool.submit(self._decode, item))
+                if len(waiting) > 4 * self._workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            for future in waiting:
+                future.cancel()
+
+    def _decode(self, item: RawPair | Rejected) -> _Decoded | Rejected:
+        if isinstance(item, Rejected):
+            return item
+        if item.rewards is None and item.label is None and self.scorer is None:
+            return Rejected(item.row, item.uid, f"{NO_PREFERENCE}: neither rewards nor a human label (null or NaN)")
+        both = []
+        for name, raw in zip(("jpg_0", "jpg_1"), item.images, strict=True):
+            try:
+                both.append(data.decode(raw))
+            except data.BadPicture as error:
+                return Rejected(item.row, item.uid, f"{name} {error}")
+        size = pictures.choose(self.shapes, [(picture.height, picture.width) for picture in both])
+        (zero, frame_0), (one, frame_1) = (pictures.fit(picture, size) for picture in both)
+        if np.array_equal(zero, one):
+            return Rejected(item.row, item.uid, "the same picture twice: there is nothing to prefer")
+        unscored = self.scorer is not None and item.rewards is None and item.row not in self._known
+        kept = (both[0], both[1]) if unscored else None
+        return _Decoded(item, size, np.stack([zero, one]), (frame_0, frame_1), kept)
 
 
-def _decode(item: RawPair | Rejected, resolution: int, scoring: bool) -> _Decoded | Rejected:
-    if isinstance(item, Rejected):
-        return item
-    scored_later = scoring and item.rewards is None
-    if item.rewards is None and item.label is None and not scoring:
-        return Rejected(item.row, item.uid, f"{NO_PREFERENCE}: neither rewards nor a human label (null or NaN)")
-    pictures = []
-    for name, raw in zip(("jpg_0", "jpg_1"), item.images, strict=True):
-        try:
-            pictures.append(data.decode(raw))
-        except data.BadPicture as error:
-            return Rejected(item.row, item.uid, f"{name} {error}")
-    squares = np.stack([data.to_square(picture, resolution) for picture in pictures])
-    if np.array_equal(squares[0], squares[1]):
-        return Rejected(item.row, item.uid, "the same picture twice: there is nothing to prefer")
-    return _Decoded(item, squares, (pictures[0], pictures[1]) if scored_later else None)
+class _Forecast:
+    """Says once how long the work will take, from its second group of pairs on: the first one warms up."""
+
+    def __init__(self, processes: int) -> None:
+        self._processes, self._began, self._said = processes, 0.0, False
+
+    def note(self, rows: int, bar: tqdm) -> None:
+        """So many rows have been done since the last call."""
+        now = time.monotonic()
+        if self._began and not self._said:
+            rate, left = rows / max(1e-9, now - self._began), (bar.total or 0) - bar.n
+            if left > 0:
+                print0(
+                    f"time: about {_duration(left / rate / self._processes)} for the remaining {left} rows, at "
+                    f"{rate:.2f} a second in each of {self._processes} processes (measured)"
+                )
+            self._said = True
+        self._began = now
 
 
-def _store_prompts(encoders: Encoders, writer: CacheWriter) -> None:
-    prompts = writer.prompts()
-    with tqdm(total=len(prompts), unit="prompt", desc="prompts", mininterval=0.5) as bar:
-        for start in range(0, len(prompts), _PROMPT_SHARD):
-            shard = prompts[start : start + _PROMPT_SHARD]
-            parts = []
-            for i in range(0, len(shard), _PROMPT_BATCH):
-                embeds, pooled = encoders.encode_prompts(shard[i : i + _PROMPT_BATCH])
-                parts.append((embeds.cpu(), None if pooled is None else pooled.cpu()))
-                bar.update(len(embeds))
-            vectors = [p for _, p in parts if p is not None]
-            writer.add_prompts(torch.cat([e for e, _ in parts]), torch.cat(vectors) if vectors else None)
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def _forecast_size(writer: CacheWriter, kitchen: _Kitchen, chunks: Sequence[Sequence[int]]) -> None:
+    """Say what the latents will take, before the first is made, and when the disk will not hold them.
+
+    Room can be made and the preparation taken up, so that is no error.
+    """
+    total = sum(map(len, chunks))
+    left = sum(len(rows) for rows, done in zip(chunks, writer.done(LATENTS_PART, len(chunks)), strict=True) if not done)
+    if left < total:
+        print0(f"{writer.root}: going on with an interrupted preparation: {total - left} of {total} rows are done")
+    most = " at most" if len(kitchen.shapes) > 1 else ""
+    print0(
+        f"size: {total} rows x {kitchen.pair_bytes} bytes = {total * kitchen.pair_bytes / 1e9:.3f} GB of latents{most}"
+        ", less what is rejected"
+    )
+    need, free = kitchen.pair_bytes * left, shutil.disk_usage(writer.folder).free
+    if need > free:
+        warn0(f"about {need / 1e9:.1f} GB are needed at {writer.folder.parent}, where {free / 1e9:.1f} GB are free")
+
+
+def _store_prompts(writer: CacheWriter, encoders: Encoders, world: World) -> None:
+    texts = writer.texts()
+    shards = [texts[first : first + PROMPT_SHARD] for first in range(0, len(texts), PROMPT_SHARD)]
+
+    def encode(number: int) -> dict[str, Any]:
+        shard, part = shards[number], writer.prompts(number)
+        for first in range(part.done, len(shard), _PROMPT_BATCH):
+            embeds, pooled = encoders.encode_prompts(shard[first : first + _PROMPT_BATCH])
+            part.add(embeds.cpu(), None if pooled is None else pooled.cpu())
+            bar.update(len(embeds))
+        return part.close()
+
+    with tqdm(total=len(texts), unit="prompt", desc="prompts", mininterval=0.5, disable=world.rank != 0) as bar:
+        writer.share(PROMPTS_PART, len(shards), encode)
+        bar.update(len(texts) - bar.n)
 
 
 def _identity(config: Config, source: Mapping[str, Any], encoders: str, kind: str) -> dict[str, Any]:
@@ -261,14 +523,18 @@ def _identity(config: Config, source: Mapping[str, Any], encoders: str, kind: st
         "kind": kind,
         "encoders": encoders,
         "resolution": config.data.resolution,
+        "buckets": config.data.buckets,
         "flip": config.data.flip,
+        "scores": sidecar.identity(Path(config.data.scores)) if config.data.scores else "",
         "scorer": scorer_identity(config.data.scorer),
     }
 
 
-def _source(pairs: str, known: CacheInfo | None) -> dict[str, Any]:
-    """What identifies the source: ``pairs`` as given, and size, time and sha256 of its files."""
-    recorded = known.source if known is not None else {}
+def _source(pairs: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies the source: ``pairs`` as given, and size, time and sha256 of its files.
+
+    recorded: the same from earlier, to spare hashing.
+    """
     try:
         path = data.source_path(pairs)
     except SettingsError:
@@ -281,6 +547,21 @@ def _source(pairs: str, known: CacheInfo | None) -> dict[str, Any]:
     hashes = [file["sha256"] for file in facts]
     whole = hashes[0] if len(hashes) == 1 else cache.combined(hashes)
     return {"pairs": pairs, "sha256": whole, "files": facts}
+
+
+def _source_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which files of the source are not what they were."""
+    old, new = ({file["name"]: file for file in facts.get("files", [])} for facts in (recorded, now))
+    said = [f"{name} is gone" for name in old.keys() - new.keys()]
+    said += [f"{name} is new" for name in new.keys() - old.keys()]
+    said += [
+        f"{name} has {new[name]['bytes']} bytes, had {old[name]['bytes']}"
+        if new[name]["bytes"] != old[name]["bytes"]
+        else f"{name} has the same size but another content"
+        for name in old.keys() & new.keys()
+        if new[name]["sha256"] != old[name]["sha256"]
+    ]
+    return ", ".join(sorted(said)[:5]) + (f" and {len(said) - 5} more" if len(said) > 5 else "")
 
 
 def _file_facts(file: Path, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,18 +580,12 @@ def _check_preference(columns: set[str], path: Path, scorer: Scorer | None) -> N
         )
 
 
-def _check_space(writer: CacheWriter, total: int) -> None:
-    """Say early when the disk will not hold the cache. It can be made room on, and the preparation taken up."""
-    need, free = writer.pair_bytes * (total - writer.next_row), shutil.disk_usage(writer.folder).free
-    if need > free:
-        warn0(f"about {need / 1e9:.1f} GB are needed at {writer.folder.parent}, where {free / 1e9:.1f} GB are free")
-
-
-def _counts(writer: CacheWriter) -> dict[str, int]:
-    scored = sum(entry.scored for entry in writer.entries)
-    stored = sum(entry.rewards is not None for entry in writer.entries) - scored
-    hanging = sum(reason.startswith((NO_PREFERENCE, BAD_SCORE)) for _, _, reason in writer.rejected)
-    return {"stored": stored, "scored": scored, "unrewarded": len(writer.entries) - stored + hanging}
+def _strictly(rejected: Sequence[tuple[int, str, str]]) -> SettingsError:
+    row, uid, reason = rejected[0]
+    return SettingsError(
+        f"data.strict: row {row} of data.pairs ({uid}) cannot be used: {reason}. Mend it; without data.strict "
+        "such rows are left out, counted and listed in rejected.parquet"
+    )
 
 
 def _listed(rejected: Sequence[tuple[int, str, str]]) -> str:
@@ -323,16 +598,23 @@ def _listed(rejected: Sequence[tuple[int, str, str]]) -> str:
     )
 
 
-def _summarise(info: CacheInfo, writer: CacheWriter, encoders: Encoders, done: int, seconds: float) -> None:
+def _summarise(cached: CachedPairs, encoders: Encoders, seconds: float) -> None:
+    info, rejected = cached.info, cached.rejections()
     counts = info.counts
     total = counts["pairs"] + counts["rejected"]
     print0(f"{info.root}: {counts['pairs']} of {total} pairs, {info.bytes / 1e6:.1f} MB, {seconds:.0f} s")
-    if writer.rejected:
-        print0(f"  rejected {counts['rejected']}: {_listed(writer.rejected)}")
-    longer = encoders.truncated(writer.prompts())
+    if counts["encoded"] < counts["pairs"]:
+        print0(f"  latents of the {counts['encoded']} pairs that the run visits (data.only_visited)")
+    if len(info.pixels) > 1:
+        sizes = Counter(info.pixels[kind] for kind in cached.shapes)
+        listed = ", ".join(f"{height}x{width}: {count}" for (height, width), count in sizes.most_common(8))
+        print0(f"  {len(sizes)} buckets (height x width: pairs): {listed}{', ..' if len(sizes) > 8 else ''}")
+    if rejected:
+        print0(f"  rejected {counts['rejected']}: {_listed(rejected)}")
+    longer = encoders.truncated(cached.texts.tolist())
     cut = f", {longer} longer than the text encoders read (cut)" if longer else ""
     print0(f"  prompts: {counts['prompts'] - 1} distinct and the empty one{cut}")
-    labelled = sum(entry.label is not None for entry in writer.entries)
+    labelled = int(np.isfinite(cached.labels).sum())
     scale = "" if info.rewards is None else f", {info.rewards[0]:.6g} .. {info.rewards[1]:.6g}"
     print0(
         f"  rewards: {counts['stored']} pairs stored, {counts['scored']} scored{scale}; human labels: {labelled} pairs"

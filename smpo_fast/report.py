@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and base beside aligned."""
+"""Pictures of a run and its data: curves, base beside aligned, labels."""
 
 from __future__ import annotations
 
@@ -65,6 +65,29 @@ def draw_grid(
             label = name if scores is None else f"{name} {scores[name][i]:.2f}"
             pen.text((left + j * CELL + 2, top + TEXT_HEIGHT + CELL), label, "black", font=font)
     sheet.save(file)
+
+
+def draw_labels(weights: np.ndarray, bins: Sequence[tuple[float, float, float]], file: Path) -> None:
+    """A histogram of the weights [n], and predicted preference against human labels where ``bins`` are given.
+
+    bins: predicted preference for picture 0, the share of humans who had it, and that share's error.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    axes[0].hist(weights, bins=50, color="tab:blue")
+    axes[0].set_title("weights of the pairs", fontsize=10)
+    axes[0].set_xlabel("2 alpha - gamma", fontsize=8)
+    axes[0].set_ylabel("pairs", fontsize=8)
+    axes[1].set_title("calibration" if bins else "calibration: no pair has rewards and a human label", fontsize=10)
+    axes[1].plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
+    if bins:
+        predicted, human, error = np.array(bins).T
+        axes[1].errorbar(predicted, human, error, fmt="o-", linewidth=1.2, markersize=4, capsize=3)
+    axes[1].set_xlabel("predicted preference for picture 0, alpha/gamma", fontsize=8)
+    axes[1].set_ylabel("share of humans who prefer it", fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def _fit(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> str:

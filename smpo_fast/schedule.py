@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,19 +30,34 @@ class Level(NamedTuple):
         return self.noise / self.signal
 
 
-class Path(NamedTuple):
-    """The levels from the clean latent to the landing, and the level ``at`` which the pair is trained.
+_CLEAN = Level(0, 1.0, 0.0)
 
-    The landing is ``levels[-1]``; it differs from ``at`` only in the released script's mismatch.
+
+class Landing(NamedTuple):
+    """Where a path is left for training: after ``step`` solver steps, to be trained ``at`` a level."""
+
+    step: int
+    at: Level
+
+
+class Path(NamedTuple):
+    """The levels from the clean latent upwards, and the landings on the way, the last of them at the end.
+
+    ``levels[landing.step]`` differs from ``landing.at`` only in the released script's mismatch.
     """
 
     levels: tuple[Level, ...]
-    at: Level
+    landings: tuple[Landing, ...]
 
     @property
     def depth(self) -> int:
         """Number of solver steps."""
         return len(self.levels) - 1
+
+    @property
+    def at(self) -> Level:
+        """The level of the last landing."""
+        return self.landings[-1].at
 
 
 class NoiseSchedule:
@@ -77,21 +93,47 @@ class NoiseSchedule:
         alpha = self.alphas_cumprod[max(time, 0)]
         return Level(time, math.sqrt(alpha), math.sqrt(1.0 - alpha))
 
-    def path(self, time: int, settings: Inversion) -> Path:
-        """The path of a pair trained at ``time`` (see docs/method.md for the options)."""
+    def path(self, times: int | Sequence[int], settings: Inversion) -> Path:
+        """The path of a pair trained at one timestep, or at several (ascending; docs/method.md has the options)."""
+        times = (times,) if isinstance(times, int) else tuple(times)
         if settings.source == "noise":
-            return Path((Level(0, 1.0, 0.0),), self.level(time))
+            return Path((_CLEAN,), tuple(Landing(0, self.level(t)) for t in times))
+        if settings.grid == "release":
+            return self._released_path(times[-1], settings)
+        levels: list[Level] = [_CLEAN]
+        landings: list[Landing] = []
+        for time in times:
+            below = levels[-1].time if landings else 0
+            count = math.ceil((time - below) * settings.steps / len(self) - 1e-9)
+            if not landings:
+                count = max(1, count)
+            levels += [self.level(t) for t in self._between(below, time, count, settings)]
+            landings.append(Landing(len(levels) - 1, self.level(time)))
+        return Path(tuple(levels), tuple(landings))
+
+    def _between(self, below: int, time: int, count: int, settings: Inversion) -> list[int]:
+        """``count`` ascending timesteps above ``below``, the last one ``time``."""
+        if settings.spacing == "uniform":
+            return [round(time - k * len(self) / settings.steps) for k in reversed(range(count))]
+        low, high = (self.level(t).sigma if t else 0.0 for t in (below, time))
+        root_low, root_high = low ** (1 / settings.rho), high ** (1 / settings.rho)
+        inner = [(root_low + (root_high - root_low) * k / count) ** settings.rho for k in range(1, count)]
+        times = np.searchsorted(self._sigmas, inner).tolist()
+        # two levels of a fine grid may fall on one timestep: each step has one of its own
+        return [min(time, max(below + k, min(t, time - count + k))) for k, t in enumerate([*times, time], start=1)]
+
+    @cached_property
+    def _sigmas(self) -> np.ndarray:
+        return np.sqrt(1.0 / self.alphas_cumprod - 1.0)
+
+    def _released_path(self, time: int, settings: Inversion) -> Path:
         spacing = len(self) // settings.steps
-        if settings.grid == "anchored":
-            times = _anchored(time, len(self) / settings.steps)
-            start = Level(0, 1.0, 0.0)
-        else:
-            first = 1 if settings.first_step == "skip" else 1 - spacing
-            sources = [s for s in _released_grid(len(self), settings.steps) if first <= s < time] or [first]
-            last = sources[-1] + spacing if settings.landing == "mismatch" else time
-            times = [*sources[1:], last]
-            start = self.level(first) if first < 0 else Level(first, 1.0, 0.0)
-        return Path((start, *(self.level(t) for t in times)), self.level(time))
+        first = 1 if settings.first_step == "skip" else 1 - spacing
+        sources = [s for s in _released_grid(len(self), settings.steps) if first <= s < time] or [first]
+        last = sources[-1] + spacing if settings.landing == "mismatch" else time
+        start = self.level(first) if first < 0 else Level(first, 1.0, 0.0)
+        levels = (start, *(self.level(t) for t in (*sources[1:], last)))
+        return Path(levels, (Landing(len(levels) - 1, self.level(time)),))
 
     def timesteps(self, count: int, settings: Inversion, seed: int, step: int) -> tuple[int, ...]:
         """The ``count`` timesteps of a whole optimizer step (all ranks), descending; a function of (seed, step).
@@ -109,11 +151,16 @@ class NoiseSchedule:
             places = [int(u * len(support)) for u in rng(seed, "timestep", step).random(count)]
         return tuple(sorted((support[min(p, len(support) - 1)] for p in places), reverse=True))
 
+    def paths(self, count: int, settings: Inversion, seed: int, step: int) -> list[Path]:
+        """The paths of an optimizer step's pairs (all ranks), deepest first, with ``count`` landings together.
 
-def _anchored(time: int, spacing: float) -> list[int]:
-    """``..., time - 2*spacing, time - spacing, time``: all that is above 0, ascending; never empty."""
-    count = max(1, math.ceil(time / spacing - 1e-9))
-    return [round(time - k * spacing) for k in reversed(range(count))]
+        A pair with M landings gets timesteps count/M apart in the descending list, so that its landings spread over
+        the schedule and all of the step's together stay uniform.
+        """
+        times, each = self.timesteps(count, settings, seed, step), settings.per_trajectory
+        pairs = count // each
+        paths = [self.path(times[i::pairs][::-1], settings) for i in range(pairs)]
+        return sorted(paths, key=lambda p: p.depth, reverse=True)  # stable: only several landings can disturb the order
 
 
 def _released_grid(num_train: int, steps: int) -> list[int]:

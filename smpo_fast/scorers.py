@@ -1,8 +1,8 @@
-"""Reward models: from pictures and their prompts to scores.
+"""Reward models by name: from pictures and their prompts to scores.
 
-A scorer is named in the settings: ``embedded`` (the rule of the miniature world), ``pickscore`` (or
-``pickscore:FOLDER_OR_HUB_ID``), or ``module:function`` for a function of your own.  Weights are read from
-safetensors only, and no code of a repository is run.
+A scorer is named in the settings: one of ``KINDS``, with ``:FOLDER_OR_HUB_ID`` behind it for weights of another
+place, ``embedded`` (the rule of the miniature world), or ``module:function`` for a function of your own.  No code of
+a repository is run, and no objects are made of weight files.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from smpo_fast import reward_models
 from smpo_fast.config import SettingsError
+from smpo_fast.reward_models import CLIP_H, CLIP_L, Network
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICKSCORE = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what PickScore was tuned from
-CHOICES = "'embedded', 'pickscore', 'pickscore:FOLDER_OR_HUB_ID' or 'module:function'"
-_CLIP_BATCH = 16
+_TERM = re.compile(r"(?:^|\+)\s*(-?\d+(?:\.\d+)?)\s*\*")
+_FILES = ("*.json", "*.txt", "*.safetensors", "*.pt", "*.pth")
 
 
 class Scorer(Protocol):
@@ -43,21 +44,66 @@ class Scorer(Protocol):
         ...
 
 
-def load_scorer(name: str, device: torch.device) -> Scorer:
-    """The scorer that a setting names; raises SettingsError when there is none, or it cannot be loaded."""
+class Kind(NamedTuple):
+    """A reward model that is known by name."""
+
+    place: str  # where its weights are published
+    network: Callable[[str, torch.device, bool], Network]  # of a place, on a device, in float16 or not
+    what: str
+
+
+KINDS: dict[str, Kind] = {
+    "pickscore": Kind(
+        reward_models.PICKSCORE,
+        lambda place, device, half: reward_models.ClipCosine(place, device, half, [CLIP_H]),
+        "cosine of a tuned CLIP ViT-H, 0.2 is usual",
+    ),
+    "hpsv2.1": Kind(
+        "xswu/HPSv2",
+        lambda place, device, half: reward_models.Hps(place, device, half, "HPS_v2.1_compressed.pt"),
+        "cosine of a tuned CLIP ViT-H, 0.28 is usual",
+    ),
+    "hpsv2": Kind(
+        "xswu/HPSv2",
+        lambda place, device, half: reward_models.Hps(place, device, half, "HPS_v2_compressed.pt"),
+        "the version before",
+    ),
+    "imagereward": Kind("THUDM/ImageReward", reward_models.ImageReward, "BLIP, about standard normal"),
+    "aesthetic": Kind(
+        "trl-lib/ddpo-aesthetic-predictor", reward_models.Aesthetic, "CLIP ViT-L/14 without the prompt, 1 to 10"
+    ),
+    "clip": Kind(
+        CLIP_L,
+        lambda place, device, half: reward_models.ClipCosine(place, device, half, [CLIP_L]),
+        "cosine of CLIP ViT-L/14: fits the prompt, not: pleases",
+    ),
+}
+CHOICES = f"'embedded', {', '.join(map(repr, KINDS))} (or 'pickscore:FOLDER_OR_HUB_ID', ..), 'module:function'"
+
+
+def load_scorer(name: str, device: torch.device, *, half: bool = False) -> Scorer:
+    """The scorer that a setting names; half: in float16, where it is one of KINDS.
+
+    Raises SettingsError when there is none, it cannot be loaded, or does not compute in half precision.
+    """
     check_scorer(name, "scorer")
     kind, _, rest = name.partition(":")
-    if name == "embedded":
-        return _Embedded()
-    if kind == "pickscore":
-        return _PickScore(name, rest or PICKSCORE, device)
-    return _UserFunction(name, kind, rest)
+    if kind in KINDS:
+        return _Known(name, kind, rest or KINDS[kind].place, device, half)
+    if half:
+        raise SettingsError(f"scorer '{name}' has no half precision: only {', '.join(KINDS)} have")
+    return _Embedded() if name == "embedded" else _UserFunction(name, kind, rest)
 
 
 def check_scorer(name: str, key: str) -> None:
     """Raise SettingsError, naming the setting ``key``, for a scorer that there is not; loads nothing heavy."""
+    if len(terms(name)) > 1 or terms(name)[0] != (1.0, name):
+        raise SettingsError(
+            f"{key}: '{name}' combines scorers, which are standardised over a whole table: score the table first "
+            "(smpo score), and give data.scores"
+        )
     kind, _, rest = name.partition(":")
-    if name == "embedded" or kind == "pickscore":
+    if name == "embedded" or kind in KINDS:
         return
     if not (kind and rest):
         raise SettingsError(f"{key}: scorer '{name}' is unknown; there are {CHOICES}")
@@ -65,14 +111,22 @@ def check_scorer(name: str, key: str) -> None:
         raise SettingsError(f"{key}: '{name}': there is no module '{kind}' (is its folder on PYTHONPATH?)")
 
 
+def terms(name: str) -> list[tuple[float, str]]:
+    """Weights and names of a combination, as in ``0.7*pickscore + 0.3*aesthetic``; of a plain name (1, name)."""
+    if not _TERM.match(name.strip()):
+        return [(1.0, name)]
+    _, *found = _TERM.split(name.strip())
+    return [(float(weight), scorer.strip()) for weight, scorer in zip(found[::2], found[1::2], strict=True)]
+
+
 def scorer_identity(name: str) -> str:
     """What a scorer's scores depend on, without loading it: '' for no scorer.
 
-    Follows the content of a local folder or of the module's file; a hub id stands for itself.
+    Follows the content of a local folder or file, or of the module's file; a hub id stands for itself.
     """
     kind, _, rest = name.partition(":")
-    if kind == "pickscore":
-        return _folder_identity(rest or PICKSCORE)
+    if kind in KINDS:
+        return _place_identity(kind, rest or KINDS[kind].place)
     file = _module_file(kind) if rest else None
     return name if file is None else f"{name}@{_digest([file])}"
 
@@ -109,43 +163,18 @@ class _Embedded(_Base):
         return {name: np.array([score[name][0] for score in scores], dtype=np.float32) for name in names}
 
 
-class _PickScore(_Base):
-    """Cosine of CLIP's picture and text embeddings, without the logit scale (0.2 is usual, 0.01 is a point)."""
+class _Known(_Base):
+    """A reward model of KINDS."""
 
-    def __init__(self, name: str, source: str, device: torch.device) -> None:
-        from transformers import CLIPModel  # loads slowly, and most runs score nothing
-
-        self.name, self.identity, self.device = name, _folder_identity(source), device
+    def __init__(self, name: str, kind: str, place: str, device: torch.device, half: bool) -> None:
+        self.name, self.identity = name, _place_identity(kind, place)
         try:
-            model: Any = CLIPModel.from_pretrained(source, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"scorer '{name}': {source} cannot be loaded as a CLIP model from safetensors: {error}"
-            ) from error
-        self.model = model.to(device).eval()
-        self.processor = _clip_processor(name, source)
+            self.network = KINDS[kind].network(place, device, half)
+        except SettingsError as error:
+            raise SettingsError(f"scorer '{name}': {error}") from error
 
-    @torch.no_grad()
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray:
-        scores = [
-            self._score(images[i : i + _CLIP_BATCH], prompts[i : i + _CLIP_BATCH])
-            for i in range(0, len(images), _CLIP_BATCH)
-        ]
-        return np.concatenate(scores) if scores else np.zeros(0, np.float32)
-
-    def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray:
-        length = self.model.config.text_config.max_position_embeddings
-        inputs = self.processor(
-            text=list(prompts),
-            images=list(images),
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-        ).to(self.device)
-        out = self.model(**inputs)
-        cosine = torch.nn.functional.cosine_similarity(out.image_embeds.float(), out.text_embeds.float(), dim=-1)
-        return cosine.cpu().numpy()
+        return self.network(images, prompts)
 
 
 class _UserFunction(_Base):
@@ -169,25 +198,13 @@ class _UserFunction(_Base):
         return scores
 
 
-def _clip_processor(name: str, source: str) -> Any:
-    from transformers import CLIPProcessor
-
-    errors = []
-    for place in (source, PICKSCORE_PROCESSOR):
-        try:
-            return CLIPProcessor.from_pretrained(place)
-        except (OSError, ValueError, TypeError) as error:
-            errors.append(f"{place}: {error}")
-    raise SettingsError(f"scorer '{name}': no CLIP processor: {'; '.join(errors)}")
-
-
-def _folder_identity(source: str) -> str:
-    """Of a folder the hash of what is read from it, else the hub id."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return f"pickscore:{source}"
-    read = sorted(f for pattern in ("*.json", "*.txt", "*.safetensors") for f in folder.glob(pattern))
-    return f"pickscore@{_digest(read)}"
+def _place_identity(kind: str, place: str) -> str:
+    """Of a folder or file the hash of what is read from it, else the hub id."""
+    path = Path(place).expanduser()
+    if not path.exists():
+        return f"{kind}:{place}"
+    read = sorted(f for pattern in _FILES for f in path.glob(pattern)) if path.is_dir() else [path]
+    return f"{kind}@{_digest(read)}"
 
 
 def _module_file(module: str) -> Path | None:

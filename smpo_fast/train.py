@@ -14,27 +14,40 @@ if not __package__:  # started as a script: neither this folder's modules nor ke
     sys.path = [p for p in sys.path if Path(p or ".").resolve() not in (_HERE, _HERE.parent)]
 
 import argparse
+import gc
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from smpo_fast import cache, checkpoint, config, data, evaluate, inversion, metrics, patch, prepare, report
+from smpo_fast import (
+    cache,
+    calls,
+    checkpoint,
+    config,
+    data,
+    evaluate,
+    inversion,
+    lora,
+    metrics,
+    patch,
+    prepare,
+    reference,
+    report,
+)
 from smpo_fast import engine as engines
-from smpo_fast.batch import Pairs
 from smpo_fast.cache import CachedPairs
-from smpo_fast.config import Config, Optim, SettingsError
+from smpo_fast.config import Config, SettingsError
 from smpo_fast.loader import Loader
 from smpo_fast.model import (
     Denoiser,
@@ -43,140 +56,16 @@ from smpo_fast.model import (
     encoders_identity,
     export_pipeline,
     find,
-    load_unets,
     schedule_of,
     weights_identity,
 )
-from smpo_fast.objective import OBJECTIVES
-from smpo_fast.runtime import Stopped, StopSignal, World, print0, warn0, world_from_environment
-from smpo_fast.schedule import Path as NoisePath
+from smpo_fast.runtime import Stopped, StopSignal, print0, warn0, world_from_environment
+from smpo_fast.trajectories import Trajectories
+from smpo_fast.window import Trainer, learning_rate
 
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on: too many steps had a non-finite loss or gradient."""
-
-
-def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, then constant, or falling to 0 at the end of the run."""
-    warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
-    done = max(0.0, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))
-    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optim.schedule]
-    return optim.lr * warm * decay
-
-
-@dataclass
-class Trainer:
-    """One optimizer step of SmPO, as the paper has it."""
-
-    config: Config
-    world: World
-    source: Source
-    engine: engines.Engine
-    reference_unet: nn.Module
-    loader: Loader
-    precision: str
-    stop: StopSignal
-    bar: tqdm
-
-    def __post_init__(self) -> None:
-        self.schedule = schedule_of(self.source, self.config.inversion)
-        self.objective = OBJECTIVES[self.config.objective.name]
-        self.ops = patch.select_ops(self.config)
-        self.policy = self._denoiser(self.engine.unet)
-        self.reference = self._denoiser(self.reference_unet)
-        self.meter = metrics.Meter(self.world)
-
-    def step(self, step: int) -> tuple[engines.StepResult, metrics.StepTable, dict[str, float]]:
-        """Train on the pairs of a step; returns the engine's result, the step's table and seconds per phase."""
-        with self.meter.phase("load"):
-            groups = self.loader.window(step)
-        total, done, micro = sum(map(len, groups)), 0, self.config.batch.micro_pairs
-        for window in groups:
-            paths, active = self.paths(step, window.places)
-            with self.meter.phase("inversion"):
-                x_t, tau = self.trajectory(window, paths, active, step)
-            for first in range(0, len(window), micro):
-                rows = slice(first, min(first + micro, len(window)))
-                done += rows.stop - rows.start
-                self.backward(window.take(rows), x_t[rows], tau[rows], paths[rows], total, last=done == total)
-        with self.meter.phase("optimizer"):
-            result = self.engine.step(learning_rate(self.config.optim, step, self.config.run.steps))
-        return result, *self.meter.flush()
-
-    def paths(self, step: int, places: Sequence[int]) -> tuple[list[NoisePath], list[int]]:
-        """Noise paths of this rank's pairs at ``places`` of a step, deepest first, and pairs per round of any rank."""
-        run, batch, world = self.config.run, self.config.batch, self.world
-        times = self.schedule.timesteps(batch.pairs_per_step, self.config.inversion, run.seed, step)
-        paths = [self.schedule.path(t, self.config.inversion) for t in times]
-        by_rank = [[paths[rank + world.size * place] for place in places] for rank in range(world.size)]
-        return by_rank[world.rank], [max(n) for n in zip_padded([inversion.rounds(p) for p in by_rank])]
-
-    @torch.no_grad()
-    def trajectory(
-        self, window: Pairs, paths: Sequence[NoisePath], active: Sequence[int], step: int
-    ) -> tuple[Tensor, Tensor]:
-        """x_t and tau of a window, [B, 2, C, H, W]: by inversion, or by adding the same noise to both pictures."""
-        settings, picture = self.config.inversion, tuple(window.latents.shape[1:])
-        if settings.source == "noise":
-            tau = self.loader.normals(step, "noise", (1, *picture[1:]), window.places).expand_as(window.latents)
-            return inversion.forward_noise(window.latents, tau, paths), tau
-        inverter = self.policy if settings.network == "policy" else self.reference
-        inverter.unet.eval()
-
-        def eps(x: Tensor, times: Tensor, rows: slice) -> Tensor:
-            self.stop.check()
-            self.bar.set_postfix_str(f"inversion to t={paths[0].at.time}", refresh=False)
-            return inverter.eps(x, times, window.cond.take(rows))
-
-        noise = None
-        if settings.noise:
-            noise = self.loader.normals(step, "inversion", (len(active), *picture), window.places).transpose(0, 1)
-        return inversion.invert(
-            eps, window.latents, paths, settings, chunk=self.config.batch.inversion_pairs, active=active, noise=noise,
-            solver=self.ops.solver, dtype=torch.float32 if inverter.velocity else inverter.dtype,
-        )  # fmt: skip
-
-    def backward(
-        self, pairs: Pairs, x_t: Tensor, tau: Tensor, paths: Sequence[NoisePath], window: int, *, last: bool
-    ) -> None:
-        """One micro-batch: predictions of policy and reference, the pairs' losses, the gradient."""
-        self.stop.check()
-        weight, beta = self.objective.weigh(pairs.weight), self.config.objective.beta
-        times = [p.at.time for p in paths]
-        time = torch.tensor(times, device=x_t.device)
-        target = self.policy.target(pairs.latents, tau, paths)
-        reference = None
-        if self.objective.needs_reference:
-            with self.meter.phase("reference"), torch.no_grad():
-                reference = self.ops.pair_errors(self.reference(x_t, time, pairs.cond), target)
-        with self.meter.phase("policy"):
-            out = self.ops.pair_loss(self.policy_in_training(x_t, time, pairs), reference, target, weight, beta)
-            self.engine.backward(out.loss.sum() / window, last=last)
-        self.meter.add(
-            pairs.ids,
-            times,
-            loss=out.loss,
-            logit=out.logit,
-            weight=weight,
-            policy_w=out.policy[:, 0],
-            policy_l=out.policy[:, 1],
-            reference_w=out.reference[:, 0],
-            reference_l=out.reference[:, 1],
-        )
-        self.bar.update(len(pairs) * self.world.size)
-
-    def policy_in_training(self, x_t: Tensor, time: Tensor, pairs: Pairs) -> Tensor:
-        self.policy.unet.train()
-        return self.policy(x_t, time, pairs.cond)
-
-    def _denoiser(self, unet: nn.Module) -> Denoiser:
-        return Denoiser(unet, self.source, self.schedule, self.precision, self.world.device)
-
-
-def zip_padded(rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Columns of rows of unequal length, filled with 0."""
-    width = max(map(len, rows), default=0)
-    return list(zip(*([*row, *[0] * (width - len(row))] for row in rows), strict=True))
 
 
 class Job:
@@ -195,7 +84,17 @@ class Job:
                 raw, str(ds_file), settings, self.world.size, self.precision
             )
         engines.check_combination(settings, self.precision, self.world, self.ds_settings)
+        stage = engines.zero_stage(self.ds_settings or {})
+        calls.check(settings, self.world.device, stage)
+        lora.check(settings, self.source)
+        self.reference = reference.resolve(settings, self.ds_settings)
         engines.pairs_per_rank(settings, self.world.size)
+        if settings.drawn_per_step % self.world.size:
+            raise SettingsError(
+                f"batch.pairs_per_step = {settings.batch.pairs_per_step} at inversion.per_trajectory = "
+                f"{settings.inversion.per_trajectory} draws {settings.drawn_per_step} pairs, which do not divide among "
+                f"{self.world.size} ranks"
+            )
         for module, project in (("wandb", settings.log.wandb), ("trackio", settings.log.trackio)):
             if project and importlib.util.find_spec(module) is None:
                 raise SettingsError(f"log.{module} = '{project}', but {module} is not installed: pip install {module}")
@@ -218,12 +117,12 @@ class Job:
         c, per_rank = self.config, engines.pairs_per_rank(self.config, self.world.size)
         schedule = schedule_of(self.source, c.inversion)
         depths = [schedule.path(t, c.inversion).depth for t in range(len(schedule))]
-        calls = sum(depths) / len(depths) * (1 + c.inversion.renoise_steps)
+        asked = sum(inversion.evaluations(d, c.inversion) for d in depths) / len(depths)
         return "\n".join(
             [
                 f"model      {self.source.kind}, {self.source.prediction_type}, {self.source.folder}",
                 f"objective  {c.objective.name}, beta {c.objective.beta:g}; x_t by {c.inversion.source} "
-                f"({c.inversion.fidelity}), {calls:.2f} no-gradient calls a picture",
+                f"({c.inversion.fidelity}, {c.inversion.solver}), {asked:.2f} no-gradient calls a picture",
                 f"step       {c.batch.pairs_per_step} pairs = {self.world.size} ranks x {per_rank} pairs "
                 f"in micro-batches of {c.batch.micro_pairs}; {c.run.steps} steps",
                 f"optimizer  {c.optim.name}, lr {c.optim.lr:g}, {self.precision}, "
@@ -232,16 +131,28 @@ class Job:
                     if self.ds_file
                     else "plain PyTorch"
                 ),
+                f"weights    {self.trained()}; reference: {self.reference}",
                 f"run        {self.run_dir}",
             ]
         )
+
+    def trained(self) -> str:
+        """Which weights are trained, in words."""
+        adapters = self.config.lora
+        if not adapters.rank:
+            return "all are trained"
+        kind = "DoRA" if adapters.use_dora else "LoRA"
+        return f"{kind} of rank {adapters.rank} on {', '.join(adapters.targets)}, the base frozen"
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued."""
         c, prepared = self.config, cache.read_info(self.cache_dir).identity
         frozen = {"objective": c.objective, "inversion": c.inversion, "labels": c.labels, "optim": c.optim}
+        frozen["lora"] = c.lora
         sections = {name: section.model_dump() for name, section in frozen.items()}
+        # where the numbers are kept, and what is written at the end: not what the numbers are
+        del sections["inversion"]["store"], sections["lora"]["merge"]
         return {
             **sections,
             "seed": c.run.seed,
@@ -256,31 +167,73 @@ class Job:
 
 def train(job: Job) -> Path:
     """Prepare, train, export and evaluate; returns the run's folder. Collective over all ranks."""
-    c, world, run_dir = job.config, job.world, job.run_dir
     prepare_cache(job)
-    loader = Loader(job.open_cache(), c, world)
+    state = train_policy(job)
+    engines.shutdown()
+    gc.collect()  # the networks have gone; evaluation needs their memory
+    if job.world.rank == 0:
+        finish(job, state)
+    return job.run_dir
+
+
+def train_policy(job: Job) -> dict[str, Tensor]:
+    """All steps that are still to do; returns the trained weights on the host, complete on rank 0."""
+    c, world, run_dir = job.config, job.world, job.run_dir
+    # on the host: the window's prefetcher copies to the device
+    loader = Loader(job.open_cache(), c, replace(world, device=torch.device("cpu")))
     print0(loader.labels.report)
-    policy, reference = load_unets(job.source, c.model, job.precision, world.device)
-    for unet in (policy, reference):
-        patch.patch(unet, c.kernels.enabled)
+    policy = reference.load_policy(c, job.source, job.precision, world.device)
     engine = engines.make_engine(policy, c, world, job.precision, job.ds_settings)
     progress = checkpoint.restore_latest(run_dir, engine, world, job.facts) or checkpoint.Progress()
     if world.rank == 0:
         describe_run(job)
     log = metrics.RunLog(run_dir, c, progress.step, world)
+    store = open_store(job)
     total = c.run.steps * c.batch.pairs_per_step
     with tqdm(total=total, initial=progress.pairs_seen, unit="pair", desc="train", disable=world.rank != 0) as bar:
-        trainer = Trainer(c, world, job.source, engine, reference, loader, job.precision, StopSignal(world), bar)
+        schedule = schedule_of(job.source, c.inversion)
+        as_denoiser = partial(
+            Denoiser, source=job.source, schedule=schedule, precision=job.precision, device=world.device
+        )
+        frozen = open_reference(job, engine.unet, as_denoiser, store, progress)
+        if c.model.compile == "all":
+            with frozen() as network:
+                calls.compile_training(engine.unet, network.unet)
+        trainer = Trainer(
+            c, world, schedule, engine, as_denoiser(engine.unet), frozen, loader, store,
+            StopSignal(world), bar,
+        )  # fmt: skip
         try:
             run_steps(job, trainer, progress, log)
         finally:
             log.close()
             trainer.stop.restore()
-    state = engine.full_state()
-    engines.shutdown()
-    if world.rank == 0:
-        finish(job, state)
-    return run_dir
+    return engine.full_state()
+
+
+def open_store(job: Job) -> Trajectories | None:
+    """The trajectories that runs share, if the settings name a folder for them."""
+    c = job.config
+    if not c.inversion.store:
+        return None
+    facts = {name: value for name, value in job.facts.items() if name not in ("objective", "optim", "lora")}
+    facts["labels"] = {name: facts["labels"][name] for name in ("source", "drop_ties")}  # which pairs, who wins
+    return Trajectories(Path(c.inversion.store), facts, c.drawn_per_step, job.world)
+
+
+def open_reference(
+    job: Job,
+    policy: nn.Module,
+    as_denoiser: Callable[[nn.Module], Denoiser],
+    store: Trajectories | None,
+    progress: checkpoint.Progress,
+) -> reference.Reference:
+    """The reference where the settings want it; none is loaded when all that it would say is stored."""
+    stored = store is not None and store.complete(progress.step, job.config.run.steps)
+    where = "cached" if stored else job.reference
+    return reference.make_reference(
+        where, job.config, job.source, job.world, job.precision, policy, as_denoiser, job.ds_settings
+    )
 
 
 def prepare_cache(job: Job) -> None:
@@ -376,7 +329,8 @@ def describe_run(job: Job) -> None:
     (job.run_dir / "config.toml").write_text(config.dump(job.config))
     if job.ds_settings is not None:
         (job.run_dir / "ds_config.json").write_text(json.dumps(job.ds_settings, indent=2))
-    names = ("torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "smpo-fast")
+    names = ["torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "smpo-fast"]
+    names += ["peft"] if job.config.lora.rank else []
     facts = {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -390,16 +344,24 @@ def describe_run(job: Job) -> None:
 
 def finish(job: Job, state: dict[str, Tensor]) -> None:
     """Export, draw the curves, evaluate, and say where everything lies (rank 0)."""
-    export = job.run_dir / "export"
-    export_pipeline(job.source, state, export, job.config.model.export_dtype)
+    c, export = job.config, job.run_dir / "export"
+    if c.lora.rank:
+        lora.save(c, job.source, state, export)
+    else:
+        export_pipeline(job.source, state, export, c.model.export_dtype)
+    if c.lora.merge:
+        lora.merge(c, job.source, export, job.run_dir / "merged")
     report.draw_curves(metrics.read_metrics(job.run_dir), job.run_dir / "curves.png")
     summary = ""
-    if job.config.eval.prompts:
-        summary = evaluate.evaluate(job.config, job.source, export, job.run_dir / "evaluation", job.world.device)
+    if c.eval.prompts:
+        summary = evaluate.evaluate(c, job.source, export, job.run_dir / "evaluation", job.world.device)
+    exported = f"the {'adapters' if c.lora.rank else 'aligned pipeline'}, for diffusers'"
+    exported += " load_lora_weights" if c.lora.rank else " from_pretrained"
     print0(
         f"\n{summary}\n{totals(metrics.read_metrics(job.run_dir))}\nThe run is complete: {job.run_dir}/\n"
-        "  export/         the aligned pipeline, for diffusers' from_pretrained\n"
-        "  metrics.jsonl   one line a step; tensorboard/ has the same; curves.png shows them\n"
+        f"  export/         {exported}\n"
+        + ("  merged/         the aligned pipeline, adapters in its weights\n" if c.lora.merge else "")
+        + "  metrics.jsonl   one line a step; tensorboard/ has the same; curves.png shows them\n"
         "  config.toml     the resolved settings; environment.json has versions and device\n"
         + ("  evaluation/     grid.png (base beside aligned), evaluation.json, scores.csv\n" if summary else "")
     )

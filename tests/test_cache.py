@@ -2,24 +2,31 @@
 
 import hashlib
 import json
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.numpy import load_file
 
-from smpo_fast import cache
-from smpo_fast.cache import CachedPairs, CacheError, CacheWriter, Entry, Unstorable
+from smpo_fast import cache, parts
+from smpo_fast.cache import LATENTS_PART, PROMPTS_PART, CachedPairs, CacheError, CacheWriter, Entry, Unstorable
 from smpo_fast.config import SettingsError
+from smpo_fast.parts import Finished
 
 LATENT = (4, 6, 5)
+PIXELS = (48, 40)
 IDENTITY = {
     "source": "s",
     "max_pairs": 0,
     "kind": "sdxl",
     "encoders": "e",
     "resolution": 64,
+    "buckets": False,
     "flip": True,
     "scorer": "",
 }
@@ -39,25 +46,59 @@ def embedding(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def entry(row: int) -> Entry:
     rewards = None if row % 3 == 0 else (row / 7, -row / 3)
-    return Entry(row, f"uid {row}", ["", "a", "b\0\u6d77"][row % 3], rewards, [1.0, None, 0.5][row % 3], row % 3 == 1)
+    label, frames = [1.0, None, 0.5][row % 3], ((row, 40, 1, 2, 3), (50, row, 4, 5, 6))
+    return Entry(row, f"uid {row}", ["", "a", "b\0\u6d77"][row % 3], rewards, label, row % 3 == 1, PIXELS, frames)
 
 
-def write(root: Path, rows: range = range(10), shard_bytes: int = 4000, flips: int = 2, **changes: Any) -> None:
-    """A cache whose every fifth row is rejected; a pair's latents take 1920 bytes with both flips."""
-    with CacheWriter(root, {**IDENTITY, **changes}, {"pairs": "x", "files": []}, shard_bytes=shard_bytes) as writer:
-        for row in rows:
-            if row < writer.next_row:
-                continue
+def write(root: Path, rows: int = 10, flips: int = 2, calls: list[int] | None = None, **changes: Any) -> None:
+    """A cache whose every fifth row is rejected, four rows a part, two prompts a part. calls: gets the rows encoded."""
+
+    def pairs(number: int) -> dict[str, Any]:
+        part = writer.pairs(number)
+        for row in range(max(4 * number, part.next_row), min(4 * number + 4, rows)):
             if row % 5 == 4:
-                writer.reject(row, f"uid {row}", "bad: very")
+                part.reject(row, f"uid {row}", "bad: very")
             else:
-                writer.add(entry(row), *latents(row, flips))
-            writer.commit()
-        prompts = writer.prompts()
-        for i in range(0, len(prompts), 2):
-            states, pooled = zip(*map(embedding, prompts[i : i + 2]), strict=True)
-            writer.add_prompts(torch.stack(states), torch.stack(pooled))
-        writer.finish({"unrewarded": 0})
+                part.add(entry(row), *latents(row, flips))
+                if calls is not None:
+                    calls.append(row)
+            part.commit(row + 1)
+        return part.close()
+
+    def prompts(number: int) -> dict[str, Any]:
+        part = writer.prompts(number)
+        for text in writer.texts()[2 * number + part.done : 2 * number + 2]:
+            states, pooled = embedding(text)
+            part.add(states[None], pooled[None])
+        return part.close()
+
+    with CacheWriter(root, {**IDENTITY, **changes}, {"pairs": "x", "files": []}) as writer:
+        writer.share(LATENTS_PART, -(-rows // 4), pairs)
+        writer.share(PROMPTS_PART, -(-len(writer.texts()) // 2), prompts)
+        writer.finish(("bad",))
+
+
+def one_pair(root: Path, flips: int = 2, value: float | None = None, pooled: bool = True) -> None:
+    """A cache of row 7 alone. value: a number among its latents."""
+
+    def pairs(number: int) -> dict[str, Any]:
+        part, (mean, std) = writer.pairs(number), latents(7, flips)
+        if value is not None:
+            std[1, 0, 2, 3, 4] = value
+        part.add(entry(7), mean, std)
+        part.commit(8)
+        return part.close()
+
+    def prompts(number: int) -> dict[str, Any]:
+        part = writer.prompts(number)
+        states, vector = zip(*map(embedding, writer.texts()), strict=True)
+        part.add(torch.stack(states), torch.stack(vector) if pooled else None)
+        return part.close()
+
+    with CacheWriter(root, IDENTITY, {}) as writer:
+        writer.share(LATENTS_PART, 1, pairs)
+        writer.share(PROMPTS_PART, 1, prompts)
+        writer.finish()
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -97,22 +138,26 @@ def test_index_rewards_labels_and_prompts(tmp_path: Path) -> None:
         assert torch.equal(embeds[i], embedding(text)[0].half().float())
         assert torch.equal(pooled[i], embedding(text)[1].half().float())
     assert pairs.rejections() == [(4, "uid 4", "bad: very"), (9, "uid 9", "bad: very")]
+    assert pairs.frames.tolist() == [[list(e.frames[0]), list(e.frames[1])] for e in entries]
+    assert (pairs.pixels.tolist(), pairs.shapes.tolist(), pairs.encoded.all()) == ([[48, 40]], [0] * 8, True)
     info = pairs.info
-    assert (info.latent, info.flips, info.prompt, info.pooled) == (LATENT, 2, (3, 8), 8)
-    assert info.counts == {"pairs": 8, "rejected": 2, "prompts": 3, "unrewarded": 0}
+    assert (info.latent(), info.flips, info.prompt, info.pooled) == (LATENT, 2, (3, 8), 8)
+    stored = sum(e.rewards is not None and not e.scored for e in entries)
+    scored = sum(e.rewards is not None and e.scored for e in entries)
+    assert info.counts == {
+        "pairs": 8, "encoded": 8, "stored": stored, "scored": scored,
+        "rejected": 2, "prompts": 3, "unrewarded": 8 - stored + 2,
+    }  # fmt: skip
     assert info.rewards == (-8 / 3, 8 / 7)
     assert info.bytes == sum(f.stat().st_size for f in (tmp_path / "c").iterdir() if f.name != "cache.json")
     assert pairs.verify() == []
 
 
 def test_without_flips_and_without_pooled(tmp_path: Path) -> None:
-    with CacheWriter(tmp_path / "c", IDENTITY, {}) as writer:
-        writer.add(entry(0), *latents(0, flips=1))
-        writer.add_prompts(embedding("")[0][None], None)
-        writer.finish({"unrewarded": 1})
+    one_pair(tmp_path / "c", flips=1, pooled=False)
     pairs = CachedPairs(tmp_path / "c")
     assert pairs.prompts([0])[1] is None
-    assert torch.equal(pairs.moments([0], np.zeros((1, 2), bool))[0], latents(0, 1)[0][None, :, 0].half().float())
+    assert torch.equal(pairs.moments([0], np.zeros((1, 2), bool))[0], latents(7, 1)[0][None, :, 0].half().float())
     with pytest.raises(ValueError, match="no mirrored pictures"):
         pairs.moments([0], np.array([[False, True]]))
 
@@ -121,22 +166,19 @@ def test_without_flips_and_without_pooled(tmp_path: Path) -> None:
     ("value", "message"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (1e5, "beyond float16")]
 )
 def test_numbers_float16_cannot_hold_are_named_and_leave_no_trace(tmp_path: Path, value: float, message: str) -> None:
-    with CacheWriter(tmp_path / "c", IDENTITY, {}) as writer:
-        mean, std = latents(7)
-        std[1, 0, 2, 3, 4] = value
-        with pytest.raises(Unstorable, match=f"row 7: latent std is .*{message}"):
-            writer.add(entry(7), mean, std)
-        assert writer.entries == []
+    with pytest.raises(Unstorable, match=f"row 7: latent std is .*{message}"):
+        one_pair(tmp_path / "c", value=value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interruption_anywhere_leaves_no_half_cache_and_the_next_run_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "whole")
-    whole, sync = digests(tmp_path / "whole"), cache._sync
-    taken_up = []
+    whole, sync = digests(tmp_path / "whole"), parts.sync
     for stop in range(100):
         calls = 0
+        encoded: list[int] = []
 
         def interrupt(path: Path, stop: int = stop) -> None:
             nonlocal calls
@@ -146,53 +188,66 @@ def test_an_interruption_anywhere_leaves_no_half_cache_and_the_next_run_ends_the
             sync(path)
 
         root = tmp_path / f"c{stop}"
-        monkeypatch.setattr(cache, "_sync", interrupt)
+        monkeypatch.setattr(parts, "sync", interrupt)
         try:
-            write(root)
+            write(root, calls=encoded)
             break
         except KeyboardInterrupt:
             pass
-        monkeypatch.setattr(cache, "_sync", sync)
+        monkeypatch.setattr(parts, "sync", sync)
         if not cache.exists(root):  # the last sync comes after the renaming
             assert not root.exists()
-            with CacheWriter(root, IDENTITY, {}) as writer:
-                taken_up.append(writer.next_row)
-            write(root)
+            with suppress(Finished):
+                write(root, calls=encoded)
         assert digests(root) == whole
+        assert sorted(encoded) == [row for row in range(10) if row % 5 != 4]  # none is lost, none is encoded twice
         assert [f.name for f in tmp_path.iterdir() if f.name.startswith(f".c{stop}.")] == []
-    assert calls == stop > 8
-    assert sorted(set(taken_up)) == [0, 3, 7, 9]  # rows after the first, second and last shard
+    assert calls == stop > 15
+
+
+def test_who_comes_too_late_leaves_nothing_behind(tmp_path: Path) -> None:
+    write(tmp_path / "c")
+    before = digests(tmp_path / "c")
+    parts.agree(cache.partial(tmp_path / "c"), lambda known: {"sha256": "s"})
+    with pytest.raises(Finished):
+        write(tmp_path / "c")
+    assert digests(tmp_path / "c") == before
+    assert [file.name for file in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_leftover_of_another_cache_is_not_taken_up(tmp_path: Path) -> None:
     def interrupted(**changes: Any) -> int:
-        with CacheWriter(tmp_path / "c", {**IDENTITY, **changes}, {}, shard_bytes=1) as writer:
-            found = writer.next_row
-            if not found:
-                writer.add(entry(0), *latents(0))
-                writer.commit()
-        return found
+        encoded: list[int] = []
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(CacheWriter, "texts", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            write(tmp_path / "c", calls=encoded, **changes)
+        return len(encoded)
 
+    assert interrupted() == 8
     assert interrupted() == 0
-    assert interrupted() == 1
+    assert interrupted(resolution=128) == 8
     assert interrupted(resolution=128) == 0
-    assert interrupted(resolution=128) == 1
-    shard = tmp_path / ".c.partial" / "latents-00000.safetensors"
+    shard = tmp_path / ".c.partial" / "latents-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert interrupted(resolution=128) == 0
+    assert interrupted(resolution=128) == 3  # rows 5, 6, 7
 
 
-def test_two_writers_and_occupied_targets_are_refused(tmp_path: Path) -> None:
+def test_writers_of_other_caches_and_occupied_targets_are_refused(tmp_path: Path) -> None:
     with (
         CacheWriter(tmp_path / "c", IDENTITY, {}),
-        pytest.raises(SettingsError, match="another process is preparing"),
-        CacheWriter(tmp_path / "c", IDENTITY, {}),
+        pytest.raises(SettingsError, match="another process is at work in .* with other settings"),
+        CacheWriter(tmp_path / "c", {**IDENTITY, "resolution": 32}, {}),
     ):
         pass
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "d").mkdir()
     write(tmp_path / "d")  # an empty folder may be there
+    with pytest.raises(Finished), CacheWriter(tmp_path / "d", IDENTITY, {}):
+        pass
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "other").touch()
     with pytest.raises(SettingsError, match="exists already"):
-        CacheWriter(tmp_path / "d", IDENTITY, {})
+        CacheWriter(tmp_path / "e", IDENTITY, {})
 
 
 def test_a_cache_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
@@ -200,7 +255,10 @@ def test_a_cache_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
     pairs = CachedPairs(tmp_path / "c")
     pairs.expect(IDENTITY)
     pairs.expect({**IDENTITY, "flip": False})  # both flips are there
-    pairs.expect({**IDENTITY, "scorer": "pickscore"})  # all rewards were stored
+    with pytest.raises(CacheError, match="scorer .*data.scorer.*: found '', wanted 'pickscore'"):
+        pairs.expect({**IDENTITY, "scorer": "pickscore"})
+    pairs.info.counts["unrewarded"] = 0
+    pairs.expect({**IDENTITY, "scorer": "pickscore"})  # no reward hangs on it
     pairs.expect({"resolution": 64})
     with pytest.raises(CacheError) as caught:
         pairs.expect({**IDENTITY, "encoders": "f", "resolution": 128})
@@ -241,6 +299,84 @@ def test_changed_content_is_found_by_verify(tmp_path: Path) -> None:
     problems = CachedPairs(tmp_path / "c").verify()
     assert len(problems) == 1
     assert "latents-00001.safetensors: its content has changed" in problems[0]
+    assert problems[0].endswith("it holds 3 pairs, rows 5 to 7")
+
+
+def test_verify_names_the_pair_with_a_bad_number_and_the_prompt(tmp_path: Path) -> None:
+    write(tmp_path / "c")
+
+    def spoil(name: str, key: str, number: int, value: float) -> None:
+        file = tmp_path / "c" / name
+        raw = bytearray(file.read_bytes())
+        start = 8 + int.from_bytes(raw[:8], "little")
+        item = json.loads(raw[8:start])[key]
+        first, last = item["data_offsets"]
+        at = start + first + number * (last - first) // item["shape"][0]
+        raw[at : at + 2] = np.float16(value).tobytes()
+        file.write_bytes(raw)
+
+    spoil("latents-00001.safetensors", "mean", 1, np.nan)
+    spoil("latents-00002.safetensors", "std", 0, -1.0)
+    spoil("prompts-00000.safetensors", "pooled", 1, np.inf)
+    changed, numbers = [], []
+    for problem in CachedPairs(tmp_path / "c").verify():
+        (changed if "sha256" in problem else numbers).append(problem.partition(": ")[2])
+    assert len(changed) == 3
+    assert numbers == [
+        "row 6 (uid 6): the latents' mean is not a finite number or below 0",
+        "row 8 (uid 8): the latents' std is not a finite number or below 0",
+        "the embedding of prompt 1, 'a', is not finite",
+    ]
+
+
+def test_verify_compares_the_index_with_the_shards_and_the_counts(tmp_path: Path) -> None:
+    write(tmp_path / "c")
+    table = pq.read_table(tmp_path / "c" / "pairs.parquet")
+    pq.write_table(table.take([0, 1, 1, 3, 4, 5, 6]), tmp_path / "c" / "pairs.parquet")
+    info = json.loads((tmp_path / "c" / "cache.json").read_text())
+    info["files"]["pairs.parquet"] = cache.file_facts(tmp_path / "c" / "pairs.parquet")
+    (tmp_path / "c" / "cache.json").write_text(json.dumps(info))
+    problems = "\n".join(CachedPairs(tmp_path / "c").verify())
+    assert "the index has 7 pairs, cache.json says 8" in problems
+    assert "rows do not ascend" in problems
+    assert (
+        "latents-00000.safetensors: it holds 4 pairs where the index has 4; it holds 4 pairs, rows 0 to 3" in problems
+    )
+    assert "latents-00002.safetensors: it holds" not in problems
+
+
+def test_pairs_of_several_shapes_lie_in_one_shard_and_are_read_apart(tmp_path: Path) -> None:
+    sizes = [(48, 40), (40, 48), (48, 40), (40, 48), (40, 48)]
+
+    def pairs(number: int) -> dict[str, Any]:
+        part = writer.pairs(number)
+        for row, (height, width) in enumerate(sizes):
+            mean = torch.full((2, 1, 4, height // 8, width // 8), float(row))
+            part.add(replace(entry(row), pixels=(height, width)), mean, mean + 0.5)
+        part.commit(5)
+        return part.close()
+
+    def prompts(number: int) -> dict[str, Any]:
+        part = writer.prompts(number)
+        part.add(torch.zeros(3, 2, 2), None)
+        return part.close()
+
+    with CacheWriter(tmp_path / "c", {**IDENTITY, "buckets": True, "flip": False}, {}) as writer:
+        writer.share(LATENTS_PART, 1, pairs)
+        writer.share(PROMPTS_PART, 1, prompts)
+        writer.finish()
+    cached = CachedPairs(tmp_path / "c")
+    assert cached.pixels.tolist() == [[40, 48], [48, 40]]
+    assert cached.shapes.tolist() == [1, 0, 1, 0, 0]
+    assert sorted(load_file(tmp_path / "c" / "latents-00000.safetensors")) == [
+        "mean.40x48", "mean.48x40", "std.40x48", "std.48x40",
+    ]  # fmt: skip
+    mean, std = cached.moments([4, 1], np.zeros((2, 2), bool))
+    assert mean.shape == (2, 2, 4, 5, 6)
+    assert (mean[0] == 4).all() and (mean[1] == 1).all() and (std[1] == 1.5).all()
+    with pytest.raises(ValueError, match="2 shapes"):
+        cached.moments([0, 1], np.zeros((2, 2), bool))
+    assert cached.verify() == []
 
 
 def test_a_broken_shard_header_and_index_are_clear_errors(tmp_path: Path) -> None:
@@ -259,7 +395,8 @@ def test_a_broken_shard_header_and_index_are_clear_errors(tmp_path: Path) -> Non
     [
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"format": 1}', "cannot be read"),
+        ('{"format": 2}', "cannot be read"),
+        ('{"format": 1}', "cache format 1, this version reads 2: remove .* and prepare again"),
         ('{"format": 99}', "format 99"),
     ],
 )
@@ -283,6 +420,6 @@ def test_no_cache_says_what_to_do(tmp_path: Path) -> None:
 def test_the_description_is_json_that_people_can_read(tmp_path: Path) -> None:
     write(tmp_path / "c")
     values = json.loads((tmp_path / "c" / "cache.json").read_text())
-    assert values["format"] == 1
+    assert values["format"] == 2
     assert values["identity"] == IDENTITY
     assert set(values["files"]) == {f.name for f in (tmp_path / "c").iterdir()} - {"cache.json"}

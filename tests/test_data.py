@@ -177,6 +177,40 @@ def test_hugging_face_image_struct_and_uids(tmp_path: Path) -> None:
     assert "only the path 'x.png'" in items[4].reason
 
 
+def test_a_foreign_table_s_paths_are_not_followed(tmp_path: Path) -> None:
+    """Only a table of ``smpo import`` says where its pictures lie; a hash in it is compared there alone, too."""
+    (tmp_path / "x.png").write_bytes(picture(1))
+    cells = [{"bytes": picture(1), "path": "x.png"}, {"bytes": None, "path": "x.png"}]
+    found = reasons(table(tmp_path / "a.parquet", 2, jpg_0=cells, hash_0=[1, 2]))
+    assert list(found) == [1]
+    assert "smpo import stores the pictures" in found[1]
+
+
+def test_rejected_rows_beside_a_table_are_no_part_of_it(tmp_path: Path) -> None:
+    table(tmp_path / "a.parquet")
+    table(tmp_path / "rejected.parquet")
+    assert data.files(tmp_path) == [tmp_path / "a.parquet"]
+
+
+def test_the_summary_of_an_import_names_the_parts(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        table(tmp_path / f"{name}.parquet")
+    (tmp_path / "import.json").write_text('{"parts": [{"name": "b.parquet"}]}')
+    assert data.files(tmp_path) == [tmp_path / "b.parquet"]
+    (tmp_path / "import.json").write_text('{"par')
+    with pytest.raises(SettingsError, match="import.json is damaged .*: import again"):
+        data.files(tmp_path)
+
+
+def test_sniff_reads_no_more_than_the_head() -> None:
+    whole = encoded(np.zeros((16, 40, 3), np.uint8), "JPEG")
+    assert data.sniff(whole) == data.sniff(whole[:-30]) == (40, 16)
+    with pytest.raises(BadPicture, match="cannot be decoded"):
+        decode(whole[:-30])
+    with pytest.raises(BadPicture, match="too small: 40x7 px"):
+        data.sniff(encoded(np.zeros((7, 40, 3), np.uint8)))
+
+
 def test_text_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"\xff\xfe bad"], pa.binary()).view(pa.string())
     found = reasons(table(tmp_path / "a.parquet", 2, caption=raw))

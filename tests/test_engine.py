@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,36 @@ from smpo_fast.runtime import World
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 STEPS = range(4)
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+ALIGNED = "adamw8bit_aligned"
 
 # optimizer, precision, stage, pairs, largest relative error of a loss and of a weight
-AGREEMENTS: list[tuple[str, str, int, int, float, float]] = [
+AGREEMENTS: list[tuple[str, str, int | str, int, float, float]] = [
     # 10 pairs on 2 ranks in micro-batches of 2: the last one of a rank has 1 pair.
     *[("adamw", "fp32", stage, 10, 1e-6, 1e-6) for stage in (0, 1, 2, 3)],
     # 8 pairs: the micro-batches are the same on 1 and 2 ranks, so bf16 rounds the same way.
     *[("adamw", "bf16", stage, 8, 1e-6, 1e-6) for stage in (1, 2, 3)],
     *[("adamw", "bf16-autocast", stage, 8, 1e-6, 1e-6) for stage in (0, 2)],
-    # The blocks of the 8-bit states follow the flat partition.
+    ("adamw", "bf16-autocast", "2_offload", 8, 1e-6, 1e-6),
+    ("adamw", "bf16", "3_offload", 8, 1e-6, 1e-6),
+    # A last digit of a gradient can move an 8-bit state to the next code.
+    (ALIGNED, "fp32", 2, 10, 1e-4, 1e-3),
+    # The blocks of the 8-bit states start where a rank's slice of a parameter does.
     ("adamw8bit", "fp32", 0, 10, 1e-6, 1e-6),
-    *[("adamw8bit", "fp32", stage, 10, 1e-4, 5e-2) for stage in (1, 2, 3)],
+    *[("adamw8bit", "fp32", stage, 10, 1e-3, 2e-3) for stage in (1, 2, 3)],
+    ("paged_adamw8bit", "bf16", 2, 8, 1e-3, 2e-3),
+    ("lion8bit", "bf16", 3, 8, 1e-3, 2e-3),
     ("adafactor", "fp32", 0, 10, 1e-6, 1e-6),
 ]
+# The same four pairs on every rank and no clipping: the mean over ranks is each rank's gradient, to the last bit.
+EXACT: list[tuple[str, str, int | str]] = [
+    *[(ALIGNED, "fp32", stage) for stage in (0, 1, 2, 3, "2_offload")],
+    *[(ALIGNED, "bf16", stage) for stage in (1, "3_offload")],
+    *[("adamw", "fp32", stage) for stage in (1, 2, "3_offload")],
+]
+FOUR: list[tuple[str, str, int]] = [("adamw", "fp32", stage) for stage in (0, 1, 2, 3)]
+FOUR_EXACT: list[tuple[str, str, int | str]] = [(ALIGNED, "fp32", 1), (ALIGNED, "bf16", 2), (ALIGNED, "bf16", 3)]
 SKIPS = [("fp32", stage) for stage in (0, 1, 2, 3)] + [("bf16", stage) for stage in (1, 2, 3)]
 BAD = {"nan": (1, math.nan), "inf": (0, math.inf)}  # which rank's loss is multiplied by what
 
@@ -46,16 +64,34 @@ def on_ranks(rank: int, size: int) -> dict[str, Any]:
     """Everything that needs two ranks, in one start of them."""
     found: dict[str, Any] = {}
     for optimizer, precision, stage, pairs, *_ in AGREEMENTS:
-        settings = toy.settings(optimizer, precision, pairs)
-        trained = toy.make(settings, rank, size, stage)
-        margin = distance_from_reference(trained, precision)
-        start = trained.full_state()
-        told = toy.train(trained, settings, STEPS, rank, size)
-        found[f"{optimizer} {precision} {stage}"] = (told, start, trained.full_state(), margin)
+        found[f"{optimizer} {precision} {stage}"] = agreement(rank, size, optimizer, precision, stage, pairs)
+    for case in EXACT:
+        found[f"exact {case}"] = on_the_same_pairs(rank, size, *case)
     for precision, stage in SKIPS:
         found[f"skip {precision} {stage}"] = skip_steps(rank, size, precision, stage)
     found["attributes"] = attributes(rank, size)
     return found
+
+
+def on_four_ranks(rank: int, size: int) -> dict[str, Any]:
+    """12 pairs on 4 ranks in micro-batches of 2: the last one of a rank has 1 pair."""
+    found = {f"{case}": agreement(rank, size, *case, 12) for case in FOUR}
+    return found | {f"exact {case}": on_the_same_pairs(rank, size, *case) for case in FOUR_EXACT}
+
+
+def agreement(rank: int, size: int, optimizer: str, precision: str, stage: int | str, pairs: int) -> tuple[Any, ...]:
+    settings = toy.settings(optimizer, precision, pairs)
+    trained = toy.make(settings, rank, size, stage)
+    margin = distance_from_reference(trained, precision)
+    start = trained.full_state()
+    told = toy.train(trained, settings, STEPS, rank, size)
+    return told, start, trained.full_state(), margin
+
+
+def on_the_same_pairs(rank: int, size: int, optimizer: str, precision: str, stage: int | str) -> tuple[Any, ...]:
+    trained = toy.make(toy.settings(optimizer, precision, 4 * size, clip=0.0), rank, size, stage)
+    told = toy.train(trained, toy.settings(optimizer, precision, 4, clip=0.0), STEPS)
+    return [(loss, applied) for loss, applied, _ in told], trained.full_state()
 
 
 def distance_from_reference(trained: engine.Engine, precision: str) -> float:
@@ -114,26 +150,64 @@ def two_ranks() -> list[dict[str, Any]]:
     return run_ranks(on_ranks, 2)
 
 
+@pytest.fixture(scope="module")
+def four_ranks() -> list[dict[str, Any]]:
+    return run_ranks(on_four_ranks, 4)
+
+
 @pytest.mark.parametrize("optimizer, precision, stage, pairs, loss_error, weight_error", AGREEMENTS)
 def test_two_ranks_agree_with_plain_pytorch(
-    two_ranks: list[dict[str, Any]], optimizer: str, precision: str, stage: int, pairs: int,
+    two_ranks: list[dict[str, Any]], optimizer: str, precision: str, stage: int | str, pairs: int,
     loss_error: float, weight_error: float,
 ) -> None:  # fmt: skip
-    mine_, others = (r[f"{optimizer} {precision} {stage}"] for r in two_ranks)
-    (first, start, state, margin), (second, _, elsewhere, margin_elsewhere) = mine_, others
-    assert margin == margin_elsewhere == 0.0, "a fresh policy must predict exactly what its reference does"
-    settings = toy.settings(optimizer, precision, pairs)
+    found = [r[f"{optimizer} {precision} {stage}"] for r in two_ranks]
+    check_agreement(found, toy.settings(optimizer, precision, pairs), loss_error, weight_error)
+
+
+@pytest.mark.parametrize("case", FOUR, ids=str)
+def test_four_ranks_agree_with_plain_pytorch(four_ranks: list[dict[str, Any]], case: tuple[str, str, int]) -> None:
+    check_agreement([r[f"{case}"] for r in four_ranks], toy.settings(case[0], case[1], 12), 1e-6, 1e-6)
+
+
+def check_agreement(
+    found: list[tuple[Any, ...]], settings: config.Config, loss_error: float, weight_error: float
+) -> None:
+    told, starts, states, margins = zip(*found, strict=True)
+    assert set(margins) == {0.0}, "a fresh policy must predict exactly what its reference does"
     local = toy.make(settings)
-    assert toy.same(start, local.full_state()), "master weights have lost digits"
+    assert toy.same(starts[0], local.full_state()), "master weights have lost digits"
     expected = toy.train(local, settings, STEPS)
-    for mine, other, (loss, applied, norm) in zip(first, second, expected, strict=True):
-        assert mine[1] and other[1] and applied
-        assert (mine[0] + other[0]) / 2 == pytest.approx(loss, rel=loss_error)
-        assert mine[2] == other[2] == pytest.approx(norm, rel=max(1e-6, loss_error))
+    for *ranks, (loss, applied, norm) in zip(*told, expected, strict=True):
+        assert applied and all(rank[1] for rank in ranks)
+        assert sum(rank[0] for rank in ranks) / len(ranks) == pytest.approx(loss, rel=loss_error)
+        assert len({rank[2] for rank in ranks}) == 1
+        assert ranks[0][2] == pytest.approx(norm, rel=max(1e-6, loss_error))
         assert norm > toy.CLIP
-    assert toy.distance(state, local.full_state()) < weight_error
-    assert toy.distance(state, start) > 1e-4
-    assert elsewhere == {}, "the full state is rank 0's"
+    assert toy.distance(states[0], local.full_state()) < weight_error
+    assert toy.distance(states[0], starts[0]) > 1e-4
+    assert not any(states[1:]), "the full state is rank 0's"
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_sharding_over_two_ranks_changes_no_bit(
+    two_ranks: list[dict[str, Any]], case: tuple[str, str, int | str]
+) -> None:
+    check_exact(two_ranks[0][f"exact {case}"], case)
+
+
+@pytest.mark.parametrize("case", FOUR_EXACT, ids=str)
+def test_sharding_over_four_ranks_changes_no_bit(
+    four_ranks: list[dict[str, Any]], case: tuple[str, str, int | str]
+) -> None:
+    check_exact(four_ranks[0][f"exact {case}"], case)
+
+
+def check_exact(found: tuple[Any, ...], case: tuple[str, str, int | str]) -> None:
+    settings = toy.settings(*case[:2], 4, clip=0.0)
+    local = toy.make(settings)
+    told = toy.train(local, settings, STEPS)
+    assert found[0] == [(loss, applied) for loss, applied, _ in told]
+    assert toy.same(found[1], local.full_state())
 
 
 @pytest.mark.parametrize("precision, stage", SKIPS)
@@ -306,10 +380,11 @@ def resolve(raw: dict[str, Any], size: int = 2, **changes: Any) -> tuple[dict[st
     return engine.resolve_ds_settings(raw, "my.json", settings, size, precision)
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_the_files_in_configs_leave_the_run_to_decide(stage: int) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, "2_offload", "3_offload"])
+def test_the_files_in_configs_leave_the_run_to_decide(stage: int | str) -> None:
     raw = engine.read_ds_file(toy.CONFIGS / f"ds_zero{stage}.json")
-    assert engine.zero_stage(raw) == stage
+    assert engine.zero_stage(raw) == int(str(stage)[0])
+    offloaded = {"zero_force_ds_cpu_optimizer": False} if str(stage).endswith("offload") else {}
     settings, filled = resolve(raw)
     assert "auto" not in json.dumps(settings)
     assert filled == {
@@ -321,6 +396,7 @@ def test_the_files_in_configs_leave_the_run_to_decide(stage: int) -> None:
         "fp16.enabled": False,
         "data_types.grad_accum_dtype": "fp32",
         "zero_allow_untested_optimizer": True,
+        **offloaded,
     }
     assert settings["train_batch_size"] == 2 * 3 * 2, "DeepSpeed's own product, with the last micro-batch full"
 
@@ -369,6 +445,14 @@ def test_values_that_agree_are_accepted() -> None:
         ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op", "averaged"]),
         ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation = false"]),
         ({"zero_optimization": {"compute_grad_norm": False}}, ["zero_optimization.compute_grad_norm = false"]),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": True},
+            ["zero_force_ds_cpu_optimizer = true", 'optim.name = "adamw"'],
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ['device = "nvme"', 'take "cpu"']),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, ["offload_param.device", 'take "cpu"']),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.3}}}, ["offload_optimizer.ratio = 0.3"]),
+        ({"zero_optimization": {"mics_shard_size": 8}}, ["zero_optimization.mics_shard_size = 8", "all ranks"]),
         ({"bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow = false"]),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, ["bf16.bf16_master_weights_and_grads = true"]),
     ],
@@ -408,6 +492,8 @@ AUTO: list[tuple[dict[str, Any] | None, torch.device, str]] = [
     (None, CUDA, "bf16"),
     ({}, CUDA, "bf16-autocast"),
     ({"zero_optimization": {"stage": 2}}, CUDA, "bf16"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, CUDA, "bf16-autocast"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, CUDA, "bf16"),
     ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}, CPU, "fp32"),
     ({"bf16": {"enabled": True}}, CPU, "bf16"),
     ({"fp16": {"enabled": True}}, CUDA, "fp16"),
@@ -447,6 +533,32 @@ def test_combinations_that_do_not_work(
     ds = None if stage is None else {"zero_optimization": {"stage": stage}}
     with pytest.raises(SettingsError, match=words):
         engine.check_combination(toy.settings(optimizer, precision), precision, world, ds)
+
+
+def test_the_loss_scale_is_saved_in_numbers() -> None:
+    """fp16 itself needs a GPU."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler, fresh = (DynamicLossScaler(2**16, 2.0, 1000, 1.0, 2, False, True) for _ in range(2))
+    scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis = 2.0**15, 4, 2, 1
+    vars(fresh).update(json.loads(json.dumps(engine._numbers_of(scaler))))
+    assert vars(fresh) == vars(scaler) and fresh.cur_scale == 2.0**15
+
+
+OFFLOADED: list[tuple[dict[str, Any], str, int, str]] = [
+    ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "fp32", 2, "needs zero_optimization.stage = 1, 2 or 3"),
+    ({"stage": 2, "offload_param": {"device": "cpu"}}, "fp32", 2, "needs zero_optimization.stage = 3, and it is 2"),
+    ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16", 2, "a step's 5 micro-batches in bf16.*stage 3"),
+    ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16", 10, ""),
+    ({"stage": 2, "offload_optimizer": {"device": "none"}}, "bf16", 2, ""),
+]
+
+
+@pytest.mark.parametrize("zero, precision, micro, words", OFFLOADED)
+def test_offloading_that_does_not_work(zero: dict[str, Any], precision: str, micro: int, words: str) -> None:
+    settings = toy.settings(precision=precision, micro=micro)
+    with pytest.raises(SettingsError, match=words) if words else nullcontext():
+        engine.check_combination(settings, precision, World(), {"zero_optimization": zero})
 
 
 def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smpo_fast.config import Labels, SettingsError
-from smpo_fast.labels import PICKSCORE_RANGE, smoothed_weight, weigh
+from smpo_fast.labels import PICKSCORE_RANGE, calibration, fitting_temperature, smoothed_weight, weigh
 
 NAN = float("nan")
 
@@ -130,3 +130,78 @@ def test_what_cannot_be_learned_from_is_refused(labels: Labels, values: np.ndarr
 
 def test_source_reward_accepts_ties_without_rewards_that_are_dropped() -> None:
     assert weigh(Labels(source="reward"), rewards((1, 0), (NAN, NAN)), np.array([1, 0.5])).report.used == 1
+
+
+@given(st.floats(-5, 5), st.floats(0.05, 20))
+def test_temperature_divides_the_difference(difference: float, temperature: float) -> None:
+    alpha = 10 / (1 + np.exp(-difference / temperature))
+    weight = smoothed_weight(np.array(difference), 10, temperature)
+    assert weight == pytest.approx(2 * alpha - 10, abs=1e-8)
+    assert weight == smoothed_weight(np.array(difference / temperature), 10) or weight == pytest.approx(
+        float(smoothed_weight(np.array(difference / temperature), 10)), rel=1e-12
+    )
+
+
+def test_temperature_of_the_settings_reaches_weights_and_preferences() -> None:
+    found = weigh(Labels(temperature=0.5), rewards((2, 0), (0, 1), (NAN, NAN)), np.array([NAN, NAN, 1.0]))
+    np.testing.assert_allclose(found.weight, [10 * np.tanh(1), 10 * np.tanh(0.5), 1], rtol=1e-6)
+    np.testing.assert_allclose(found.preference, [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(1)), NAN], rtol=1e-12)
+
+
+def test_quantiles_of_the_data_are_not_moved_by_an_outlier() -> None:
+    values = np.linspace(0, 1, 202).reshape(-1, 2)
+    values[0, 0] = -1000
+    found = weigh(Labels(low="quantile", high="quantile", quantile=0.1), values, unlabelled(101))
+    assert (found.report.low, found.report.high) == pytest.approx((0.1, 0.9), abs=1e-3)
+    # neighbours 1/201 apart on a range of 0.8
+    assert found.weight[50] == pytest.approx(10 * np.tanh(1 / 201 / 0.8 / 2), rel=1e-3)
+    mixed = weigh(Labels(low=-1.0, high="quantile", quantile=0.0), rewards((0, 3)), unlabelled(1))
+    assert (mixed.report.low, mixed.report.high) == (-1, 3)
+
+
+def simulated(temperature: float, pairs: int = 20000) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards on 0 .. 1 and what humans say whose preference is a sigmoid of their difference over a temperature."""
+    seeded = np.random.default_rng(0)
+    values = seeded.random((pairs, 2))
+    first = seeded.random(pairs) < 1 / (1 + np.exp(-(values[:, 0] - values[:, 1]) / temperature))
+    return values, first.astype(np.float64)
+
+
+def test_the_temperature_that_humans_have_is_found() -> None:
+    values, human = simulated(0.25)
+    report = weigh(Labels(), values, human).report
+    assert report.fitting_temperature == pytest.approx(0.25, rel=0.05)
+    assert "labels.temperature = 0.2" in str(report)
+    assert np.isnan(fitting_temperature(np.array([1.0, 2.0]), np.array([1.0, 1.0]))), "they never disagree"
+    assert np.isnan(fitting_temperature(np.array([1.0, 2.0]), np.array([0.0, 0.0]))), "they always do"
+    assert np.isnan(fitting_temperature(np.zeros(0), np.zeros(0)))
+
+
+def test_calibration_is_a_straight_line_at_the_right_temperature_only() -> None:
+    values, human = simulated(0.25)
+    human[::50] = 0.5  # ties do not count
+    right, wrong = (calibration(weigh(Labels(temperature=t), values, human), human) for t in (0.25, 1.0))
+    assert len(right) == 10
+    assert sum(b.pairs for b in right) == 19600
+    assert all(abs(b.predicted - b.human) < 4 * b.error for b in right)
+    assert sum(abs(b.predicted - b.human) > 4 * b.error for b in wrong) >= 8
+    assert [b.predicted for b in right] == sorted(b.predicted for b in right)
+    assert right[0].error == pytest.approx(np.sqrt(right[0].human * (1 - right[0].human) / 1960), rel=0.02)
+
+
+def test_calibration_needs_both() -> None:
+    found = weigh(Labels(), rewards((1, 0), (0, 1), (NAN, NAN)), np.array([NAN, 0.0, 1.0]))
+    (only,) = calibration(found, np.array([NAN, 0.0, 1.0]))
+    assert (only.pairs, only.human) == (1, 0)
+    assert calibration(weigh(Labels(), rewards((1, 0)), unlabelled(1)), unlabelled(1)) == []
+
+
+def test_balance_ties_and_the_error_of_agreement_are_reported() -> None:
+    values = rewards(*[(1, 0)] * 90, *[(0, 1)] * 10)
+    human = np.array([1.0] * 80 + [0.0] * 10 + [0.5] * 10)
+    report = weigh(Labels(drop_ties=False), values, human).report
+    assert (report.labelled, report.ties, report.compared) == (100, 10, 90)
+    assert report.first_preferred == pytest.approx(80 / 90)
+    assert report.agreement == pytest.approx(80 / 90)
+    assert report.agreement_error == pytest.approx(np.sqrt(80 / 90 * 10 / 90 / 90), rel=0.1)
+    assert "human labels: 100 pairs, 10 ties, picture 0 preferred in 88.9% of the others" in str(report)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 
 from smpo_fast import config, embedded, model
 from smpo_fast.batch import Conditioning
 from smpo_fast.config import SettingsError
 from smpo_fast.embedded import shapes
-from smpo_fast.model import Denoiser, Encoders, encoders_identity, export_pipeline, find, load_unets, schedule_of
+from smpo_fast.model import Denoiser, Encoders, encoders_identity, export_pipeline, find, load_unet, schedule_of
 
 CPU = torch.device("cpu")
 Maker = Callable[[str], Path]
@@ -81,8 +82,9 @@ def test_images_that_overflow_are_refused() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
 def test_policy_and_reference_predict_bitwise_the_same_at_the_start(precision: str) -> None:
     source = find(settings("embedded"))
-    policy, reference = load_unets(source, settings("embedded"), precision, CPU)
-    policy.to(model.COMPUTE_DTYPES[precision])
+    dtype = model.COMPUTE_DTYPES[precision]
+    policy = load_unet(source, settings("embedded"), torch.float32, CPU).to(dtype)
+    reference = load_unet(source, settings("embedded"), dtype, CPU)
     schedule = schedule_of(source, config.from_dict({}).inversion)
     x, time, cond = unet_inputs(policy.config.cross_attention_dim, sdxl=True)
     a = Denoiser(policy.train(), source, schedule, precision, CPU)(x, time, cond)
@@ -95,7 +97,7 @@ def test_policy_and_reference_predict_bitwise_the_same_at_the_start(precision: s
 def test_every_pair_has_its_own_time_and_prompt() -> None:
     """A pair's prediction does not depend on its neighbours: bit for bit when computed alone in eager fp32."""
     source = find(settings("embedded"))
-    policy, _ = load_unets(source, settings("embedded"), "fp32", CPU)
+    policy = load_unet(source, settings("embedded"), torch.float32, CPU)
     denoise = Denoiser(policy.eval(), source, schedule_of(source, config.from_dict({}).inversion), "fp32", CPU)
     x, time, cond = unet_inputs(policy.config.cross_attention_dim, sdxl=True)
     with torch.no_grad():
@@ -110,7 +112,7 @@ def test_v_prediction_is_converted(sd15_pipeline: Maker) -> None:
     """eps = signal v + noise x, and the target of v is signal tau - noise x_0, so that errors are in v."""
     source = find(settings(sd15_pipeline("v_prediction")))
     schedule = schedule_of(source, config.from_dict({}).inversion)
-    policy, _ = load_unets(source, settings(source.folder), "fp32", CPU)
+    policy = load_unet(source, settings(source.folder), torch.float32, CPU)
     denoise = Denoiser(policy.eval(), source, schedule, "fp32", CPU)
     x, time, cond = unet_inputs(16, sdxl=False)
     paths = [schedule.path(int(t), config.from_dict({}).inversion) for t in time]
@@ -120,7 +122,7 @@ def test_v_prediction_is_converted(sd15_pipeline: Maker) -> None:
     for i, path in enumerate(paths):
         assert torch.allclose(eps[i], path.at.signal * v[i] + path.at.noise * x[i], atol=1e-5)
         tau = (x[i] - path.at.signal * x_0[i]) / path.at.noise
-        target = denoise.target(x_0[i : i + 1], tau[None], [path])[0]
+        target = denoise.target(x_0[i : i + 1], tau[None], torch.tensor([path.at.time]))[0]
         recovered = path.at.signal * target + path.at.noise * x[i]
         assert torch.allclose(recovered, tau, atol=1e-3 * max(1.0, tau.abs().max().item()))
 
@@ -130,7 +132,7 @@ def test_gradient_checkpointing_changes_memory_not_gradients(sd15_pipeline: Make
     x, time, cond = unet_inputs(16, sdxl=False)
     gradients = []
     for on in (False, True):
-        policy, _ = load_unets(source, settings(source.folder, gradient_checkpointing=on), "fp32", CPU)
+        policy = load_unet(source, settings(source.folder, gradient_checkpointing=on), torch.float32, CPU)
         schedule = schedule_of(source, config.from_dict({}).inversion)
         Denoiser(policy.train(), source, schedule, "fp32", CPU)(x, time, cond).square().sum().backward()
         assert policy.is_gradient_checkpointing is on
@@ -144,7 +146,7 @@ def test_attention_choices_agree(sd15_pipeline: Maker) -> None:
     schedule = schedule_of(source, config.from_dict({}).inversion)
     found = {}
     for name in ("sdpa", "eager"):
-        policy, _ = load_unets(source, settings(source.folder, attention=name), "fp32", CPU)
+        policy = load_unet(source, settings(source.folder, attention=name), torch.float32, CPU)
         with torch.no_grad():
             found[name] = Denoiser(policy, source, schedule, "fp32", CPU)(x, time, cond)
     assert torch.allclose(found["sdpa"], found["eager"], atol=1e-5)
@@ -152,7 +154,7 @@ def test_attention_choices_agree(sd15_pipeline: Maker) -> None:
 
 def test_xformers_falls_back_and_says_so(sd15_pipeline: Maker, capsys: pytest.CaptureFixture[str]) -> None:
     source = find(settings(sd15_pipeline("epsilon")))
-    policy, _ = load_unets(source, settings(source.folder, attention="xformers"), "fp32", CPU)
+    policy = load_unet(source, settings(source.folder, attention="xformers"), torch.float32, CPU)
     assert {type(p).__name__ for p in policy.attn_processors.values()} == {"AttnProcessor2_0"}
     assert capsys.readouterr().err.count("SDPA serves instead") == 1
 
@@ -160,7 +162,7 @@ def test_xformers_falls_back_and_says_so(sd15_pipeline: Maker, capsys: pytest.Ca
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_export_is_a_pipeline_with_the_new_weights(kind: str, sd15_pipeline: Maker, tmp_path: Path) -> None:
     source = find(settings("embedded" if kind == "sdxl" else sd15_pipeline("epsilon")))
-    policy, _ = load_unets(source, settings(source.folder), "fp32", CPU)
+    policy = load_unet(source, settings(source.folder), torch.float32, CPU)
     state = {name: value + 0.01 for name, value in policy.state_dict().items()}
     export_pipeline(source, state, tmp_path / "export", "float32")
     cls = StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline
@@ -179,7 +181,7 @@ def test_export_copies_what_was_not_trained(tmp_path: Path) -> None:
     (encoder / "model.safetensors").rename(encoder / "model.fp16.safetensors")
     (tmp_path / "p" / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
     source = find(settings(tmp_path / "p"))
-    state = load_unets(source, settings(tmp_path / "p"), "fp32", CPU)[0].state_dict()
+    state = load_unet(source, settings(tmp_path / "p"), torch.float32, CPU).state_dict()
     for variant, weights in (("fp16", {"model.safetensors"}), (None, set())):
         export_pipeline(replace(source, variant=variant), state, tmp_path / "export", "float16")
         exported = tmp_path / "export" / "text_encoder"
@@ -188,6 +190,21 @@ def test_export_copies_what_was_not_trained(tmp_path: Path) -> None:
     assert here.read_bytes() == there.read_bytes()
     for file in (tmp_path / "export").rglob("*.json"):
         assert str(tmp_path) not in file.read_text(), file
+
+
+def test_a_pipeline_has_the_networks_of_the_run(tmp_path: Path) -> None:
+    """What ``model.unet`` and ``model.vae`` put in place of the pipeline's own is sampled with, too."""
+    shutil.copytree(embedded.pipeline_path(), tmp_path / "p")
+    for part in ("unet", "vae"):
+        file = next((tmp_path / "p" / part).glob("*.safetensors"))
+        weights = load_file(file)
+        save_file({name: value + 1 for name, value in weights.items()}, file)
+    own = model.pipeline(find(settings("embedded")), torch.float32)
+    source = find(settings("embedded", unet=str(tmp_path / "p"), vae=str(tmp_path / "p" / "vae")))
+    pipe = model.pipeline(source, torch.float32)
+    for part in ("unet", "vae"):
+        here, there = (dict(getattr(p, part).named_parameters()) for p in (pipe, own))
+        assert all(torch.allclose(here[name], there[name] + 1, atol=1e-2) for name in there)
 
 
 def test_export_refuses_foreign_weights(tmp_path: Path) -> None:
@@ -230,7 +247,7 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
     next((tmp_path / "p" / "unet").glob("*.safetensors")).unlink()
     torch.save({}, tmp_path / "p" / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(SettingsError, match="safetensors only"):
-        load_unets(find(settings(tmp_path / "p")), settings(tmp_path / "p"), "fp32", CPU)
+        load_unet(find(settings(tmp_path / "p")), settings(tmp_path / "p"), torch.float32, CPU)
 
 
 def test_a_wrong_place_is_named() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -78,8 +79,8 @@ def error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(
     ("architecture", "counts"),
     [
-        (SDXL, {"group_norm_silu": 46, "layer_norm": 210, "geglu": 70}),
-        (SD15, {"group_norm_silu": 61, "layer_norm": 48, "geglu": 16}),
+        (SDXL, {"group_norm_silu": 46, "layer_norm": 210, "geglu": 70, "geglu_linear": 70}),
+        (SD15, {"group_norm_silu": 61, "layer_norm": 48, "geglu": 16, "geglu_linear": 16}),
     ],
     ids=["sdxl", "sd15"],
 )
@@ -105,6 +106,32 @@ def test_same_numbers_as_stock(enabled: list[str]) -> None:
     truth, eager = gradients(copy.deepcopy(network).double()), gradients(network)
     patch.patch(network, enabled)
     assert error(gradients(network), truth) <= 2 * error(eager, truth)
+
+
+@pytest.mark.parametrize("enabled", [["geglu_linear"], list(patch.MODULES)], ids="+".join)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_same_numbers_as_stock_without_gradients(
+    enabled: list[str], autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the epilogue of the up-projection runs: once for each GEGLU; in training calls, never."""
+    from smpo_fast.kernels import geglu_linear
+
+    seen: list[Any] = []
+    monkeypatch.setattr(geglu_linear, "launch", lambda *a, **k: (seen.append(a[0]), stock_launch(*a, **k)))
+    stock_launch = importlib.import_module("smpo_fast.kernels._launch").launch
+    network = unet()
+    device = next(network.parameters()).device.type
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
+        eager = {"output": forward(network)}
+        patch.patch(network, enabled)
+        fused = {"output": forward(network)}
+    assert len(seen) == sum(type(m).__name__ == "GEGLU" for m in network.modules()) > 0
+    with torch.no_grad():
+        truth = {"output": forward(copy.deepcopy(network).double())}
+    assert error(fused, truth) <= 2 * error(eager, truth)
+    seen.clear()
+    gradients(network)
+    assert seen == []
 
 
 def test_under_autocast() -> None:
@@ -190,13 +217,35 @@ def test_lora(lora_first: bool) -> None:
         torch.manual_seed(3)
         network.add_adapter(adapter)
 
-    steps: list[Callable[[], Any]] = [adapt, lambda: patch.patch(network, patch.MODULES)]
+    # the only GEGLU has an adapter: before it, the epilogue is put in and sees it; after it, there is nothing to take
+    enabled = patch.MODULES[:-1] if lora_first else patch.MODULES
+    steps: list[Callable[[], Any]] = [adapt, lambda: patch.patch(network, enabled)]
     for step in steps if lora_first else reversed(steps):
         step()
     found = gradients(network)
     assert all("lora" in n for n in found if n != "output") and len(found) > 8
     patch.unpatch(network)
     assert error(found, gradients(network)) < 1e-5
+
+
+def test_the_epilogue_leaves_adapters_and_hooks_alone() -> None:
+    """A projection with LoRA is not taken over, and one that gets it later is seen."""
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=2, target_modules=["ff.net.0.proj"], init_lora_weights=False)
+    early, late = unet(), unet()
+    patch.patch(late, ["geglu", "geglu_linear"])
+    for network in (early, late):
+        torch.manual_seed(3)
+        network.add_adapter(adapter)
+    with pytest.raises(SettingsError, match="geglu_linear matched no module"):
+        patch.patch(early, ["geglu_linear"])
+    with torch.no_grad():
+        assert torch.allclose(forward(late), forward(early), atol=1e-5)
+    hooked = unet(layers_per_block=2)
+    count = sum(type(m) is GEGLU for m in hooked.modules())
+    first(hooked, GEGLU).proj.register_forward_hook(lambda *_: None)
+    assert patch.patch(hooked, ["geglu", "geglu_linear"]) == {"geglu": count, "geglu_linear": count - 1}
 
 
 def first(network: nn.Module, kind: type) -> Any:
@@ -219,6 +268,9 @@ def test_blocks_compile_into_one_graph() -> None:
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(*args, **kwargs)
         assert torch.equal(plain, compiled)
         compiled.sum().backward()
+        with torch.no_grad():
+            silent = block(*args, **kwargs)
+            assert torch.equal(silent, torch.compile(block, fullgraph=True, backend="aot_eager")(*args, **kwargs))
 
 
 def test_what_the_fused_block_does_not_know_it_leaves_to_the_stock_block() -> None:
@@ -235,8 +287,9 @@ def test_what_the_fused_block_does_not_know_it_leaves_to_the_stock_block() -> No
 def test_a_kernel_that_matches_nothing_is_named_and_nothing_is_changed() -> None:
     network = unet(down_block_types=("DownBlock2D",))
     classes = [type(m) for m in network.modules()]
-    with pytest.raises(SettingsError, match="geglu matched no module of this UNet2DConditionModel"):
-        patch.patch(network, ["group_norm_silu", "geglu"])
+    for name in ("geglu", "geglu_linear"):
+        with pytest.raises(SettingsError, match=f"{name} matched no module of this UNet2DConditionModel"):
+            patch.patch(network, ["group_norm_silu", name])
     assert [type(m) for m in network.modules()] == classes
     assert patch.patch(network, ["pair_loss"]) == {}
 

@@ -121,3 +121,56 @@ def test_on_grid_timesteps_have_no_mismatch(schedule: NoiseSchedule) -> None:
 def test_unknown_schedules_are_refused_by_name(given: dict, word: str) -> None:
     with pytest.raises(SettingsError, match=word):
         NoiseSchedule.from_config(given)
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize("steps", [5, 10, 1000])
+def test_sigma_spacing_is_even_in_a_root_of_sigma(schedule: NoiseSchedule, rho: float, steps: int) -> None:
+    chosen, uniform = settings(spacing="sigma", rho=rho, steps=steps), settings(steps=steps)
+    for time in (999, 433, 57, 1, 0):
+        path = schedule.path(time, chosen)
+        assert path.depth == schedule.path(time, uniform).depth, "as many steps as the uniform grid"
+        times = [level.time for level in path.levels]
+        assert times[-1] == time and all(a < b for a, b in zip(times[1:], times[2:], strict=False))
+    if steps == 5:
+        roots = [level.sigma ** (1 / rho) for level in schedule.path(999, chosen).levels]
+        even = np.linspace(roots[0], roots[-1], len(roots))
+        inner = even > schedule.level(2).sigma ** (1 / rho)  # below, each step still has a timestep of its own
+        assert inner.sum() >= 3 and np.abs(roots - even)[inner].max() < 0.03 * roots[-1]
+
+
+def test_a_pairs_landings_spread_and_the_steps_stay_uniform(schedule: NoiseSchedule) -> None:
+    chosen = settings(per_trajectory=4, steps=10)
+    paths = schedule.paths(64, chosen, 0, 3)
+    assert len(paths) == 16 and all(len(p.landings) == 4 for p in paths)
+    assert sorted(x.at.time for p in paths for x in p.landings) == sorted(schedule.timesteps(64, chosen, 0, 3))
+    assert [p.depth for p in paths] == sorted((p.depth for p in paths), reverse=True)
+    for path in paths:
+        times = [x.at.time for x in path.landings]
+        assert np.diff(times).min() > 200 and path.landings[-1].step == path.depth
+        assert [path.levels[x.step].time for x in path.landings] == times
+    alone = sum(p.depth for p in schedule.paths(64, settings(steps=10), 0, 3))
+    assert sum(p.depth for p in paths) < 0.5 * alone, "that is what it is for"
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"solver": "pec", "average": "last"}, "pec.*average"),
+        ({"solver": "ab2", "noise": 0.1}, "ab2.*stale"),
+        ({"fidelity": "release", "spacing": "sigma"}, "anchored"),
+        ({"fidelity": "release", "per_trajectory": 2}, "anchored"),
+        ({"source": "noise", "per_trajectory": 2}, "per_trajectory"),
+        ({"store": "x"}, "store"),
+    ],
+)
+def test_impossible_combinations_are_refused(given: dict, word: str) -> None:
+    with pytest.raises(SettingsError, match=word):
+        settings(**given)
+
+
+def test_a_solvers_name_overrides_the_fidelity_but_not_the_user() -> None:
+    assert settings(fidelity="release", solver="heun").renoise_time == "destination"
+    assert settings(solver="ddim").renoise_steps == 0
+    with pytest.raises(SettingsError, match="renoise_steps"):
+        settings(solver="ddim", renoise_steps=2)

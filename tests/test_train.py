@@ -22,7 +22,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from smpo_fast import train
+from smpo_fast import model, train
 from smpo_fast.metrics import read_metrics
 from smpo_fast.runtime import World
 
@@ -329,8 +329,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
 def test_mistakes_are_named_before_anything_is_loaded(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for heavy in ("load_unets", "Encoders"):
-        monkeypatch.setattr(train, heavy, lambda *_: pytest.fail("something heavy was loaded"))
+    monkeypatch.setattr(model, "_load", lambda *_: pytest.fail("something heavy was loaded"))
     assert run(tmp_path / "run", *words) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -378,7 +377,7 @@ def test_a_run_is_not_continued_on_other_pairs_or_from_another_model(
 def test_dry_run_and_print_config_load_nothing(
     cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "load_unets", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(model, "_load", lambda *_: pytest.fail("loaded"))
     assert run(tmp_path / "run", cache, "--dry-run", "--ds_config", str(ROOT / "configs" / "ds_zero2.json")) == 0
     plan = capsys.readouterr().out
     assert "sdxl, epsilon" in plan and "5.99 no-gradient calls a picture" in plan and "6 pairs = 1 ranks x 6" in plan
@@ -408,5 +407,5 @@ def test_ranks_make_equally_many_network_calls() -> None:
             trainer = object.__new__(train.Trainer)
             trainer.config, trainer.world = settings, World(rank, 3)
             trainer.schedule = train.schedule_of(train.find(settings.model), settings.inversion)
-            per_rank.append([trainer.paths(step)[1] for step in range(5)])
+            per_rank.append([trainer.paths(step, range(4))[1] for step in range(5)])
         assert per_rank[0] == per_rank[1] == per_rank[2]

@@ -38,10 +38,12 @@ def settings(
     )
 
 
-def make(config_: Config, rank: int = 0, size: int = 1, stage: int | None = None) -> engine.Engine:
-    """An engine on the CPU: plain for stage None, else as configs/ds_zero<stage>.json says."""
+def make(config_: Config, rank: int = 0, size: int = 1, stage: int | str | None = None) -> engine.Engine:
+    """An engine on the CPU: plain for stage None, else as configs/ds_zero<stage>.json says (3, "3_offload", ...)."""
     world = World(rank, size)
     raw = None if stage is None else engine.read_ds_file(CONFIGS / f"ds_zero{stage}.json")
+    if raw and "stage3_param_persistence_threshold" in raw["zero_optimization"]:
+        raw["zero_optimization"]["stage3_param_persistence_threshold"] = 1000  # some of these weights are gathered too
     precision = engine.resolve_precision(config_, raw, world.device)
     ds = None if raw is None else engine.resolve_ds_settings(raw, "file", config_, size, precision)[0]
     return engine.make_engine(network(), config_, world, precision, ds)

@@ -23,9 +23,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smpo_fast.kernels import geglu, group_norm_silu, layer_norm, pair_loss, renoise_step
+from smpo_fast.kernels import adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step
 
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
@@ -48,8 +51,16 @@ def pair_loss_launches(pairs: int, dtype: torch.dtype, *, trajectory: bool, turn
         policy = meta(pairs, 2, 128, 128, 4, dtype=dtype).permute(0, 1, 4, 2, 3)
     levels = [pictures(pairs), numbers(pairs), numbers(pairs)] if trajectory else []
     pair_loss._pair_loss_fwd(policy, policy, target, weight, levels, 5000.0, 0)
-    pair_loss._pair_errors(policy, target, levels)
     pair_loss._pair_loss_bwd(weight, weight, policy, target, levels)
+
+
+def pair_errors_launches(pairs: int, *, given: bool) -> None:
+    """The kernel of pair_loss without the reference's predictions: for errors alone, or with errors at hand."""
+    policy, target, weight = pictures(pairs, BF16), pictures(pairs), numbers(pairs)
+    if given:
+        pair_loss._pair_loss_fwd(policy, meta(pairs, 2, dtype=FP32), target, weight, [], 5000.0, 0)
+    else:
+        pair_loss._pair_errors(policy, target, [])
 
 
 def renoise_launches(turned: bool) -> None:
@@ -78,11 +89,33 @@ def geglu_launches(features: int, dtype: torch.dtype) -> None:
     geglu._geglu_bwd(meta(2048, features, dtype=dtype), x)
 
 
+def geglu_linear_launches(
+    rows: int, depth: int, features: int, dtype: torch.dtype, shared: int, *, bias: bool = True
+) -> None:
+    geglu_linear._shared_memory = lambda x: shared
+    weight, b = meta(2 * features, depth, dtype=dtype), meta(2 * features, dtype=dtype)
+    geglu_linear._geglu_linear(meta(rows, depth, dtype=dtype), weight, b if bias else None)
+
+
+def adamw8bit_launches(weight: torch.dtype, grad: torch.dtype, n: int = 2048 * 1280, *, cut: bool = False) -> None:
+    """A whole parameter, or a slice whose first block belongs to two."""
+    state, joint = adamw8bit.adamw8bit_state(n, "meta", 1000 if cut else 0), meta(1, dtype=FP32)
+    betas = {"beta1": 0.9, "beta2": 0.999, "grad_scale": meta(1, dtype=FP32), "offset": 1000 if cut else 0}
+    adamw8bit._step(
+        meta(n, dtype=weight), meta(n, dtype=grad), *state, **betas, lr=1e-5, eps=1e-8, weight_decay=0.01, step=3,
+        seed=2**40, m_max=joint if cut else None, v_max=joint if cut else None,
+    )  # fmt: skip
+    adamw8bit._block_max(meta(n, dtype=grad), *state, **betas)
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
+SMALL_SHARED, LARGE_SHARED = 99 * 1024, 227 * 1024  # bytes a program may use on sm_89, and from sm_90 on
 CASES: dict[str, Callable[[], None]] = {
     "pair_loss": lambda: pair_loss_launches(4, BF16, trajectory=False),
     "pair_loss trajectory": lambda: pair_loss_launches(4, BF16, trajectory=True),
     "pair_loss channels-last": lambda: pair_loss_launches(4, BF16, trajectory=False, turned=True),
+    "pair_loss errors given": lambda: pair_errors_launches(4, given=True),
+    "pair_errors": lambda: pair_errors_launches(4, given=False),
     "renoise_step": lambda: renoise_launches(turned=False),
     "renoise_step channels-last": lambda: renoise_launches(turned=True),
     "group_norm_silu 320": lambda: group_norm_launches(2, 320, 128, BF16, last=True),
@@ -91,6 +124,11 @@ CASES: dict[str, Callable[[], None]] = {
     "layer_norm 640": lambda: layer_norm_launches(8192, 640, BF16, residual=False),
     "layer_norm add 1280": lambda: layer_norm_launches(2048, 1280, BF16, residual=True),
     "geglu": lambda: geglu_launches(5120, BF16),
+    "geglu_linear": lambda: geglu_linear_launches(2048, 1280, 5120, BF16, SMALL_SHARED),
+    "geglu_linear wide": lambda: geglu_linear_launches(2048, 1280, 5120, BF16, LARGE_SHARED),
+    "adamw8bit fp32": lambda: adamw8bit_launches(FP32, FP32),
+    "adamw8bit bf16": lambda: adamw8bit_launches(BF16, FP32),
+    "adamw8bit all bf16": lambda: adamw8bit_launches(BF16, BF16),
 }
 # what more there is to compile: one pair, one picture (a size of 1 is a constant to Triton), fp32, odd sizes
 EDGE_CASES: dict[str, Callable[[], None]] = {
@@ -102,7 +140,18 @@ EDGE_CASES: dict[str, Callable[[], None]] = {
     "layer_norm widest": lambda: layer_norm_launches(64, 4096, FP32, residual=True),
     "geglu fp32": lambda: geglu_launches(5120, FP32),
     "geglu odd": lambda: geglu_launches(37, BF16),
+    "geglu_linear fp16": lambda: geglu_linear_launches(8192, 640, 2560, torch.float16, LARGE_SHARED, bias=False),
+    "geglu_linear fp32": lambda: geglu_linear_launches(2048, 1280, 5120, FP32, SMALL_SHARED),
+    "geglu_linear few": lambda: geglu_linear_launches(64, 1280, 5120, BF16, SMALL_SHARED),
+    "geglu_linear fewest": lambda: geglu_linear_launches(16, 1280, 5120, BF16, SMALL_SHARED),
+    "geglu_linear odd": lambda: geglu_linear_launches(1, 37, 11, FP32, SMALL_SHARED),
+    "geglu_linear odd half": lambda: geglu_linear_launches(131, 37, 11, BF16, SMALL_SHARED),
+    "adamw8bit cut": lambda: adamw8bit_launches(BF16, FP32, 4099, cut=True),
 }
+
+
+# what only GPUs with more shared memory than sm_89 and sm_80 choose
+FROM_90 = ("geglu_linear wide", "geglu_linear fp16")
 
 
 def launches(make: Callable[[], None]) -> Iterator[Launch]:
@@ -112,7 +161,7 @@ def launches(make: Callable[[], None]) -> Iterator[Launch]:
     def catch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: Any) -> None:
         caught.setdefault(kernel.fn.__name__, (kernel, arguments, options))
 
-    for room in (geglu, group_norm_silu, layer_norm, pair_loss, renoise_step):
+    for room in (adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
         room.launch = catch  # type: ignore[assignment]
     make()
     return iter(caught.values())
@@ -149,7 +198,8 @@ def measure(launch: Launch, capability: int) -> dict[str, Any]:
     """Registers and bytes of spills, local and shared memory of one kernel, and the widths in bytes of its accesses."""
     kernel, arguments, options = launch
     warps = options.get("num_warps", 4)
-    compiler = {"num_warps": warps, "enable_fp_fusion": options.get("enable_fp_fusion", True)}
+    compiler = {"num_warps": warps, "num_stages": options.get("num_stages", 3)}
+    compiler["enable_fp_fusion"] = options.get("enable_fp_fusion", True)
     target = GPUTarget("cuda", capability, 32)
     built = triton.compile(source(kernel, arguments, options), target=target, options=compiler)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -161,6 +211,7 @@ def measure(launch: Launch, capability: int) -> dict[str, Any]:
     return {
         "registers": registers, "spills": sum(usage.values()), "shared": built.metadata.shared, "warps": warps,
         "loads": widths(built.asm["ptx"], "ld"), "stores": widths(built.asm["ptx"], "st"),
+        "order": memory_order(built.asm["ptx"]),
     }  # fmt: skip
 
 
@@ -170,6 +221,25 @@ def widths(ptx: str, access: str) -> dict[str, int]:
     for vector, bits in re.findall(rf"\b{access}\.global[\w.]*?(?:\.v(\d))?\.[busf](\d+)", ptx):
         width = str(int(vector or 1) * int(bits) // 8)
         found[width] = found.get(width, 0) + 1
+    if access == "ld":  # what goes to shared memory on its own
+        for width in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\][^;]*?\], *(0x[0-9a-f]+|\d+)", ptx):
+            found[str(int(width, 0))] = found.get(str(int(width, 0)), 0) + 1
+    return found
+
+
+def memory_order(ptx: str) -> list[str]:
+    """Barriers, atomics, global loads and stores in the order of the program, repetitions once."""
+    found: list[str] = []
+    for access in re.findall(r"\b(bar(?:rier)?\.(?:cta\.)?sync|(?:atom|red|ld|st)\.[\w.]+)", ptx):
+        kind = access
+        if access.startswith("bar"):
+            kind = "barrier"
+        elif "global" not in access:
+            continue
+        elif access.startswith(("ld", "st")):
+            kind = ".".join([access[:2], *re.findall(r"volatile|acquire|release|\bc[ag]\b", access)])
+        if found[-1:] != [kind]:
+            found.append(kind)
     return found
 
 
@@ -178,7 +248,7 @@ def main(capabilities: list[int], which: dict[str, Callable[[], None]]) -> dict[
     for case, make in which.items():
         for launch in launches(make):
             name = f"{case}: {launch[0].fn.__name__.strip('_').removesuffix('_kernel')}"
-            table[name] = {str(c): measure(launch, c) for c in capabilities}
+            table[name] = {str(c): measure(launch, c) for c in capabilities if c >= 90 or case not in FROM_90}
     return table
 
 

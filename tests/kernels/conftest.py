@@ -80,7 +80,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched from now on."""
-    from smpo_fast.kernels import geglu, group_norm_silu, layer_norm, pair_loss, renoise_step
+    from smpo_fast.kernels import adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step
 
     seen: list[str] = []
 
@@ -88,6 +88,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(kernel.fn.__name__)
         _launch.launch(kernel, *args, **kwargs)
 
-    for room in (geglu, group_norm_silu, layer_norm, pair_loss, renoise_step):
+    for room in (adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
         monkeypatch.setattr(room, "launch", counted)
     return seen

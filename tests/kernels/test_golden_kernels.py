@@ -10,6 +10,7 @@ from test_golden import (
     GAMMA,
     GOLDEN,
     SCHEDULER,
+    as_network,
     assert_close,
     load_case,
     load_denoiser,
@@ -33,10 +34,12 @@ def check(kind: str, method: str, case: int) -> None:
     extra = {k: values[f"in.{k}"][None] for k in ("pooled", "time_ids") if f"in.{k}" in values}
     cond = Conditioning(values["in.prompt_embeds"][None], **extra)
     path, x_0 = schedule.path(int(values["in.t"]), run.inversion), values["in.x0"][None]
-    x_t, tau = invert(lambda x, t, rows: policy.eps(x, t, cond), x_0, [path], run.inversion, chunk=1, solver=ops.solver)
-    assert_close(x_t[0], values[f"{method}.x_t"])
-    assert_close(tau[0], values[f"{method}.tau"])
+    network = as_network(policy, cond)
+    x_t, tau = invert(network, x_0, [path], run.inversion, chunk=1, solver=ops.solver)
+    assert_close(x_t[0, 0], values[f"{method}.x_t"])
+    assert_close(tau[0, 0], values[f"{method}.tau"])
 
+    x_t, tau = x_t[0], tau[0]
     time = torch.tensor([path.at.time])
     with torch.no_grad():
         frozen = ops.pair_errors(reference(x_t, time, cond), tau)

@@ -20,15 +20,19 @@ from numerics import (
     same_bits,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smpo_fast import objective
-from smpo_fast.kernels._launch import INTERPRET
+from smpo_fast.kernels import pair_loss as room
+from smpo_fast.kernels._launch import INTERPRET, tickets
 from smpo_fast.kernels.pair_loss import (
     LINKS,
     Trajectory,
     _bwd_op,
     _errors_op,
     _fwd_op,
+    _pair_loss_bwd,
+    _pair_loss_fwd,
     pair_errors,
     pair_errors_reference,
     pair_loss,
@@ -244,15 +248,98 @@ def test_operators_pass_opcheck(device: torch.device) -> None:
     torch.library.opcheck(_bwd_op, (weight, weight, last, target, []))
 
 
-def test_launches_and_bytes(launches: list[str], device: torch.device) -> None:
-    """Two launches forward, one backward, at any batch; no copy of the inputs in another dtype."""
+@pytest.mark.parametrize("given_errors", [False, True], ids=["reference", "errors"])
+def test_one_launch_forward_and_one_backward(given_errors: bool, launches: list[str], device: torch.device) -> None:
     for pairs in (1, 7):
+        inputs, make = problem((pairs, 4, 48, 48), torch.float16, device, given_errors=given_errors, trajectory=False)
         launches.clear()
-        inputs, make = problem((pairs, 4, 48, 48), torch.float16, device, given_errors=False, trajectory=False)
         loss = make(pair_loss)(inputs[0].requires_grad_(), *inputs[1:]).loss
-        assert len(launches) == 2
         loss.sum().backward()
-        assert launches[2:] == ["_pair_loss_bwd_kernel"]
+        assert launches == ["_pair_loss_kernel", "_pair_loss_bwd_kernel"]
+        launches.clear()
+        pair_errors(inputs[0], inputs[2])
+        assert launches == ["_pair_loss_kernel"]
+
+
+class Operations(TorchDispatchMode):
+    """What PyTorch is asked for, except for memory and views of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name not in ("empty", "empty_like", "empty_strided", "detach", "alias", "permute"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("given_errors", [False, True], ids=["reference", "errors"])
+@pytest.mark.parametrize("pairs", [1, 7])
+def test_nothing_is_copied_cast_or_zeroed_beside_the_launches(
+    pairs: int, given_errors: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, _ = problem((pairs, 4, 48, 48), torch.float16, device, given_errors=given_errors, trajectory=True)
+    policy, reference, target, weight, *levels = inputs
+    monkeypatch.undo()  # also the poison, which writes
+    monkeypatch.setattr(room, "launch", lambda *_, **__: None)
+    tickets(pairs, device)  # a stream's first call makes them
+    with Operations() as seen:
+        _pair_loss_fwd(policy, reference, target, weight, levels, 20.0, 0)
+        _pair_loss_bwd(weight, weight, policy, target, levels)
+    # off the GPU, where nobody counts launches, the tickets are made for each call
+    assert seen.names == (["zeros"] if device.type == "cpu" else [])
+
+
+@pytest.mark.skipif(not INTERPRET, reason="a GPU runs programs in an order of its own")
+@pytest.mark.parametrize("order", ["backwards", "shuffled", "losers first"])
+def test_the_order_of_arrival_changes_no_bit(order: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever program comes last finds all the others' sums, and tickets are left as they were."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    pairs, pieces = 3, 5
+    inputs, make = problem((pairs, 4, 48, 50), torch.float16, device, given_errors=False, trajectory=True)
+    assert -(-4 * 48 * 50 // 2048) == pieces
+    op, shared = make(pair_loss), torch.zeros(pairs, dtype=torch.int32)
+    wanted = [*op(*inputs), pair_errors(inputs[0], inputs[2])]
+    count = 2 * pairs * pieces
+    places = {
+        "backwards": list(range(count))[::-1],
+        "shuffled": torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist(),
+        "losers first": sorted(range(count), key=lambda i: (-(i // pieces % 2), i)),
+    }[order]
+    stock = interpreter_builder.set_grid_idx
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z: stock(places[x], y, z))
+    monkeypatch.setattr(room, "tickets", lambda count, device: shared)
+    for _ in range(2):
+        found = [*op(*inputs), pair_errors(inputs[0], inputs[2])]
+        assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
+        assert (shared == 0).all()
+
+
+@pytest.mark.gpu
+def test_calls_on_streams_and_in_graphs_do_not_share_tickets() -> None:
+    inputs, make = problem((4, 4, 128, 128), torch.float16, "cuda", given_errors=False, trajectory=False)
+    op, streams = make(pair_loss), [torch.cuda.Stream() for _ in range(3)]
+    wanted = op(*inputs)
+    graphs = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graphs.append((graph, op(*inputs)))
+    torch.cuda.synchronize()
+    for _ in range(50):
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(op(*inputs))
+        for (graph, out), stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+            found.append(out)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for out in found for a, b in zip(out, wanted, strict=True))
 
 
 def test_no_pairs(device: torch.device) -> None:

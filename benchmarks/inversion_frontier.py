@@ -1,0 +1,273 @@
+"""Which inversion is worth its network calls: solvers, grids and approximations, judged by four yardsticks.
+
+    python benchmarks/inversion_frontier.py [--config FILE] [section.key=value ...]     any pipeline and pairs
+    python benchmarks/inversion_frontier.py --train --seeds 0 1                         training outcome as well
+
+For every way of inverting, on the same pairs and timesteps: network calls a picture; the error of tau against a fine
+solution of the flow (Heun, 250 steps); the round trip, x_0 after sampling down again with DDIM; and the cosine of the
+policy's gradient with the gradient that the fine solution gives. ``--train`` trains and scores the embedded run with
+each of them at equal optimizer steps, looked at several times on the way, so that it can also be read at equal calls.
+Results: inversion_frontier.json and .png in ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor
+
+from smpo_fast import config, inversion, model, train
+from smpo_fast.batch import Pairs
+from smpo_fast.calls import Caller
+from smpo_fast.config import Config
+from smpo_fast.loader import Loader
+from smpo_fast.metrics import read_metrics
+from smpo_fast.objective import OBJECTIVES, pair_errors
+from smpo_fast.runtime import World
+from smpo_fast.schedule import Path as NoisePath
+
+FINE = {"solver": "heun", "steps": 250}
+SAMPLER_STEPS = 25
+# name -> settings of [inversion]; each is tried at several numbers of steps
+WAYS: dict[str, dict[str, Any]] = {
+    "ddim (source time)": {"solver": "ddim"},
+    "ddim (destination time)": {"solver": "ddim", "first_time": "destination"},
+    "renoise, released": {"fidelity": "release", "landing": "exact", "first_step": "skip", "timesteps": "stratified"},
+    "renoise, paper": {"solver": "renoise"},
+    "heun": {"solver": "heun"},
+    "ab2": {"solver": "ab2"},
+    "pec": {"solver": "pec"},
+    "pec, sigma spacing": {"solver": "pec", "spacing": "sigma"},
+    "ddim, sigma spacing": {"solver": "ddim", "spacing": "sigma"},
+    "pec, 4 landings": {"solver": "pec", "per_trajectory": 4},
+    "renoise, paper, deep features reused": {"solver": "renoise", "reuse_deep": True},
+    "pec, fp8": {"solver": "pec", "fp8": True},
+}
+STEPS = (2, 4, 5, 10, 20)
+TRAINED = (
+    ("renoise, paper", 5), ("renoise, released", 5), ("ddim (source time)", 5), ("ddim (source time)", 10), ("pec", 2),
+    ("pec", 5), ("heun", 5), ("pec, 4 landings", 5),
+)  # fmt: skip
+
+
+class Study:
+    """Pairs, timesteps and networks that every way of inverting is measured on."""
+
+    def __init__(self, settings: Config, pairs: int, cache: Path) -> None:
+        values = settings.model_dump()
+        values["run"]["dir"], values["data"]["cache"] = str(cache.parent), str(cache)
+        values["batch"] |= {"pairs_per_step": pairs, "inversion_pairs": min(pairs, settings.batch.inversion_pairs)}
+        values["objective"]["name"], values["data"]["prompt_dropout"] = "smpo", 0.0
+        self.config = config.from_dict({**values, "inversion": {}})
+        job = train.Job(self.config, None)
+        train.prepare_cache(job)
+        self.device, self.cache = job.world.device, cache
+        (self.pairs,) = (
+            p.map(lambda t: t.to(self.device)) for p in Loader(job.open_cache(), self.config, World()).window(0)
+        )
+        self.precision, self.source = job.precision, job.source
+        dtype = model.COMPUTE_DTYPES[job.precision]
+        self.unet = model.load_unet(job.source, self.config.model, dtype, self.device)
+        self._fine: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def measure(self, way: Mapping[str, Any], steps: int) -> dict[str, float]:
+        """Calls a picture and the four yardsticks of one way."""
+        settings = config.from_dict({"inversion": {**way, "steps": steps}}).inversion
+        landings = settings.per_trajectory
+        pairs = self.pairs.take(slice(0, len(self.pairs) // landings))
+        began = time.perf_counter()
+        x_t, tau, paths = self.invert(settings, pairs)
+        harness.synchronize(self.device)
+        seconds = time.perf_counter() - began
+        _, fine, gradient = self.fine(landings)
+        calls = sum(inversion.evaluations(p.depth, settings) for p in paths)
+        return {
+            "calls": calls / (len(paths) * landings),
+            "tau_error": float((tau - fine).norm() / fine.norm()),
+            "round_trip": self.round_trip(x_t, pairs, paths),
+            "gradient_cosine": float(torch.cosine_similarity(self.gradient(x_t, tau, pairs, paths), gradient, dim=0)),
+            "seconds": seconds,
+        }
+
+    def invert(self, settings: config.Inversion, pairs: Pairs) -> tuple[Tensor, Tensor, list[NoisePath]]:
+        """x_t and tau [M, B, 2, C, H, W] and the paths."""
+        schedule = model.schedule_of(self.source, settings)
+        # the timesteps are drawn alike for all ways: from the plain schedule
+        plain = settings.model_copy(update={"landing": "exact"})
+        drawn = schedule.paths(len(pairs) * settings.per_trajectory, plain, self.config.run.seed, 0)
+        times = sorted((tuple(x.at.time for x in p.landings) for p in drawn), reverse=True)
+        paths = sorted((schedule.path(t, settings) for t in times), key=lambda p: -p.depth)
+        denoiser = model.Denoiser(self.unet.eval(), self.source, schedule, self.precision, self.device)
+        chunk = self.config.batch.inversion_pairs
+        caller = Caller(denoiser, self.config.model, settings, chunk=chunk)
+        caller.begin()
+        x_t, tau = inversion.invert(
+            lambda rows: caller.pairs(pairs.cond.take(rows)), pairs.latents, paths, settings, chunk=chunk,
+            dtype=caller.input_dtype,
+        )  # fmt: skip
+        return x_t, tau, paths
+
+    def fine(self, landings: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, tau and gradient of the fine solution."""
+        if landings not in self._fine:
+            settings = config.from_dict({"inversion": {**FINE, "per_trajectory": landings}}).inversion
+            pairs = self.pairs.take(slice(0, len(self.pairs) // landings))
+            x_t, tau, paths = self.invert(settings, pairs)
+            self._fine[landings] = x_t, tau, self.gradient(x_t, tau, pairs, paths)
+        return self._fine[landings]
+
+    def examples(
+        self, x_t: Tensor, pairs: Pairs, paths: Sequence[NoisePath], size: int
+    ) -> Iterator[tuple[int, slice, Tensor, list[int]]]:
+        """Landing, rows and timesteps of some pairs at a time."""
+        for m in range(len(x_t)):
+            for first in range(0, len(pairs), size):
+                rows = slice(first, first + size)
+                times = [p.landings[m].at.time for p in paths[rows]]
+                yield m, rows, torch.tensor(times, device=self.device), times
+
+    @torch.no_grad()
+    def round_trip(self, x_t: Tensor, pairs: Pairs, paths: Sequence[NoisePath]) -> float:
+        """Relative error of x_0 after DDIM sampling down from x_t, in equal steps of t to time 0."""
+        schedule = model.schedule_of(self.source, self.config.inversion)
+        denoiser = model.Denoiser(self.unet.eval(), self.source, schedule, self.precision, self.device)
+        wrong, whole = 0.0, 0.0
+        for m, rows, _, times in self.examples(x_t, pairs, paths, self.config.batch.inversion_pairs):
+            x, cond = x_t[m, rows].clone(), pairs.cond.take(rows)
+            for k in range(SAMPLER_STEPS, 0, -1):
+                here = [round(t * k / SAMPLER_STEPS) for t in times]
+                there = [round(t * (k - 1) / SAMPLER_STEPS) for t in times]
+                signal, noise = self._levels(schedule, here)
+                to_signal, to_noise = self._levels(schedule, there)
+                eps = denoiser.eps(x, torch.tensor(here, device=self.device), cond)
+                x = to_signal * (x - noise * eps) / signal + to_noise * eps
+            signal, _ = self._levels(schedule, [0] * len(times))
+            wrong += float((x / signal - pairs.latents[rows]).square().sum())
+            whole += float(pairs.latents[rows].square().sum())
+        return (wrong / whole) ** 0.5
+
+    def _levels(self, schedule: Any, times: Sequence[int]) -> tuple[Tensor, Tensor]:
+        levels = torch.tensor([schedule.level(t)[1:] for t in times], device=self.device)
+        return levels[:, 0, None, None, None, None], levels[:, 1, None, None, None, None]
+
+    def gradient(self, x_t: Tensor, tau: Tensor, pairs: Pairs, paths: Sequence[NoisePath]) -> Tensor:
+        """The gradient of the mean loss where policy and reference are equal, as one vector in float32."""
+        schedule = model.schedule_of(self.source, self.config.inversion)
+        denoiser = model.Denoiser(self.unet.train(), self.source, schedule, self.precision, self.device)
+        objective = OBJECTIVES["smpo"]
+        self.unet.zero_grad()
+        total = len(pairs) * len(x_t)
+        for m, rows, time_, _ in self.examples(x_t, pairs, paths, self.config.batch.micro_pairs):
+            target = denoiser.target(pairs.latents[rows], tau[m, rows], time_)
+            prediction = denoiser(x_t[m, rows], time_, pairs.cond.take(rows))
+            frozen = pair_errors(prediction.detach(), target)
+            out = objective.losses(prediction, frozen, target, pairs.weight[rows], self.config.objective.beta)
+            (out.loss.sum() / total).backward()
+        found = torch.cat([p.grad.float().flatten().cpu() for p in self.unet.parameters() if p.grad is not None])
+        self.unet.zero_grad()
+        return found
+
+
+def train_and_score(way: Mapping[str, Any], steps: int, seed: int, folder: Path, cache: Path, looks: int) -> list[Any]:
+    """Reward gain on the held-out prompts after each third (``looks``) of the embedded run, with calls and seconds."""
+    rows = []
+    whole = config.load().run.steps
+    words = [f"inversion.{key}={json.dumps(value)}" for key, value in {**way, "steps": steps}.items()]
+    for look in range(1, looks + 1):
+        done = whole * look // looks
+        run = [f"run.dir={folder}", f"data.cache={cache}", f"run.seed={seed}", f"run.steps={done}", *words]
+        assert train.main(run) == 0
+        evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+        told = {row["name"]: row for row in evaluation["comparisons"]}
+        log = read_metrics(folder)
+        settings = config.load(folder / "config.toml")
+        schedule = model.schedule_of(model.find(settings.model), settings.inversion)
+        paths = [
+            p
+            for step in range(done)
+            for p in schedule.paths(settings.batch.pairs_per_step, settings.inversion, seed, step)
+        ]
+        rows.append(
+            {
+                "steps": done,
+                "calls": 2 * sum(inversion.evaluations(p.depth, settings.inversion) for p in paths),
+                "seconds": sum(row["seconds"] for row in log),
+                **{f"{name}_gain": told[name]["gain"] for name in ("reward", "shape")},
+                "reward_error": (told["reward"]["gain_high"] - told["reward"]["gain_low"]) / 3.92,
+                "win_rate": told["reward"]["win_rate"],
+            }
+        )
+    return rows
+
+
+def draw(found: Mapping[str, Any], file: Path) -> None:
+    """The frontiers: each yardstick over network calls a picture, a line for each way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = (("tau_error", "error of tau against the fine solution"), ("round_trip", "round trip: error of x_0"),
+              ("miss", "1 - cosine of the policy's gradient with the fine solution's"))  # fmt: skip
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 5.2), constrained_layout=True)
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        for number, name in enumerate(dict.fromkeys(row["way"] for row in found["rows"])):
+            rows = [row for row in found["rows"] if row["way"] == name]
+            values = [1 - row["gradient_cosine"] if key == "miss" else row[key] for row in rows]
+            style = "-" if number < 10 else "--"
+            axis.plot([row["calls"] for row in rows], values, style, marker="o", markersize=3, label=name)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("network calls a picture")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0; prints a table and writes the JSON and the PNG."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    config.add_arguments(parser)
+    parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="NAME")
+    parser.add_argument("--grid", type=int, nargs="+", default=list(STEPS), metavar="STEPS")
+    parser.add_argument("--train", action="store_true", help="train and score the embedded run with each of TRAINED")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--looks", type=int, default=3, help="evaluations in each run")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        study = Study(config.from_arguments(args), args.pairs, Path(scratch) / "cache")
+        out = args.out or harness.RESULTS / harness.folder_name(study.device)
+        out.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Any] = {"environment": harness.environment(study.device), "pairs": args.pairs, "rows": []}
+        for name, steps in ((name, steps) for name in args.ways for steps in args.grid):
+            row = study.measure(WAYS[name], steps)
+            found["rows"].append({"way": name, "steps": steps, **row})
+            harness.say(f"{name:38} {steps:3}", *(f"{key} {value:.4g} " for key, value in row.items()))
+            (out / "inversion_frontier.json").write_text(json.dumps(found, indent=1))
+        draw(found, out / "inversion_frontier.png")
+        if args.train:
+            found["training"] = []
+            for seed in args.seeds:
+                for name, steps in TRAINED:
+                    folder = Path(scratch) / f"{seed}-{name}-{steps}".replace(" ", "_")
+                    looks = train_and_score(WAYS[name], steps, seed, folder, study.cache, args.looks)
+                    found["training"].append({"way": name, "steps": steps, "seed": seed, "looks": looks})
+                    harness.say(name, steps, f"seed {seed}", looks[-1])
+                    (out / "inversion_frontier.json").write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

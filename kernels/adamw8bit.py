@@ -1,0 +1,476 @@
+"""adamw8bit: one AdamW step over a flat parameter with 8-bit states, in one pass, however the parameter is cut.
+
+With g the gradient times ``grad_scale``, t the step (the first is 1), for every element::
+
+    m = beta1 m + (1 - beta1) g              v = beta2 v + (1 - beta2) g^2
+    w = (1 - lr weight_decay) w - lr/(1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+
+m and v of this step enter the update unrounded; what is kept of them is a code of 8 bits and, for each block of 256
+elements, the largest |m| and the largest v in fp32::
+
+    m = m_scale sign(k) (k/127)^4,  k = -127..127       v = v_scale (k/255)^4,  k = 0..255
+
+Codes are fourth roots: 2 to 3 % apart near the block's largest value, 30 % apart 4 decades below it. Products,
+quotients and square roots are rounded as IEEE says and nothing is contracted, so that no table is searched and every
+device finds the same codes. m goes to the nearest code. v goes up or down by chance, with the probability that leaves
+its mean: beta2 = 0.999 moves v by a thousandth of it a step, less than half a code, and to the nearest code it would
+hardly move again after its first hundred steps. A v above 0 is never rounded to 0: an element whose gradients are tiny
+beside its neighbours' takes steps of the wrong size, up to 3 times too large or too small, but none without bound.
+
+Weights are fp32, or bf16 rounded up or down by chance: at a learning rate of 1e-5 a step is a fraction of bf16's
+spacing, and rounding to nearest would leave the weight where it is.
+
+Chance is Philox4x32-10 with the key ``seed`` and the counter (i // 4, step), i the element's place in its parameter:
+word i % 4 belongs to it, the upper half to v, the lower to the weight. Blocks are counted from the parameter's start
+as well. So a slice gives, in every bit, what the whole gives; only a block that a cut divides needs the maxima of
+both sides, which ``adamw8bit_block_max`` tells. Give every parameter a seed of its own.
+
+Shapes: everything [n], scales [blocks touched]. Dtypes: weight fp32 or bf16, gradient any float, arithmetic fp32.
+
+Bytes an element: states 2.03; moved by a step 16.1 (fp32 weight and gradient), 12.1 (bf16 weight), 10.1 (both bf16).
+
+Status: not measured on a GPU. On a CPU, and where Triton is missing, the eager reference serves, with the same bits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, on_kernel
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the optimizer also serves machines without it
+    triton = None
+
+BLOCK = 256  # elements that share their scales
+M_CODES, V_CODES = 127, 255
+ROWS, WARPS = 64 if INTERPRET else 4, 4  # blocks of a program: a warp each, or what NumPy takes at once
+CPU_CHUNK, CHUNK = 256, 2**16  # blocks that eager code works on at a time; a CPU's stay in its cache
+
+
+class State(NamedTuple):
+    """Codes [n] and scales [blocks touched] of a parameter or a slice of one; zeros before the first step."""
+
+    m8: Tensor
+    v8: Tensor
+    m_scale: Tensor
+    v_scale: Tensor
+
+
+def adamw8bit_state(n: int, device: torch.device | str | None = None, offset: int = 0) -> State:
+    """States for ``n`` elements that begin at element ``offset`` of their parameter, before the first step."""
+    blocks = blocks_touched(n, offset)
+    codes = (torch.zeros(n, dtype=dtype, device=device) for dtype in (torch.int8, torch.uint8))
+    scales = (torch.zeros(blocks, dtype=torch.float32, device=device) for _ in range(2))
+    return State(*codes, *scales)
+
+
+def blocks_touched(n: int, offset: int = 0) -> int:
+    """How many of a parameter's blocks have elements in [offset, offset + n)."""
+    return cdiv(offset % BLOCK + n, BLOCK)
+
+
+# --- eager reference -------------------------------------------------------------------------------------------
+
+
+def adamw8bit_step_reference(
+    weight: Tensor,
+    grad: Tensor,
+    m8: Tensor,
+    v8: Tensor,
+    m_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: Tensor | float = 1.0,
+    seed: int = 0,
+    offset: int = 0,
+    m_max: Tensor | None = None,
+    v_max: Tensor | None = None,
+) -> None:
+    """``adamw8bit_step`` in eager PyTorch, the same bits."""
+    decay, rate, root = _factors(lr, beta1, beta2, weight_decay, step)
+    for part, blocks, first in _chunks(weight, offset):
+        w, g, codes_m, codes_v = weight[part], grad[part], m8[part], v8[part]
+        lead = first % BLOCK
+        m, v = _moments(g, codes_m, codes_v, m_scale[blocks], v_scale[blocks], beta1, beta2, grad_scale, lead)
+        words = _random_words(m.numel(), first - lead, step, seed, weight.device).view_as(m)
+        for codes, scale, found, joint in ((codes_m, m_scale, m, m_max), (codes_v, v_scale, v, v_max)):
+            largest = found.abs().amax(1)
+            if joint is not None:
+                largest = torch.where(joint[blocks] >= 0, joint[blocks], largest)
+            scale[blocks] = largest
+            encoded = _encode_m(found, largest) if codes is codes_m else _encode_v(found, largest, words)
+            codes.copy_(_flat(encoded, lead, len(w)))
+        update = _flat(m / (_sqrt(v) * root + eps), lead, len(w))
+        new = w.float() * decay - update * rate
+        w.copy_(new if w.dtype == torch.float32 else _round_by_chance(new, _flat(words, lead, len(w))))
+
+
+def adamw8bit_block_max_reference(
+    grad: Tensor,
+    m8: Tensor,
+    v8: Tensor,
+    m_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    grad_scale: Tensor | float = 1.0,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """``adamw8bit_block_max`` in eager PyTorch, the same bits."""
+    found = []
+    for part, blocks, first in _chunks(grad, offset):
+        scales = (m_scale[blocks], v_scale[blocks])
+        m, v = _moments(grad[part], m8[part], v8[part], *scales, beta1, beta2, grad_scale, first % BLOCK)
+        found.append((m.abs().amax(1), v.amax(1)))
+    if not found:
+        return grad.new_zeros(0, dtype=torch.float32), grad.new_zeros(0, dtype=torch.float32)
+    return torch.cat([m for m, _ in found]), torch.cat([v for _, v in found])
+
+
+def _factors(lr: float, beta1: float, beta2: float, weight_decay: float, step: int) -> tuple[float, float, float]:
+    """What a step multiplies: the weight, the update, and sqrt(v) in it."""
+    return 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+
+
+def _chunks(x: Tensor, offset: int) -> Iterator[tuple[slice, slice, int]]:
+    """Slices of the elements, of the blocks touched, and the first element's place in the parameter."""
+    lead, n, chunk = offset % BLOCK, len(x), CPU_CHUNK if x.device.type == "cpu" else CHUNK
+    for block in range(0, blocks_touched(n, offset), chunk):
+        begin, end = max(0, block * BLOCK - lead), min(n, (block + chunk) * BLOCK - lead)
+        yield slice(begin, end), slice(block, block + chunk), offset + begin
+
+
+def _by_block(x: Tensor, lead: int) -> Tensor:
+    """[n] -> [blocks, BLOCK], zeros where the first and the last block belong to others."""
+    tail = -(lead + len(x)) % BLOCK
+    return (F.pad(x, (lead, tail)) if lead or tail else x).view(-1, BLOCK)
+
+
+def _flat(x: Tensor, lead: int, n: int) -> Tensor:
+    return x.view(-1)[lead : lead + n]
+
+
+def _moments(
+    grad: Tensor, m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor,
+    beta1: float, beta2: float, grad_scale: Tensor | float, lead: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """m and v of this step, [blocks, BLOCK] fp32."""
+    g = _by_block(grad, lead).float() * (grad_scale.float() if isinstance(grad_scale, Tensor) else grad_scale)
+    m8, v8 = _by_block(m8, lead).float(), _by_block(v8, lead).float()
+    m, v = _fourth_power(m8, M_CODES) * m8.sign() * m_scale[:, None], _fourth_power(v8, V_CODES) * v_scale[:, None]
+    return m * beta1 + g * (1 - beta1), v * beta2 + g * g * (1 - beta2)
+
+
+def _fourth_power(code: Tensor, codes: int) -> Tensor:
+    square = code * code
+    return square * square * codes**-4
+
+
+def _encode_m(m: Tensor, scale: Tensor) -> Tensor:
+    """The nearest code."""
+    x, low, bottom, top = _between(m.abs(), scale, M_CODES)
+    return (torch.where(x - bottom > (top - bottom) * 0.5, low + 1, low) * m.sign()).to(torch.int8)
+
+
+def _encode_v(v: Tensor, scale: Tensor, words: Tensor) -> Tensor:
+    """The code below or above, by the upper half of the words; never 0 for a v above 0."""
+    x, low, bottom, top = _between(v, scale, V_CODES)
+    chance = ((words >> 16).float() + 0.5) * 2**-16
+    code = torch.where(x - bottom > (top - bottom) * chance, low + 1, low)
+    return torch.where(v > 0, code.clamp(min=1), 0).to(torch.uint8)
+
+
+def _between(x: Tensor, scale: Tensor, codes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x / scale (0 in a block of zeros), the code below it, and the values of that code and of the next."""
+    x = x / torch.where(scale > 0, scale, 1)[:, None]
+    low = (_sqrt(_sqrt(x)) * codes).floor().clamp(max=codes - 1)
+    return x, low, _fourth_power(low, codes), _fourth_power(low + 1, codes)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Rounded to nearest, which PyTorch's own for fp32 is not on every CPU."""
+    return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
+
+
+def _random_words(n: int, first: int, step: int, seed: int, device: torch.device) -> Tensor:
+    """Words of 32 bits, int64 [n], of the elements from ``first`` on; n and first are multiples of 4."""
+    quad = torch.arange(first // 4, (first + n) // 4, device=device)
+    c0, c1 = quad & 0xFFFFFFFF, quad >> 32
+    c2, c3 = torch.full_like(quad, step), torch.zeros_like(quad)
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        # products of 64 bits wrap around in int64, with the right bits
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (b >> 32 & 0xFFFFFFFF) ^ c1 ^ k0, b & 0xFFFFFFFF
+        c2, c3 = (a >> 32 & 0xFFFFFFFF) ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return torch.stack((c0, c1, c2, c3), dim=1).view(-1)
+
+
+def _round_by_chance(x: Tensor, words: Tensor) -> Tensor:
+    """fp32 to bf16: up with the probability that leaves the mean; NaN and infinities as they are."""
+    bits = x.contiguous().view(torch.int32)
+    rounded = (bits + (words & 0xFFFF).to(torch.int32)) & -65536
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------
+
+
+def _jit(function: Any) -> Any:
+    if triton is None:
+        return None
+    varying = ["first_block", "seed_low", "seed_high", "step"]
+    return triton.jit(function, do_not_specialize=[n for n in varying if n in inspect.signature(function).parameters])
+
+
+@_jit
+def _fourth_power_of(b_code, CODES: tl.constexpr):
+    b_square = b_code * b_code
+    return b_square * b_square * (1.0 / (CODES * CODES * CODES * CODES))
+
+
+@_jit
+def _new_moments(
+    p_grad, p_m8, p_v8, p_m_scale, p_v_scale, p_grad_scale, grad_scale,
+    n, lead, blocks, beta1, beta2, new1, new2,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, M_CODES: tl.constexpr, V_CODES: tl.constexpr,
+):  # fmt: skip
+    """m and v of this step [ROWS, BLOCK]; blocks [ROWS], elements, and the masks of both."""
+    i_block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_block = i_block < blocks
+    o = i_block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :] - lead
+    m = (o >= 0) & (o < n)
+    if SCALE:
+        grad_scale = tl.load(p_grad_scale).to(tl.float32)
+    b_grad = tl.load(p_grad + o, mask=m, other=0.0).to(tl.float32) * grad_scale
+    b_m8 = tl.load(p_m8 + o, mask=m, other=0).to(tl.float32)
+    b_v8 = tl.load(p_v8 + o, mask=m, other=0).to(tl.float32)
+    b_m = _fourth_power_of(b_m8, M_CODES)
+    b_m = tl.where(b_m8 < 0, -b_m, b_m) * tl.load(p_m_scale + i_block, mask=m_block, other=0.0)[:, None]
+    b_v = _fourth_power_of(b_v8, V_CODES) * tl.load(p_v_scale + i_block, mask=m_block, other=0.0)[:, None]
+    b_m = b_m * beta1 + b_grad * new1
+    b_v = b_v * beta2 + b_grad * b_grad * new2
+    return b_m, b_v, i_block, m_block, o, m
+
+
+@_jit
+def _store_largest(p_scale, p_joint, b_x, i_block, m_block, JOINT: tl.constexpr):
+    """The largest value of each block, or the one given; stored, and returned [ROWS, 1]."""
+    b_largest = tl.max(b_x, 1)
+    if JOINT:
+        b_joint = tl.load(p_joint + i_block, mask=m_block, other=0.0)
+        b_largest = tl.where(b_joint >= 0, b_joint, b_largest)
+    tl.store(p_scale + i_block, b_largest, mask=m_block)
+    return b_largest[:, None]
+
+
+@_jit
+def _code(b_x, b_scale, b_chance, CODES: tl.constexpr):
+    """The code below x / scale, or the one above if x lies higher between them than ``chance``; fp32."""
+    b_x = tl.div_rn(b_x, tl.where(b_scale > 0, b_scale, 1.0))
+    b_low = tl.floor(tl.sqrt_rn(tl.sqrt_rn(b_x)) * CODES)
+    b_low = tl.minimum(b_low, CODES - 1.0)
+    b_bottom, b_top = _fourth_power_of(b_low, CODES), _fourth_power_of(b_low + 1.0, CODES)
+    return tl.where(b_x - b_bottom > (b_top - b_bottom) * b_chance, b_low + 1.0, b_low)
+
+
+@_jit
+def _words(i_block, seed_low, seed_high, step, ROWS: tl.constexpr, QUADS: tl.constexpr):
+    """A random word for each element [ROWS, 4 QUADS], uint32; a Philox counter serves four."""
+    i_quad = i_block[:, None] * QUADS + tl.arange(0, QUADS)[None, :]
+    zero = tl.zeros([ROWS, QUADS], tl.uint32)
+    w0, w1, w2, w3 = tl.philox_impl(
+        i_quad.to(tl.uint32), (i_quad >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero,
+        zero + seed_low.to(tl.uint32), zero + seed_high.to(tl.uint32),
+    )  # fmt: skip
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@_jit
+def _round_to_bf16(b_x, b_words):
+    b_bits = b_x.to(tl.uint32, bitcast=True)
+    b_rounded = (b_bits + (b_words & 0xFFFF)) >> 16
+    # an infinity stays one, and a NaN keeps a bit that says so
+    b_special = (b_bits >> 16) | tl.where((b_bits & 0x7FFFFF) != 0, 0x40, 0)
+    b_rounded = tl.where((b_bits & 0x7F800000) == 0x7F800000, b_special, b_rounded)
+    return b_rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@_jit
+def _step_kernel(
+    p_weight, p_grad, p_m8, p_v8, p_m_scale, p_v_scale, p_m_max, p_v_max, p_grad_scale, grad_scale,
+    n, lead, blocks, first_block, step, seed_low, seed_high, beta1, beta2, new1, new2, eps, decay, rate, root,
+    SCALE: tl.constexpr, M_JOINT: tl.constexpr, V_JOINT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, M_CODES: tl.constexpr, V_CODES: tl.constexpr,
+):  # fmt: skip
+    """ROWS blocks: weights, codes and scales."""
+    b_m, b_v, i_block, m_block, o, m = _new_moments(
+        p_grad, p_m8, p_v8, p_m_scale, p_v_scale, p_grad_scale, grad_scale,
+        n, lead, blocks, beta1, beta2, new1, new2, SCALE, ROWS, BLOCK, M_CODES, V_CODES,
+    )  # fmt: skip
+    b_words = _words(i_block + first_block, seed_low, seed_high, step, ROWS, BLOCK // 4)
+    b_new = tl.load(p_weight + o, mask=m, other=0.0).to(tl.float32) * decay
+    b_new -= tl.div_rn(b_m, tl.sqrt_rn(b_v) * root + eps) * rate
+    if p_weight.dtype.element_ty == tl.bfloat16:
+        tl.store(p_weight + o, _round_to_bf16(b_new, b_words), mask=m)
+    else:
+        tl.store(p_weight + o, b_new, mask=m)
+    b_scale = _store_largest(p_m_scale, p_m_max, tl.abs(b_m), i_block, m_block, M_JOINT)
+    b_code = _code(tl.abs(b_m), b_scale, 0.5, M_CODES)
+    tl.store(p_m8 + o, tl.where(b_m < 0, -b_code, b_code).to(tl.int8), mask=m)
+    b_scale = _store_largest(p_v_scale, p_v_max, b_v, i_block, m_block, V_JOINT)
+    b_chance = ((b_words >> 16).to(tl.float32) + 0.5) * 0.0000152587890625
+    b_code = tl.maximum(_code(b_v, b_scale, b_chance, V_CODES), 1.0)
+    tl.store(p_v8 + o, tl.where(b_v > 0, b_code, 0.0).to(tl.int32).to(tl.uint8), mask=m)
+
+
+@_jit
+def _block_max_kernel(
+    p_grad, p_m8, p_v8, p_m_scale, p_v_scale, p_m_max, p_v_max, p_grad_scale, grad_scale,
+    n, lead, blocks, beta1, beta2, new1, new2,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, M_CODES: tl.constexpr, V_CODES: tl.constexpr,
+):  # fmt: skip
+    """The largest |m| and v of ROWS blocks."""
+    b_m, b_v, i_block, m_block, _o, _m = _new_moments(
+        p_grad, p_m8, p_v8, p_m_scale, p_v_scale, p_grad_scale, grad_scale,
+        n, lead, blocks, beta1, beta2, new1, new2, SCALE, ROWS, BLOCK, M_CODES, V_CODES,
+    )  # fmt: skip
+    _store_largest(p_m_max, p_m_max, tl.abs(b_m), i_block, m_block, False)
+    _store_largest(p_v_max, p_v_max, b_v, i_block, m_block, False)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------
+
+
+def _tile() -> dict[str, Any]:
+    return {
+        "ROWS": ROWS, "BLOCK": BLOCK, "M_CODES": M_CODES, "V_CODES": V_CODES,
+        # contracted products would be rounded otherwise than on a CPU
+        "num_warps": WARPS, "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+def _step(
+    weight: Tensor, grad: Tensor, m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor,
+    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+    grad_scale: Tensor | float, seed: int, offset: int, m_max: Tensor | None, v_max: Tensor | None,
+) -> None:  # fmt: skip
+    n, blocks, on_device = len(weight), len(m_scale), isinstance(grad_scale, Tensor)
+    launch(
+        _step_kernel, cdiv(blocks, ROWS), weight,
+        weight, grad, m8, v8, m_scale, v_scale,
+        m_scale if m_max is None else m_max, v_scale if v_max is None else v_max,
+        grad_scale if on_device else m_scale, 1.0 if on_device else float(grad_scale),
+        n, offset % BLOCK, blocks, offset // BLOCK, step, _signed(seed), _signed(seed >> 32),
+        beta1, beta2, 1 - beta1, 1 - beta2, eps, *_factors(lr, beta1, beta2, weight_decay, step),
+        SCALE=on_device, M_JOINT=m_max is not None, V_JOINT=v_max is not None, **_tile(),
+    )  # fmt: skip
+
+
+def _block_max(
+    grad: Tensor, m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor,
+    *, beta1: float, beta2: float, grad_scale: Tensor | float, offset: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    m_max, v_max, on_device = torch.empty_like(m_scale), torch.empty_like(v_scale), isinstance(grad_scale, Tensor)
+    launch(
+        _block_max_kernel, cdiv(len(m_scale), ROWS), grad,
+        grad, m8, v8, m_scale, v_scale, m_max, v_max,
+        grad_scale if on_device else m_scale, 1.0 if on_device else float(grad_scale),
+        len(grad), offset % BLOCK, len(m_scale), beta1, beta2, 1 - beta1, 1 - beta2, SCALE=on_device, **_tile(),
+    )  # fmt: skip
+    return m_max, v_max
+
+
+def _signed(word: int) -> int:
+    """The lower 32 bits as int32, so that no seed is of another type than the one before it."""
+    return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+# --- public ----------------------------------------------------------------------------------------------------
+
+
+def adamw8bit_step(
+    weight: Tensor,
+    grad: Tensor,
+    m8: Tensor,
+    v8: Tensor,
+    m_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: Tensor | float = 1.0,
+    seed: int = 0,
+    offset: int = 0,
+    m_max: Tensor | None = None,
+    v_max: Tensor | None = None,
+) -> None:
+    """One step in place: writes weight, codes and scales; see the top of this file.
+
+    weight: [n] fp32 or bf16; grad: [n]; m8, v8: [n] int8 and uint8; m_scale, v_scale: [blocks touched] fp32; all
+    contiguous, as ``adamw8bit_state`` makes them. step: 1, 2, ...; grad_scale: a number, or a tensor of one on the
+    weight's device; seed: 0 to 2^63 - 1; offset: the place of the first element in its parameter. m_max, v_max:
+    [blocks touched] fp32, taken for the blocks' largest values instead of what this slice holds; an entry below 0
+    leaves a block to itself. They are needed where a cut divides a block. Raises ValueError for other shapes.
+    """
+    _check(weight, grad, m8, v8, m_scale, v_scale, offset)
+    check(weight.dtype in (torch.float32, torch.bfloat16), f"weights are fp32 or bf16; found {weight.dtype}")
+    check(step >= 1, f"steps count from 1; found {step}")
+    run = _step if triton is not None and on_kernel(weight) else adamw8bit_step_reference
+    run(
+        weight, grad, m8, v8, m_scale, v_scale, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+        step=step, grad_scale=grad_scale, seed=seed, offset=offset, m_max=m_max, v_max=v_max,
+    )  # fmt: skip
+
+
+def adamw8bit_block_max(
+    grad: Tensor,
+    m8: Tensor,
+    v8: Tensor,
+    m_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    grad_scale: Tensor | float = 1.0,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The largest |m| and v that the next step would find in each block touched, [blocks touched] fp32 twice.
+
+    For blocks that a cut divides: take the larger one of both sides (``all_reduce`` with MAX), and hand it to
+    ``adamw8bit_step`` as m_max and v_max. Arguments as there; nothing is written.
+    """
+    _check(grad, grad, m8, v8, m_scale, v_scale, offset)
+    run = _block_max if triton is not None and on_kernel(grad) else adamw8bit_block_max_reference
+    return run(grad, m8, v8, m_scale, v_scale, beta1=beta1, beta2=beta2, grad_scale=grad_scale, offset=offset)
+
+
+def _check(weight: Tensor, grad: Tensor, m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor, offset: int) -> None:
+    n, blocks = len(weight), blocks_touched(len(weight), offset)
+    for name, x, length in (
+        ("weight", weight, n), ("grad", grad, n), ("m8", m8, n), ("v8", v8, n),
+        ("m_scale", m_scale, blocks), ("v_scale", v_scale, blocks),
+    ):  # fmt: skip
+        check(x.shape == (length,) and x.is_contiguous(), f"{name} is [{length}], contiguous; found {tuple(x.shape)}")
+    check(m8.dtype == torch.int8 and v8.dtype == torch.uint8, f"codes are int8 and uint8; found {m8.dtype}, {v8.dtype}")

@@ -1,0 +1,364 @@
+"""adamw8bit: the bits of kernel and eager code, closeness to fp32, chance, cuts, learning where bf16 stands still."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import draw, same_bits
+from torch import Tensor
+
+from smpo_fast.kernels import adamw8bit
+from smpo_fast.kernels._launch import INTERPRET
+from smpo_fast.kernels.adamw8bit import (
+    BLOCK,
+    State,
+    adamw8bit_block_max,
+    adamw8bit_block_max_reference,
+    adamw8bit_state,
+    adamw8bit_step,
+    adamw8bit_step_reference,
+    blocks_touched,
+)
+
+HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+BETAS = {"beta1": 0.9, "beta2": 0.999}
+WEIGHTS = (torch.float32, torch.bfloat16)
+
+
+def gradients(n: int, steps: int, spread: float = 1.0, *, device: Any = "cpu") -> Iterator[Tensor]:
+    """Noise around a mean, each element at a size of its own."""
+    size = (draw(n, seed=0) * spread).exp() * 1e-3
+    mean = draw(n, seed=1) * 0.2
+    return ((size * (mean + draw(n, seed=10 + t))).to(device) for t in range(steps))
+
+
+def follow(step: Callable[..., None], weight: Tensor, grads: Iterator[Tensor], **options: Any) -> tuple[Tensor, ...]:
+    """Weight, codes and scales after all gradients."""
+    weight, state = weight.clone(), adamw8bit_state(len(weight), weight.device, options.get("offset", 0))
+    for t, grad in enumerate(grads, 1):
+        step(weight, grad, *state, step=t, **{**HYPER, "seed": 7, **options})
+    return weight, *state
+
+
+# --- bits ------------------------------------------------------------------------------------------------------
+
+
+def test_random_words_are_philox() -> None:
+    """The published answer for a counter and key of zeros; and every part of counter and key tells."""
+
+    def words(element: int, step: int, seed: int) -> tuple[int, ...]:
+        return tuple(adamw8bit._random_words(4, element, step, seed, torch.device("cpu")).tolist())
+
+    assert words(0, 0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    near = [(20, 7, 9), (24, 7, 9), (20 + 2**34, 7, 9), (20, 8, 9), (20, 7, 10), (20, 7, 9 + 2**40)]
+    assert len({words(*c) for c in near}) == len(near)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize(("n", "offset"), [(3000, 0), (1, 0), (255, 256), (1500, 77), (300, 2**40 * BLOCK + 5)])
+def test_kernel_and_eager_code_agree_in_every_bit(
+    n: int, offset: int, dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device
+) -> None:
+    weight = draw(n, seed=2, dtype=dtype, device=device)
+    grads = [g.to(grad_dtype) for g in gradients(n, 4, device=device)]
+    scale = torch.tensor(0.37, device=device)
+    options = {"offset": offset, "seed": 2**62 + 2**31 + 3, "grad_scale": scale}
+    found = follow(adamw8bit_step, weight, iter(grads), **options)
+    wanted = follow(adamw8bit_step_reference, weight, iter(grads), **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert n == 1 or not torch.equal(found[0], weight)
+    state = State(*wanted[1:])
+    maxima = [f(grads[0], *state, **BETAS, grad_scale=scale, offset=offset)
+              for f in (adamw8bit_block_max, adamw8bit_block_max_reference)]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*maxima, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_tile_changes_no_bit(rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's program has four blocks, the interpreter's more, to be quick."""
+    weight = draw(2100, seed=2, dtype=torch.bfloat16, device=device)
+    wanted = follow(adamw8bit_step, weight, gradients(2100, 2, device=device), offset=100)
+    monkeypatch.setattr(adamw8bit, "ROWS", rows)
+    found = follow(adamw8bit_step, weight, gradients(2100, 2, device=device), offset=100)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_scale_on_the_device_is_a_number_and_is_the_gradient_scaled(device: torch.device) -> None:
+    weight = draw(600, seed=2, device=device)
+    grads = list(gradients(600, 3, device=device))
+    runs = [
+        follow(adamw8bit_step, weight, iter(grads), grad_scale=0.25),
+        follow(adamw8bit_step, weight, iter(grads), grad_scale=torch.tensor(0.25, device=device)),
+        follow(adamw8bit_step, weight, (g * 0.25 for g in grads)),
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+# --- cuts ------------------------------------------------------------------------------------------------------
+
+
+def cut_steps(weight: Tensor, grads: list[Tensor], cuts: list[int], step: Callable[..., None]) -> list[Tensor]:
+    """As ranks do it that hold a slice each: maxima of divided blocks joined, then each its own step."""
+    edges = [0, *cuts, len(weight)]
+    slices = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    weights = [weight[s].clone() for s in slices]
+    states = [adamw8bit_state(s.stop - s.start, weight.device, s.start) for s in slices]
+    blocks = [slice(s.start // BLOCK, s.start // BLOCK + blocks_touched(s.stop - s.start, s.start)) for s in slices]
+    for t, grad in enumerate(grads, 1):
+        joint = torch.full((2, blocks_touched(len(weight))), -1.0, device=weight.device)
+        for s, state, b in zip(slices, states, blocks, strict=True):
+            mine = adamw8bit_block_max(grad[s].clone(), *state, **BETAS, offset=s.start)
+            joint[:, b] = torch.maximum(joint[:, b], torch.stack(mine))
+        for w, s, state, b in zip(weights, slices, states, blocks, strict=True):
+            maxima = [x[b].clone() for x in joint]
+            # blocks that nobody else has a part of may be left to themselves
+            for x in maxima:
+                x[1:-1] = -1.0
+            step(w, grad[s].clone(), *state, step=t, **HYPER, seed=7, offset=s.start, m_max=maxima[0], v_max=maxima[1])
+    codes = [torch.cat([state[i] for state in states]) for i in (0, 1)]
+    return [torch.cat(weights), *codes]
+
+
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize("step", [adamw8bit_step, adamw8bit_step_reference], ids=["op", "eager"])
+def test_cutting_changes_no_bit(step: Callable[..., None], dtype: torch.dtype, device: torch.device) -> None:
+    n, steps = 1900, 3
+    weight, grads = draw(n, seed=3, dtype=dtype, device=device), list(gradients(n, steps, device=device))
+    whole = follow(step, weight, iter(grads))[:3]
+    for cuts in ([512], [100, 101, 200, 1000], [1, 255, 257, 1899]):
+        assert all(torch.equal(a, b) for a, b in zip(cut_steps(weight, grads, cuts, step), whole, strict=True)), cuts
+
+
+def test_a_cut_between_blocks_needs_no_maxima(device: torch.device) -> None:
+    weight, grads = draw(1500, seed=3, dtype=torch.bfloat16, device=device), list(gradients(1500, 3, device=device))
+    whole = follow(adamw8bit_step, weight, iter(grads))
+    low = follow(adamw8bit_step, weight[:512], (g[:512] for g in grads))
+    high = follow(adamw8bit_step, weight[512:], (g[512:] for g in grads), offset=512)
+    assert all(torch.equal(torch.cat(halves), w) for *halves, w in zip(low, high, whole, strict=True))
+
+
+@settings(max_examples=25)
+@given(
+    n=st.integers(2, 900),
+    where=st.lists(st.floats(0, 1), max_size=4),
+    dtype=st.sampled_from(WEIGHTS),
+    spread=st.floats(0, 5),
+)
+def test_any_cut_changes_no_bit(n: int, where: list[float], dtype: torch.dtype, spread: float) -> None:
+    cuts = sorted({min(n - 1, max(1, int(x * n))) for x in where})
+    weight, grads = draw(n, seed=3, dtype=dtype), list(gradients(n, 2, spread))
+    whole = follow(adamw8bit_step_reference, weight, iter(grads))[:3]
+    found = cut_steps(weight, grads, cuts, adamw8bit_step_reference)
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------
+
+
+def adamw(weight: Tensor, grads: Iterator[Tensor], dtype: torch.dtype, make: Any = torch.optim.AdamW) -> Tensor:
+    """The weight after another optimizer's steps."""
+    parameter = torch.nn.Parameter(weight.to(dtype, copy=True))
+    optimizer = make([parameter], lr=HYPER["lr"], betas=(0.9, 0.999), eps=HYPER["eps"], weight_decay=0.01)
+    for grad in grads:
+        parameter.grad = grad.to(dtype)
+        optimizer.step()
+    return parameter.detach()
+
+
+def test_the_first_step_is_adamws(device: torch.device) -> None:
+    """Nothing is quantised yet: bias correction and decay, to fp32's rounding."""
+    weight, grad = draw(1000, seed=4, device=device), next(gradients(1000, 1, device=device))
+    found = follow(adamw8bit_step, weight, iter([grad]))[0]
+    truth = adamw(weight, iter([grad]), torch.float64)
+    assert (found - truth).abs().max() <= 2 * (adamw(weight, iter([grad]), torch.float32) - truth).abs().max()
+    step = HYPER["lr"] * grad / (grad.abs() + HYPER["eps"])
+    assert torch.allclose(weight * (1 - 1e-5) - found, step, atol=1e-6)
+
+
+def displaced(found: Tensor, truth: Tensor, start: Tensor) -> float:
+    """How far apart two runs have ended, relative to the way that the true one went."""
+    return ((found.double() - truth).norm() / (truth - start).norm()).item()
+
+
+@pytest.mark.parametrize(("spread", "shrunk", "most"), [(0.0, 1.0, 0.03), (1.0, 1.0, 0.1), (1.5, 1.0, 0.2),
+                                                        (0.5, 0.1, 0.1)])  # fmt: skip
+def test_follows_fp32_and_not_worse_than_bitsandbytes(spread: float, shrunk: float, most: float) -> None:
+    """400 steps on gradients of one size; of sizes of their own; and where half of them shrink on the way.
+
+    Where all elements of a block are of one size (spread 0), linear codes are the better ones: there both are
+    close to fp32, and the ceiling alone is asked for.
+    """
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    n, steps = 4096, 400
+    start, half = torch.zeros(n), (torch.arange(n) % 2).bool()
+
+    def grads() -> Iterator[Tensor]:
+        for t, grad in enumerate(gradients(n, steps, spread)):
+            yield torch.where(half, grad, shrunk * grad) if t > 100 else grad
+
+    truth = adamw(start, grads(), torch.float64)
+    ours = displaced(follow(adamw8bit_step_reference, start, grads())[0], truth, start)
+    theirs = displaced(adamw(start, grads(), torch.float32, bitsandbytes.optim.AdamW8bit), truth, start)
+    assert ours < most
+    assert spread == 0 or ours < theirs, f"ours {ours:.4f}, bitsandbytes {theirs:.4f}"
+
+
+def test_v_follows_gradients_that_shrink() -> None:
+    """To the nearest code, v would stay where it was: its decay of a thousandth is less than half a code."""
+    n, steps = 512, 1500
+    tenth = torch.where(torch.arange(n) % 2 == 0, 1.0, 0.1)
+    shrinking = (g * (tenth if t > 50 else 1.0) for t, g in enumerate(gradients(n, steps, 0.0)))
+    _, _, v8, _, v_scale = follow(adamw8bit_step_reference, torch.zeros(n), shrinking)
+    v = (v8.float() / 255) ** 4 * v_scale.repeat_interleave(BLOCK)
+    wanted = 1e-6 * (0.01 + 0.99 * 0.999 ** (steps - 51) * (1 - 0.999**51)) * 1.04
+    assert v[1::2].mean() == pytest.approx(wanted, rel=0.25)
+
+
+def test_small_v_is_kept_above_zero_and_steps_stay_bounded() -> None:
+    """Gradients over 8 decades in one block: coarse codes make steps up to 3 times as large, none without bound."""
+    size = torch.logspace(-8, 0, BLOCK)
+    start = torch.zeros(BLOCK)
+    grads = [size * (1 + 0.3 * draw(BLOCK, seed=20 + t)) for t in range(60)]
+    weight, _, v8, _, _ = follow(adamw8bit_step_reference, start, iter(grads), eps=1e-20, weight_decay=0.0)
+    assert (v8 > 0).all()
+    assert (weight < 0).all() and weight.abs().max() < 3.2 * 60 * HYPER["lr"]
+
+
+# --- chance ----------------------------------------------------------------------------------------------------
+
+
+def test_rounding_to_bf16_leaves_the_mean(device: torch.device) -> None:
+    """A weight between two neighbours in bf16 goes to each as often as it lies near it, whatever the step does."""
+    n, spacing = 40_000, 2**-7
+    for part in (0.0, 0.1, 0.5, 0.93):
+        weight = torch.full((n,), 1.0, dtype=torch.bfloat16, device=device)
+        # the first step of a constant gradient is exactly lr
+        grad = torch.full((n,), -1.0, device=device)
+        options = {**HYPER, "lr": part * spacing, "weight_decay": 0.0, "eps": 1e-20}
+        adamw8bit_step(weight, grad, *adamw8bit_state(n, device), step=1, seed=3, **options)
+        assert set(weight.unique().tolist()) <= {1.0, 1.0 + spacing}
+        share = (weight.double() - 1).mean().item() / spacing
+        assert share == pytest.approx(part, abs=4.5 * (part * (1 - part) / n) ** 0.5 + 1e-5)
+
+
+def test_rounding_of_v_leaves_the_mean() -> None:
+    n = 60_000
+    scale = torch.ones(n // BLOCK + 1)
+    for value in (0.9, 0.1234, 3e-3, 2e-6):
+        words = adamw8bit._random_words(len(scale) * BLOCK, 0, 1, 5, torch.device("cpu")).view(-1, BLOCK)
+        code = adamw8bit._encode_v(torch.full_like(words, value, dtype=torch.float32), scale, words)
+        decoded = adamw8bit._fourth_power(code.double(), 255)
+        assert len(code.unique()) == 2
+        assert decoded.mean().item() == pytest.approx(value, abs=4.5 * decoded.std().item() / n**0.5)
+
+
+def test_repeats_itself_and_listens_to_the_seed(device: torch.device) -> None:
+    weight = draw(2000, seed=5, dtype=torch.bfloat16, device=device)
+    first, again, other = (follow(adamw8bit_step, weight, gradients(2000, 3, device=device), seed=s) for s in (7, 7, 8))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[2], other[2])
+
+
+def test_learns_where_rounding_to_nearest_stands_still() -> None:
+    """lr 1e-5 on weights near 1, whose neighbours in bf16 are 400 to 800 steps away."""
+    n, steps, options = 4096, 300, {"lr": 1e-5, "weight_decay": 0.0}
+    start = (1 + 0.5 * draw(n, seed=6).abs()).bfloat16()
+    goal = start.float() + 0.1 * draw(n, seed=7).sign()  # many neighbours away
+
+    def descend(weight: Tensor, step: Callable[[Tensor, Tensor, int], None]) -> Tensor:
+        weight = weight.clone()
+        for t in range(1, steps + 1):
+            step(weight, weight.float() - goal + 0.03 * draw(n, seed=100 + t), t)
+        return weight.float() - start.float()
+
+    def ours(dtype: torch.dtype) -> Tensor:
+        state = adamw8bit_state(n)
+        return descend(start.to(dtype), lambda w, g, t: adamw8bit_step_reference(
+            w, g, *state, step=t, seed=1, **{**HYPER, **options}))  # fmt: skip
+
+    def nearest(weight: Tensor, grad: Tensor, t: int) -> None:
+        """What an optimizer in bf16 does: each step rounded to nearest."""
+        weight.copy_((weight.float() - 1e-5 * grad.sign()).bfloat16())
+
+    way = goal - start.float()
+    master, chance, still = ours(torch.float32), ours(torch.bfloat16), descend(start, nearest)
+    assert (still == 0).all(), "rounding to nearest moved: the comparison is empty"
+    gained = [(d * way.sign()).mean().item() for d in (master, chance)]
+    assert gained[0] > 0.85 * steps * 1e-5
+    assert gained[1] == pytest.approx(gained[0], rel=0.05)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize("step", [adamw8bit_step, adamw8bit_step_reference], ids=["op", "eager"])
+def test_a_nonfinite_gradient_shows_in_its_weight_alone(
+    step: Callable[..., None], dtype: torch.dtype, value: float, device: torch.device
+) -> None:
+    weight, grad = draw(700, seed=8, dtype=dtype, device=device), next(gradients(700, 1, device=device))
+    clean = follow(step, weight, iter([grad]))[0]
+    grad[300] = value
+    found = follow(step, weight, iter([grad]))[0]
+    assert found[300].isnan()
+    found[300] = clean[300]
+    assert same_bits(found, clean)
+
+
+@pytest.mark.parametrize("step", [adamw8bit_step, adamw8bit_step_reference], ids=["op", "eager"])
+def test_gradients_of_zero(step: Callable[..., None], device: torch.device) -> None:
+    """The weight decays and nothing else happens, also in a block where others have gradients, also later."""
+    weight = draw(600, seed=9, device=device)
+    grad = next(gradients(600, 1, device=device))
+    grad[:300] = 0
+    found, m8, v8, m_scale, v_scale = follow(step, weight, iter([torch.zeros_like(grad), grad]))
+    assert torch.allclose(found[:300], weight[:300] * (1 - 1e-5) ** 2, rtol=1e-6)
+    assert (m8[:300] == 0).all() and (v8[:300] == 0).all() and m_scale[0] == 0 == v_scale[0]
+    assert found.isfinite().all() and (found[300:] != weight[300:]).all()
+
+
+def test_no_elements(device: torch.device) -> None:
+    nothing = torch.zeros(0, device=device)
+    adamw8bit_step(nothing, nothing, *adamw8bit_state(0, device), step=1, **HYPER)
+    assert adamw8bit_block_max(nothing, *adamw8bit_state(0, device), **BETAS)[0].shape == (0,)
+
+
+def test_mistakes_are_named(device: torch.device) -> None:
+    weight, state = torch.zeros(600, device=device), adamw8bit_state(600, device)
+    with pytest.raises(ValueError, match=r"grad is \[600\]"):
+        adamw8bit_step(weight, weight[:1], *state, step=1, **HYPER)
+    with pytest.raises(ValueError, match=r"m_scale is \[4\]"):
+        adamw8bit_step(weight, weight, *state, step=1, offset=255, **HYPER)
+    with pytest.raises(ValueError, match="fp32 or bf16"):
+        adamw8bit_step(weight.half(), weight, *state, step=1, **HYPER)
+    with pytest.raises(ValueError, match="codes are int8 and uint8"):
+        adamw8bit_step(weight, weight, state.v8, *state[1:], step=1, **HYPER)
+    with pytest.raises(ValueError, match="steps count from 1"):
+        adamw8bit_step(weight, weight, *state, step=0, **HYPER)
+
+
+def test_bytes_of_a_parameter() -> None:
+    n = 2**20
+    assert sum(x.nbytes for x in adamw8bit_state(n)) == 2 * n + 8 * n // BLOCK  # 2.03 an element
+
+
+@pytest.mark.skipif(not INTERPRET, reason="once is enough")
+def test_without_triton_eager_code_serves() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from smpo_fast.kernels import adamw8bit as a\n"
+        "w = torch.ones(10); a.adamw8bit_step(w, w.clone(), *a.adamw8bit_state(10), lr=1., beta1=.9, beta2=.999,\n"
+        "    eps=1e-8, weight_decay=0., step=1)\n"
+        "assert a.triton is None and w.abs().max() < 1e-6, w"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
