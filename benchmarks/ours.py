@@ -133,7 +133,8 @@ def planned_peak(architecture: Architecture, checkpointing: bool) -> int:
         "batch": {"pairs_per_step": 2},
     }
     trainer: Any = make_trainer(architecture, counting.META, overrides)
-    networks = counting.parameters_of([trainer.policy.unet, trainer.reference.unet])
+    with trainer.reference() as reference:
+        networks = counting.parameters_of([trainer.policy.unet, reference.unet])
     held = [*networks, *trainer.engine._masters.values()]
     with counting.fused_attention(), counting.DeviceSpy(), counting.LiveBytes(held) as live:
         trainer.step(0)

@@ -18,7 +18,7 @@ class Conditioning:
 
     prompt: Tensor  # [B, S, D]
     pooled: Tensor | None = None  # [B, E], SDXL
-    time_ids: Tensor | None = None  # [B, 6], SDXL
+    time_ids: Tensor | None = None  # [B, 6], SDXL; or [B, 2, 6] where the pictures of a pair differ
 
     def take(self, rows: slice) -> Conditioning:
         """Some of the rows."""

@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -216,11 +216,11 @@ def _compiled(blocks: list[nn.Module]) -> Iterator[None]:
         for block in blocks:
             if not hasattr(block, "inversion_impl"):
                 object.__setattr__(block, "inversion_impl", _compiled_impl(block))
-            block._compiled_call_impl = block.inversion_impl
+            block._compiled_call_impl = cast(Any, block.inversion_impl)
         yield
     finally:
-        for block, impl in zip(blocks, before, strict=True):
-            block._compiled_call_impl = impl
+        for block, previous in zip(blocks, before, strict=True):
+            block._compiled_call_impl = previous
 
 
 def compile_training(*unets: nn.Module) -> None:

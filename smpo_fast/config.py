@@ -115,13 +115,13 @@ class Data(Section):
     pairs: str = Field(EMBEDDED, description="'embedded', a parquet file in Pick-a-Pic columns, or a folder of them")
     cache: str = Field(
         "",
-        description="folder of the prepared cache, or a URL (s3://.., gs://..) that it is sent to and read from through "
+        description="folder of the prepared cache, or a URL (s3://.., gs://..) that it is sent to and read from via "
         "<run.dir>/cache; empty: <run.dir>/cache",
     )
     resolution: int = Field(1024, ge=8, description="side in px of the centre-cropped square")
     buckets: bool = Field(
         False,
-        description="keep aspect ratios: crop both pictures of a pair to the nearest shape of about resolution^2 pixels",
+        description="keep aspect ratios: crop both pictures of a pair to the nearest shape of about resolution^2 px",
     )
     conditioning: Literal["uncropped", "original"] = Field(
         "uncropped",
@@ -310,8 +310,10 @@ class Optim(Section):
 class Kernels(Section):
     """Fused Triton kernels in place of eager code (docs/kernels.md)."""
 
-    enabled: list[Literal["pair_loss", "renoise_step", "group_norm_silu", "layer_norm", "geglu", "geglu_linear"]] = Field(
-        [], description="kernels in use: pair_loss, renoise_step, group_norm_silu, layer_norm, geglu, geglu_linear"
+    enabled: list[Literal["pair_loss", "renoise_step", "group_norm_silu", "layer_norm", "geglu", "geglu_linear"]] = (
+        Field(
+            [], description="kernels in use: pair_loss, renoise_step, group_norm_silu, layer_norm, geglu, geglu_linear"
+        )
     )
 
 

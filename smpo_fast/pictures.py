@@ -77,7 +77,7 @@ def _middle(image: Image) -> tuple[int, int, Image]:
     """What is cut on the left and at the top, and the middle MAX_ASPECT : 1 of a longer picture."""
     width, height = image.size
     longest = MAX_ASPECT * min(width, height)
-    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
-    if not left and not top:
+    if max(width, height) <= longest:
         return 0, 0, image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
     return left, top, image.crop((left, top, left + min(width, longest), top + min(height, longest)))

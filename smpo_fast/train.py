@@ -101,7 +101,7 @@ class Job:
         evaluate.check(settings)
         patch.check(settings, self.world.device)
         self.run_dir = Path(settings.run.dir)
-        self.cache_dir = Path(settings.data.cache or self.run_dir / "cache")
+        self.cache_dir = prepare.locate(settings)
         self.encoders = encoders_identity(self.source)
         if cache.exists(self.cache_dir):
             self.open_cache()
@@ -152,16 +152,17 @@ class Job:
         frozen["lora"] = c.lora
         sections = {name: section.model_dump() for name, section in frozen.items()}
         # where the numbers are kept, and what is written at the end: not what the numbers are
-        del sections["inversion"]["store"], sections["lora"]["merge"]
+        del sections["inversion"]["store"], sections["lora"]["merge"], sections["optim"]["offload"]
         return {
             **sections,
             "seed": c.run.seed,
             "pairs_per_step": c.batch.pairs_per_step,
             "model": weights_identity(self.source.unet_folder),
-            "pairs": {name: prepared[name] for name in ("source", "max_pairs", "encoders", "resolution")},
+            "pairs": {name: prepared[name] for name in ("source", "max_pairs", "encoders", "resolution", "buckets")},
             "precision": self.precision,
             "prompt_dropout": c.data.prompt_dropout,
             "flip": c.data.flip,
+            "conditioning": c.data.conditioning,
         }
 
 
@@ -237,12 +238,10 @@ def open_reference(
 
 
 def prepare_cache(job: Job) -> None:
-    """Make the cache on rank 0 where there is none; the others wait for the finished folder, not in a collective."""
-    if not cache.exists(job.cache_dir) and job.world.rank == 0:
+    """Make the cache where there is none: all ranks share the work through its folder, not in a collective."""
+    if not cache.exists(job.cache_dir):
         encoders = Encoders(job.source, job.world.device)
-        prepare.prepare(job.config, encoders, job.world.device, job.cache_dir)
-    while not cache.exists(job.cache_dir):
-        time.sleep(1.0)
+        prepare.prepare(job.config, encoders, job.world.device, job.cache_dir, world=job.world)
 
 
 def run_steps(job: Job, trainer: Trainer, progress: checkpoint.Progress, log: metrics.RunLog) -> checkpoint.Progress:

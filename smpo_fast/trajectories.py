@@ -43,6 +43,10 @@ class Trajectories:
         """Whether nothing has to be computed from step ``first`` on in a run of so many steps."""
         return all(step in self._stored for step in range(first, steps))
 
+    def has(self, step: int) -> bool:
+        """Whether a step is stored."""
+        return step in self._stored
+
     def tau(self, step: int, places: Sequence[int]) -> Tensor | None:
         """The noise of this rank's pairs at ``places`` of a step, [M, B, 2, C, H, W] float32; None when not stored."""
         return self._read("tau", step, places)

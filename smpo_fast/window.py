@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 from typing import Any, cast
@@ -89,15 +89,23 @@ class Trainer:
         with self.meter.phase("load"):
             window = self.draw(step)
         self._work = Work(self.bar, self.config.batch.pairs_per_step, self._calls(step, window))
-        with self.meter.phase("inversion"):
-            examples = [e for pairs in window for e in self.examples(pairs, step)]
-        with self.meter.phase("reference"):
-            frozen = self.reference_errors(examples, step)
+        with self._reference_for_both_phases(step):
+            with self.meter.phase("inversion"):
+                examples = [e for pairs in window for e in self.examples(pairs, step)]
+            with self.meter.phase("reference"):
+                frozen = self.reference_errors(examples, step)
         with self.meter.phase("policy"):
             self.backward(examples, frozen)
         with self.meter.phase("optimizer"):
             result = self.engine.step(learning_rate(self.config.optim, step, self.config.run.steps))
         return result, *self.meter.flush()
+
+    def _reference_for_both_phases(self, step: int) -> AbstractContextManager[Any]:
+        """Held from one phase into the next where both need it: a streamed reference is then copied once."""
+        settings = self.config.inversion
+        if settings.source == "noise" or settings.network == "policy" or (self.store and self.store.has(step)):
+            return nullcontext()
+        return self.reference()
 
     # --- phase 1: where the examples lie ----------------------------------------------------------------------
 

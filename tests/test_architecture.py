@@ -18,17 +18,28 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 # A room may import rooms of lower layers, and rooms of its own layer where ALLOWED says so.
 LAYERS = {
     "config": 0, "embedded": 0, "embedded.shapes": 0, "embedded.reward": 0,
-    "runtime": 1, "batch": 1, "parts": 1, "remote": 1, "order": 2, "schedule": 2, "labels": 2, "prefetch": 2, "trajectories": 2,
-    "data": 3, "reward_models": 2, "scorers": 3, "sidecar": 4, "scoring": 5, "generate": 9, "cache": 3, "model": 3, "inversion": 3, "objective": 3, "report": 3, "kernels": 3,
-    "slices": 3, "optimizers": 4, "engine": 4, "calls": 4, "checkpoint": 5, "window": 5, "metrics": 4, "loader": 4, "pictures": 4, "prepare": 5, "lora": 4, "footprint": 4, "doctor": 4, "evaluate": 5, "patch": 4,
-    "reference": 5,
-    "containers": 4, "sources": 5, "formats": 6, "table": 7, "importer": 8,
-    "train": 6, "plan": 6, "cli": 10,
+    "runtime": 1, "batch": 1, "parts": 1, "remote": 1,
+    "order": 2, "schedule": 2, "labels": 2, "prefetch": 2, "trajectories": 2, "reward_models": 2,
+    "data": 3, "scorers": 3, "cache": 3, "model": 3, "inversion": 3, "objective": 3, "report": 3, "kernels": 3,
+    "slices": 3,
+    "sidecar": 4, "optimizers": 4, "engine": 4, "calls": 4, "metrics": 4, "loader": 4, "pictures": 4, "lora": 4,
+    "footprint": 4, "doctor": 4, "patch": 4, "containers": 4,
+    "scoring": 5, "checkpoint": 5, "window": 5, "prepare": 5, "evaluate": 5, "reference": 5, "sources": 5,
+    "formats": 6, "train": 6, "plan": 6,
+    "table": 7,
+    "importer": 8,
+    "generate": 9,
+    "cli": 10,
 }  # fmt: skip
 # What makes the embedded assets: a program of several files that nobody imports.
 BUILDERS = ("embedded.networks", "embedded.pairs", "embedded.pretrain_vae", "embedded.pretrain_unet", "embedded.build")
 LAYERS |= {name: 7 + i for i, name in enumerate(BUILDERS)}
-SAME_LAYER = {("engine", "optimizers"), ("footprint", "lora"), ("embedded.reward", "embedded.shapes"), ("embedded.shapes", "embedded")}
+SAME_LAYER = {
+    ("engine", "optimizers"),
+    ("footprint", "lora"),
+    ("embedded.reward", "embedded.shapes"),
+    ("embedded.shapes", "embedded"),
+}
 OWNERS = {
     "deepspeed": {"engine"},
     "peft": {"lora"},
@@ -38,7 +49,18 @@ OWNERS = {
     "tarfile": {"containers"},
     "fsspec": {"containers", "sources", "remote"},
     "pyarrow": {"data", "sidecar", "cache", "containers", "table"},
-    "PIL": {"data", "reward_models", "scorers", "scoring", "generate", "evaluate", "report", "prepare", "pictures", "embedded.reward"},
+    "PIL": {
+        "data",
+        "reward_models",
+        "scorers",
+        "scoring",
+        "generate",
+        "evaluate",
+        "report",
+        "prepare",
+        "pictures",
+        "embedded.reward",
+    },
     "matplotlib": {"report"},
     "pydantic": {"config"},
     "tomllib": {"config"},
@@ -151,4 +173,10 @@ def test_optional_libraries_are_optional() -> None:
         for node in ast.parse(file.read_text()).body:
             names = {a.name for a in node.names} if isinstance(node, ast.Import) else set()
             names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
-            assert not {n.partition(".")[0] for n in names} & {"wandb", "trackio", "xformers", "bitsandbytes", "peft"}, file
+            assert not {n.partition(".")[0] for n in names} & {
+                "wandb",
+                "trackio",
+                "xformers",
+                "bitsandbytes",
+                "peft",
+            }, file
