@@ -267,6 +267,9 @@ def _pairs(report: Report, architecture: Architecture, count: int) -> None:
     if kernels:
         name = "ours, all kernels"
         makers[name] = lambda: pairs.make_ours(architecture, device, count, kernels, name)
+    for setting, values in ours.variants(device).items():
+        name = f"ours, {setting}"
+        makers[name] = lambda values=values, name=name: pairs.make_ours(architecture, device, count, values, name)  # type: ignore[misc]
     for setting, values in ours.approximations().items():
         both = {**kernels, **values}
         name = f"ours, {setting} (approximation)"
@@ -282,7 +285,7 @@ def _pairs(report: Report, architecture: Architecture, count: int) -> None:
             pair = pairs.check_pair(architecture, device)
             if not truth:
                 truth.append(contender.invert(pair).float().clone())
-            allowed = 0.5 if "approximation" in name else pairs.TOLERANCE[contender.dtype]
+            allowed = 0.5 if "approximation" in name or "solver" in name else pairs.TOLERANCE[contender.dtype]
             error = harness.agree(f"x_t of {name}", contender.invert(pair), truth[0], allowed)
             contender.warm()
             if device.type == "cuda":

@@ -53,8 +53,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 STEPS = (2, 4, 5, 10, 20)
 TRAINED = (
-    ("renoise, paper", 5), ("renoise, released", 5), ("ddim (source time)", 5), ("ddim (source time)", 10), ("pec", 2),
-    ("pec", 5), ("heun", 5), ("pec, 4 landings", 5),
+    ("renoise, paper", 5), ("pec", 5), ("pec", 2), ("pec, 4 landings", 5), ("ddim (source time)", 5),
+    ("renoise, released", 5),
 )  # fmt: skip
 
 

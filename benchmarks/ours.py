@@ -168,6 +168,19 @@ def patch_kernels(unet: Any, enabled: Sequence[str] | None = None) -> dict[str, 
     return patch.patch(unet, patch.MODULES if enabled is None else enabled)
 
 
+def variants(device: torch.device) -> dict[str, dict[str, dict[str, Any]]]:
+    """Ways of running the same arithmetic, and the one-call solver: name -> settings. Graphs need a GPU."""
+    found: dict[str, dict[str, dict[str, Any]]] = {"solver pec": {"inversion": {"fidelity": "paper", "solver": "pec"}}}
+    if device.type == "cuda":
+        found["compiled inversion"] = {"model": {"compile": "inversion"}}
+        found["compiled inversion, CUDA graphs"] = {"model": {"compile": "inversion", "cuda_graphs": True}}
+        found["all compiled, CUDA graphs, channels-last"] = {
+            "model": {"compile": "all", "cuda_graphs": True, "channels_last": True}
+        }
+        found["cuDNN attention"] = {"model": {"attention": "cudnn"}}
+    return found
+
+
 def approximations() -> dict[str, dict[str, dict[str, Any]]]:
     """Opt-in approximations: settings that are off by default and whose description says 'approximation'."""
     found: dict[str, dict[str, dict[str, Any]]] = {}

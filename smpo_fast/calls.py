@@ -27,7 +27,9 @@ from smpo_fast.model import Attention, Denoiser
 
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
-_SPECIALISATIONS = 64  # compiled variants of a block: widths x batch sizes x with and without gradients
+# Compiled variants of a block: widths (13 of SDXL's residual blocks) x batch sizes x shapes of pictures, with and
+# without gradients. Beyond the limit a block would run as it is, for the rest of the run.
+_SPECIALISATIONS = 1024
 
 
 def check(config: Config, device: torch.device, zero_stage: int) -> None:
@@ -205,7 +207,9 @@ def _blocks(unet: nn.Module) -> list[nn.Module]:
 
 
 def _compiled_impl(block: nn.Module) -> Callable[..., Any]:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SPECIALISATIONS)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _SPECIALISATIONS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _SPECIALISATIONS)
     return torch.compile(block._call_impl, dynamic=False)
 
 
@@ -295,7 +299,8 @@ class Graphs:
                 self._call(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # "global", the default, would let the prefetching thread's allocations spoil the capture
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = self._call(*arguments)
         self._pool = self._pool or graph.pool()
         self._graphs[size, shallow] = graph, out
@@ -314,37 +319,43 @@ class Float8:
         self.linears = [m for m in linears if m.in_features % 16 == 0 and m.out_features % 16 == 0]
         if not self.linears:
             raise SettingsError("inversion.fp8 matched no linear of this network (plain, sides multiples of 16)")
-        self._weights: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def quantise(self) -> None:
         """Round the weights as they are now; in place, where they were rounded before."""
         for linear in self.linears:
             rounded = _rows_to_float8(linear.weight)
-            if linear not in self._weights:
-                self._weights[linear] = rounded
-            else:
-                for place, value in zip(self._weights[linear], rounded, strict=True):
-                    place.copy_(value)
+            if (places := getattr(linear, "rounded", None)) is None:
+                object.__setattr__(linear, "rounded", rounded)
+                continue
+            for place, value in zip(places, rounded, strict=True):
+                place.copy_(value)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, the linears compute in float8."""
+        # By class, not by a new function for each: the compiler knows it again in the next call and the next block.
         try:
             for linear in self.linears:
-                object.__setattr__(linear, "forward", partial(self._forward, linear))
+                linear.__class__ = _Float8Linear
             yield
         finally:
             for linear in self.linears:
-                del linear.__dict__["forward"]
+                linear.__class__ = nn.Linear
 
-    def _forward(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        weight, weight_scale = self._weights[linear]
-        rows, scale = _rows_to_float8(x.reshape(-1, linear.in_features))
+
+class _Float8Linear(nn.Linear):
+    """A linear in float8; ``rounded`` is its weight: rows and their scales."""
+
+    rounded: tuple[Tensor, Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, weight_scale = self.rounded
+        rows, scale = _rows_to_float8(x.reshape(-1, self.in_features))
         product = torch._scaled_mm(
             rows, weight.t(), scale_a=scale, scale_b=weight_scale.t(), out_dtype=torch.bfloat16
         ).to(x.dtype)
-        product = product if linear.bias is None else product + linear.bias.to(x.dtype)
-        return product.view(*x.shape[:-1], linear.out_features)
+        product = product if self.bias is None else product + self.bias.to(x.dtype)
+        return product.view(*x.shape[:-1], self.out_features)
 
 
 def _rows_to_float8(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,28 +148,30 @@ def empty_unet(source: Source) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source.unet_folder))
 
 
-# model.attention -> the kernel that scaled_dot_product_attention must take
+# model.attention -> the kernel that scaled_dot_product_attention takes first
 _SDPA_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+# Those that serve where it cannot, as flash attention in float32: a choice of speed must not stop a run.
+_SDPA_OTHERS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 class Attention(AttnProcessor2_0):
-    """SDPA, by a given kernel or PyTorch's choice; with keys and values at hand, it projects the queries alone.
+    """SDPA, by a given kernel first or PyTorch's choice; with keys and values at hand, it projects the queries alone.
 
     ``attn.held``, where ``calls`` has set it, is (key, value) [pairs, heads, tokens, d] of a prompt's both pictures.
     """
 
     def __init__(self, kernel: SDPBackend | None = None) -> None:
         super().__init__()
-        self.kernel = kernel
+        self.kernels = [] if kernel is None else [kernel, *(other for other in _SDPA_OTHERS if other is not kernel)]
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        with sdpa_kernel(self.kernel) if self.kernel is not None else nullcontext():
+        with sdpa_kernel(self.kernels, set_priority=True) if self.kernels else nullcontext():
             held = getattr(attn, "held", None)
             if held is None or encoder_hidden_states is None:
                 return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)

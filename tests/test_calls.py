@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from smpo_fast import calls, config, model
@@ -182,15 +183,7 @@ def test_compiled_calls_agree_are_padded_and_see_new_weights(
     denoiser: Denoiser, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the compiler's tracing at least; its code generation takes minutes on a CPU."""
-    graphs: list[Any] = []
-
-    def compiler(graph: Any, example: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        torch, "compile", partial(torch.compile, backend=compiler if backend == "eager" else backend, fullgraph=True)
-    )
+    graphs = traced(monkeypatch, backend)
     mine = copy.copy(denoiser)
     mine.unet = copy.deepcopy(denoiser.unet)
     x, time, cond = inputs()
@@ -206,6 +199,64 @@ def test_compiled_calls_agree_are_padded_and_see_new_weights(
     assert relative(changed, caller(mine).pairs(cond)(x, time)) < 1e-4
     assert len(graphs) == compiled, "new weights in place need no new code"
     assert (compiled > 0) == (backend == "eager") and all(m._compiled_call_impl is None for m in mine.unet.modules())
+
+
+def traced(monkeypatch: pytest.MonkeyPatch, backend: str = "eager") -> list[Any]:
+    """No graph may break; returns the list of the graphs made, where the compiler only traces ("eager")."""
+    graphs: list[Any] = []
+
+    def compiler(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    chosen: Any = compiler if backend == "eager" else backend
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=chosen, fullgraph=True))
+    return graphs
+
+
+@torch.no_grad()
+def test_approximations_are_compiled_once(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float8 pays only when its rounding is fused: neither the next call nor the next window may make new code."""
+    graphs = traced(monkeypatch)
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    x, time, cond = inputs()
+    made = caller(mine, compile="inversion", fp8=True, reuse_deep=True)
+    eps = made.pairs(cond)
+    first = eps(x, time), eps(x, time, again=True)
+    compiled = len(graphs)
+    made.begin()
+    eps = made.pairs(cond)
+    assert torch.equal(eps(x, time), first[0]) and torch.equal(eps(x, time, again=True), first[1])
+    assert len(graphs) == compiled > 0
+    assert relative(first[0], caller(mine, fp8=True).pairs(cond)(x, time)) < 1e-4
+
+
+@torch.no_grad()
+def test_equal_blocks_share_their_code_and_all_variants_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL's 87 blocks are 15 at each batch size; with training and other shapes of pictures, far from the limit."""
+    graphs = traced(monkeypatch)
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32, 64), layers_per_block=2, norm_num_groups=8, cross_attention_dim=24,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4, 8),
+        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
+    ).eval()  # fmt: skip
+    model.set_attention([unet], "sdpa", CPU)
+    folder: Any = None
+    source = model.Source(folder, folder, folder, "sd15", "epsilon", {}, None)
+    made = Denoiser(unet, source, NoiseSchedule.from_config({"num_train_timesteps": 1000}), "fp32", CPU)
+    x, time, cond = inputs(4)
+    cond = Conditioning(cond.prompt[..., :24])
+    eps = caller(made, chunk=4, compile="inversion").pairs(cond)
+    found = []
+    for n in (4, 1, 4):
+        eps(x[:n], time[:n])
+        found.append(len(graphs))
+    assert found == [15, 30, 30] and len(calls._blocks(unet)) == 87
+    assert torch._dynamo.config.recompile_limit >= 8 * found[0] * len(calls.sizes(32))
 
 
 @pytest.mark.slow
@@ -247,6 +298,16 @@ def test_attention_that_cannot_run_here_gives_way_with_a_notice(
     unet: Any = copy.deepcopy(denoiser.unet)
     assert model.set_attention([unet], "cudnn", CPU) == "sdpa"
     assert "model.attention = 'cudnn' cannot be used here" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_where_the_chosen_kernel_cannot_serve_another_does(denoiser: Denoiser) -> None:
+    """As flash attention in float32 on a GPU; here, one that no CPU has."""
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    mine.unet.set_attn_processor(model.Attention(SDPBackend.EFFICIENT_ATTENTION))
+    x, time, cond = inputs()
+    assert relative(caller(mine).pairs(cond)(x, time), denoiser.eps(x, time, cond)) < 1e-5
 
 
 @pytest.mark.gpu
