@@ -33,7 +33,10 @@ _SPECIALISATIONS = 1024
 
 
 def check(config: Config, device: torch.device, zero_stage: int) -> None:
-    """Refuse what cannot run, before anything heavy is loaded; raises SettingsError naming the setting."""
+    """Refuse what cannot run, before anything heavy is loaded; raises SettingsError naming the setting.
+
+    zero_stage: -1 without DeepSpeed.
+    """
     model, inversion = config.model, config.inversion
     wanted = {
         "model.compile": model.compile != "off",
@@ -46,6 +49,22 @@ def check(config: Config, device: torch.device, zero_stage: int) -> None:
             raise SettingsError(f"{name}: ZeRO stage 3 gathers weights module by module; take stage 2, or leave it off")
         if value and name != "model.compile" and inversion.source != "inversion":
             raise SettingsError(f"{name} changes nothing: inversion.source = '{inversion.source}' makes no such calls")
+    if model.channels_last and zero_stage >= 0:
+        raise SettingsError(
+            "model.channels_last: DeepSpeed flattens weights in the other order; leave it off, or --ds_config"
+        )
+    if model.compile == "all" and model.reference == "sharded":
+        raise SettingsError(
+            "model.compile = 'all': a sharded reference cannot go through the policy's code: 'inversion'"
+        )
+    if model.compile == "all" and config.lora.rank:
+        raise SettingsError(
+            "model.compile = 'all': with LoRA the reference is another graph than the policy: 'inversion'"
+        )
+    _check_inversion(model, inversion, device)
+
+
+def _check_inversion(model: Model, inversion: Inversion, device: torch.device) -> None:
     if model.cuda_graphs and device.type != "cuda":
         raise SettingsError(f"model.cuda_graphs needs a CUDA device, this is {device.type}: leave it off")
     if model.cuda_graphs and inversion.network == "reference" and model.reference == "streamed":
@@ -55,14 +74,6 @@ def check(config: Config, device: torch.device, zero_stage: int) -> None:
     if inversion.reuse_deep and inversion.renoise_steps == 0:
         raise SettingsError(
             f"inversion.reuse_deep: solver = '{inversion.solver}' makes one call a step: nothing to reuse"
-        )
-    if model.compile == "all" and model.reference == "sharded":
-        raise SettingsError(
-            "model.compile = 'all': a sharded reference cannot go through the policy's code: 'inversion'"
-        )
-    if model.compile == "all" and config.lora.rank:
-        raise SettingsError(
-            "model.compile = 'all': with LoRA the reference is another graph than the policy: 'inversion'"
         )
     if inversion.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise SettingsError("inversion.fp8 needs a GPU with float8 matrix products (compute capability 8.9 or newer)")

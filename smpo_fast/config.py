@@ -69,7 +69,7 @@ class Model(Section):
     )
     attention: Literal["sdpa", "flash", "cudnn", "efficient", "xformers", "eager"] = Field(
         "sdpa",
-        description="attention; sdpa: PyTorch's choice of kernel; flash, cudnn, efficient: that one of its kernels; "
+        description="attention; sdpa: PyTorch's choice of kernel; flash, cudnn, efficient: that kernel first; "
         "what cannot run on the device gives way to sdpa, with one notice",
     )
     compile: Literal["off", "inversion", "all"] = Field(

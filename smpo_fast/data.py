@@ -200,21 +200,6 @@ def read_inside(folder: Path, name: str, fence: Path | None = None) -> bytes:
         raise BadPicture(f"no file: '{name}' cannot be read ({error.strerror})") from error
 
 
-def to_square(image: Image.Image, resolution: int) -> np.ndarray:
-    """The shorter side resized to ``resolution`` (bilinear), then the centre: uint8 [R, R, 3].
-
-    The same numbers as torchvision's Resize and CenterCrop, which the published recipes use.
-    """
-    image = _without_ends(image)
-    width, height = image.size
-    short = min(width, height)
-    size = (int(resolution * width / short), int(resolution * height / short))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (round((side - resolution) / 2) for side in size)
-    return np.array(image.crop((left, top, left + resolution, top + resolution)))
-
-
 def _opened(data: bytes) -> Image.Image:
     """A picture of which the header is read; raises BadPicture for what is none and for sizes out of bounds."""
     try:
@@ -442,13 +427,3 @@ def _orientation(image: Image.Image) -> int:
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
-
-
-def _without_ends(image: Image.Image) -> Image.Image:
-    """The middle MAX_ASPECT : 1 of a longer picture: the square in its centre is all that is wanted."""
-    width, height = image.size
-    longest = MAX_ASPECT * min(width, height)
-    if max(width, height) <= longest:
-        return image
-    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
-    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))

@@ -84,7 +84,7 @@ class Job:
                 raw, str(ds_file), settings, self.world.size, self.precision
             )
         engines.check_combination(settings, self.precision, self.world, self.ds_settings)
-        stage = engines.zero_stage(self.ds_settings or {})
+        stage = -1 if self.ds_settings is None else engines.zero_stage(self.ds_settings)
         calls.check(settings, self.world.device, stage)
         lora.check(settings, self.source)
         self.reference = reference.resolve(settings, self.ds_settings)

@@ -281,6 +281,7 @@ def test_compiled_for_training_equal_weights_predict_equally(denoiser: Denoiser,
     [
         ({"model": {"cuda_graphs": True}}, 0, "CUDA device"),
         ({"model": {"compile": "inversion"}}, 3, "stage 3"),
+        ({"model": {"channels_last": True}}, 2, "DeepSpeed flattens"),
         ({"inversion": {"fp8": True}}, 3, "stage 3"),
         ({"inversion": {"reuse_deep": True, "solver": "ddim"}}, 0, "nothing to reuse"),
         ({"inversion": {"fp8": True, "source": "noise"}}, 0, "changes nothing"),

@@ -12,10 +12,15 @@ from PIL import Image
 
 from smpo_fast import data
 from smpo_fast.config import SettingsError
-from smpo_fast.data import BadPicture, RawPair, Rejected, decode, read_pairs, to_square
+from smpo_fast.data import BadPicture, RawPair, Rejected, decode, read_pairs
+from smpo_fast.pictures import fit
 
 SAMPLES = Path(__file__).parent.parent / os.environ.get("SMPO_PAIRS", "../shared/pairs")
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason=f"no sample pairs at {SAMPLES} (SMPO_PAIRS)")
+
+
+def to_square(image: Image.Image, resolution: int) -> np.ndarray:
+    return fit(image, (resolution, resolution))[0]
 
 
 def encoded(array: np.ndarray, kind: str = "PNG", **options: object) -> bytes:

@@ -25,9 +25,10 @@ from torch import Tensor
 from smpo_fast import cache, config, pictures, prepare
 from smpo_fast.cache import CachedPairs, CacheError
 from smpo_fast.config import Config, SettingsError
-from smpo_fast.data import decode, to_square
+from smpo_fast.data import decode
 from smpo_fast.labels import weigh
 from smpo_fast.loader import Loader
+from smpo_fast.pictures import fit
 from smpo_fast.remote import Bucket
 from smpo_fast.runtime import World
 
@@ -116,7 +117,7 @@ def test_every_pair_keeps_its_pictures_label_and_prompt(tmp_path: Path) -> None:
     plain, mirrored = (pairs.moments(range(len(kept)), np.full((len(kept), 2), flip))[0] for flip in (False, True))
     for i, row in enumerate(kept):
         for picture in range(2):
-            square = to_square(decode(png(50 + picture + 2 * row)), 32)
+            square = fit(decode(png(50 + picture + 2 * row)), (32, 32))[0]
             pixels = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 127.5 - 1
             assert torch.equal(plain[i, picture], FakeEncoders().encode_images(pixels)[0][0].half().float())
             assert torch.equal(mirrored[i, picture], FakeEncoders().encode_images(pixels.flip(3))[0][0].half().float())
@@ -408,7 +409,9 @@ def test_killed_at_random_points_it_loses_and_repeats_nothing(
 ) -> None:
     table, whole, encoded = many
     out, log = tmp_path / "c", tmp_path / "log"
-    assert f"{points} kills" in alone("kill_repeatedly", table, out, log, points, 4 / points)
+    told = alone("kill_repeatedly", table, out, log, points, 2 / points)
+    kills = int(told.rpartition(" kills")[0].split()[-1])
+    assert kills > points // 2, "a faster machine finishes before the last of them"
     assert digests(out) == digests(whole)
     again = Counter(log.read_text().split("\n")[:-1])
     assert again.keys() == set(encoded)
