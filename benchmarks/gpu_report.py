@@ -317,6 +317,11 @@ def part_memory(report: Report) -> None:
                 continue
             _attempt(report, name, lambda name=name, o=optimizer, c=checkpointing:  # type: ignore[misc]
                      _full_memory(report, name, architecture, precision, o, c))  # fmt: skip
+    for name in RECIPES:
+        if report.left < 6 and not report.toy:
+            report.skip(name, "out of time")
+        else:
+            _attempt(report, name, lambda name=name: _recipe(report, name))  # type: ignore[misc]
     for checkpointing in (False, True):
         name = f"LoRA rank 64, adamw, {'with' if checkpointing else 'no'} checkpointing"
         _attempt(report, name, lambda name=name, c=checkpointing: _lora_memory(report, name, architecture, c))  # type: ignore[misc]
@@ -338,7 +343,7 @@ def _full_memory(
     trainer.step(1)
     held = {
         "policy_bytes": sum(p.nbytes for p in trainer.policy.unet.parameters()),
-        "reference_bytes": sum(p.nbytes for p in trainer.reference.unet.parameters()),
+        "reference_bytes": sum(p.nbytes for p in _reference_parameters(trainer)),
         "masters_bytes": sum(m.nbytes for m in trainer.engine._masters.values()) if precision != "fp32" else 0,
         "gradients_bytes": sum(4 * m.numel() for m in trainer.engine._masters.values()),
         "optimizer_bytes": _state_bytes(trainer.engine._optimizer),
@@ -349,6 +354,58 @@ def _full_memory(
     report.add(name, architecture=architecture.name, optimizer=optimizer, checkpointing=checkpointing,
                peak_bytes=peak, predicted_bytes=predicted, predicted_of_measured=peak and predicted / peak,
                **held, rest_bytes=rest)  # fmt: skip
+
+
+def _reference_parameters(trainer: Any) -> list[torch.Tensor]:
+    with trainer.reference() as denoiser:
+        return list(denoiser.unet.parameters())
+
+
+# Recipes for small cards: name -> bytes of the card that PyTorch may use, settings
+_SPARE: dict[str, dict[str, Any]] = {
+    "model": {"gradient_checkpointing": True, "reference": "streamed"},
+    "optim": {"name": "adamw8bit_aligned", "master": "none", "offload": "states"},
+    "batch": {"pairs_per_step": 8, "micro_pairs": 1, "inversion_pairs": 4},
+}
+_LORA: dict[str, dict[str, Any]] = {
+    "model": {"gradient_checkpointing": True, "reference": "adapters-off"}, "lora": {"rank": 64},
+    "optim": {"name": "adamw"}, "batch": {"pairs_per_step": 8, "micro_pairs": 1, "inversion_pairs": 8},
+}  # fmt: skip
+_SPARER = {**_SPARE, "optim": {**_SPARE["optim"], "offload": "states+gradients"}}
+RECIPES: dict[str, tuple[str, float, dict[str, dict[str, Any]]]] = {
+    "SDXL, all weights, within 24 GB": ("sdxl", 24.5e9, _SPARE),
+    "SDXL, all weights, within 16 GB": (
+        "sdxl",
+        16.2e9,
+        {**_SPARE, "optim": {**_SPARE["optim"], "offload": "states+gradients"}},
+    ),
+    "SDXL, LoRA, within 12 GB": ("sdxl", 12.0e9, _LORA),
+    "SD1.5, all weights, within 12 GB": ("sd15", 12.0e9, _SPARE),
+}
+
+
+def _recipe(report: Report, name: str) -> None:
+    """Two whole steps with no more memory than a small card has: that it ran is the claim, the peak beside it."""
+    kind, card, overrides = RECIPES[name]
+    architecture, device = report.architecture(kind), report.device
+    precision = "bf16" if device.type == "cuda" or "lora" not in overrides else "fp32"
+    overrides = {**overrides, "model": {**overrides["model"], "precision": precision}}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(card / torch.cuda.get_device_properties(device).total_memory, device)
+    try:
+        trainer: Any = ours.make_trainer(architecture, device, overrides)
+        _reset_peak(device)
+        for step in range(2):
+            trainer.step(step)
+        predicted, peak = _predicted_peak(architecture, overrides, precision), _peak(device)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    report.add(f"recipe: {name}", architecture=architecture.name, card_bytes=card, peak_bytes=peak,
+               reserved_bytes=reserved, predicted_bytes=predicted,
+               predicted_of_measured=peak and predicted / peak)  # fmt: skip
 
 
 def _predicted_peak(architecture: Architecture, overrides: ours.Overrides, precision: str) -> float:

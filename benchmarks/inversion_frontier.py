@@ -7,7 +7,7 @@ For every way of inverting, on the same pairs and timesteps: network calls a pic
 solution of the flow (Heun, 250 steps); the round trip, x_0 after sampling down again with DDIM; and the cosine of the
 policy's gradient with the gradient that the fine solution gives. ``--train`` trains and scores the embedded run with
 each of them at equal optimizer steps, looked at several times on the way, so that it can also be read at equal calls.
-Results: inversion_frontier.json and .png in ``--out``.
+Results: inversion_frontier.json in ``--out``, the frontiers as a PNG in ``--picture``.
 """
 
 from __future__ import annotations
@@ -244,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", action="store_true", help="train and score the embedded run with each of TRAINED")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--looks", type=int, default=3, help="evaluations in each run")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--out", type=Path, help="folder of inversion_frontier.json; default: benchmarks/results/<device>"
+    )
+    parser.add_argument("--picture", type=Path, default=harness.ROOT / "docs" / "benchmarks" / "inversion_frontier.png")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         study = Study(config.from_arguments(args), args.pairs, Path(scratch) / "cache")
@@ -256,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found["rows"].append({"way": name, "steps": steps, **row})
             harness.say(f"{name:38} {steps:3}", *(f"{key} {value:.4g} " for key, value in row.items()))
             (out / "inversion_frontier.json").write_text(json.dumps(found, indent=1))
-        draw(found, out / "inversion_frontier.png")
+        draw(found, args.picture)
         if args.train:
             found["training"] = []
             for seed in args.seeds:

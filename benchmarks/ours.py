@@ -10,10 +10,10 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 from unittest import mock
 
 import counting
@@ -23,7 +23,7 @@ from architectures import SCHEDULER, Architecture, make_unet
 from torch import Tensor
 from tqdm import tqdm
 
-from smpo_fast import config, engine, model
+from smpo_fast import calls, config, engine, model, reference
 from smpo_fast.config import Config
 from smpo_fast.loader import Loader
 from smpo_fast.runtime import World
@@ -94,31 +94,19 @@ def make_trainer(architecture: Architecture, device: torch.device, overrides: Ov
     def random_weights(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         return make_unet(architecture, device, dtype)
 
-    with mock.patch.object(model, "_load", random_weights):
-        dtypes = (torch.float32, model.COMPUTE_DTYPES[precision])
-        policy, reference = (model.load_unet(source, run.model, dtype, device) for dtype in dtypes)
-    reference.requires_grad_(False).eval()
-    enabled = getattr(getattr(run, "kernels", None), "enabled", ())
-    if enabled:
-        for unet in (policy, reference):
-            patch_kernels(unet, enabled)
-    engine_ = engine.make_engine(policy, run, world, precision, None)
-    cache: Any = SyntheticCache(architecture, max(16, run.batch.pairs_per_step))
-    loader, signals = Loader(cache, run, World()), NoSignals()
     schedule = model.schedule_of(source, run.inversion)
-    learner, frozen = (model.Denoiser(unet, source, schedule, precision, device) for unet in (engine_.unet, reference))
-    return Trainer(
-        run,
-        world,
-        schedule,
-        engine_,
-        learner,
-        lambda: nullcontext(frozen),
-        loader,
-        None,
-        signals,
-        tqdm(disable=True),  # type: ignore[arg-type]
-    )
+    as_denoiser = partial(model.Denoiser, source=source, schedule=schedule, precision=precision, device=device)
+    with mock.patch.object(model, "_load", random_weights):
+        policy = reference.load_policy(run, source, precision, device)
+        engine_ = engine.make_engine(policy, run, world, precision, None)
+        where = reference.resolve(run, None)
+        frozen = reference.make_reference(where, run, source, world, precision, engine_.unet, as_denoiser, None)
+    if run.model.compile == "all":
+        with frozen() as network:
+            calls.compile_training(engine_.unet, network.unet)
+    cache: Any = SyntheticCache(architecture, max(16, run.batch.pairs_per_step))
+    loader, signals, bar = Loader(cache, run, World()), cast(Any, NoSignals()), tqdm(disable=True)
+    return Trainer(run, world, schedule, engine_, as_denoiser(engine_.unet), frozen, loader, None, signals, bar)
 
 
 def planned_peak(architecture: Architecture, checkpointing: bool) -> int:

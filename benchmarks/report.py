@@ -23,6 +23,7 @@ from harness import RESULTS, ROOT, clock, say
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 COUNTED = RESULTS / "counted.json"
 CHARTS = ROOT / "docs" / "benchmarks"
+FRONTIER = CHARTS / "inversion_frontier.png"
 PERFORMANCE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 ASSUMED_RATE = 790e12  # FLOP/s of a large bf16 matrix product on an H200, the rate the limits are drawn at
 # ways up whose calls are counted: the two fidelities, and the paper's with a one-call solver
@@ -238,7 +239,8 @@ def frontier_section(files: Files) -> list[str]:
          f"{r['gradient_cosine']:.3f}"] for r in facts["rows"]
     ]  # fmt: skip
     head = ("inversion", "steps", "calls a picture", "error of tau", "round trip", "gradient cosine")
-    blocks = [provenance({"frontier": facts}), markdown(head, rows)]
+    pictures = [f"![inversions](benchmarks/{FRONTIER.name})"] if FRONTIER.exists() else []
+    blocks = [provenance({"frontier": facts}), markdown(head, rows), *pictures]
     if facts.get("training"):
         rows = []
         for way, steps in dict.fromkeys((t["way"], t["steps"]) for t in facts["training"]):

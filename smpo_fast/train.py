@@ -302,8 +302,12 @@ def step_values(
     }
     if not result.applied:
         values["nonfinite_pairs"] = table.nonfinite_ids()
+    known = sum(seconds.values()) or 1.0
+    shares = " ".join(f"{name} {share / known:.0%}" for name, share in seconds.items() if share / known >= 0.05)
     trainer.bar.set_postfix_str(
-        f"loss {values['train_loss']:.3f}, acc {values['implicit_acc']:.2f}, |g| {result.grad_norm:.3g}", refresh=False
+        f"loss {values['train_loss']:.3f}, acc {values['implicit_acc']:.2f}, |g| {result.grad_norm:.3g}; {shares}; "
+        f"{values['memory_gb']:.1f} GB",
+        refresh=False,
     )
     return values
 
