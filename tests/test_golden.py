@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from smpo_fast import config
 from smpo_fast.batch import Conditioning
+from smpo_fast.calls import Caller
 from smpo_fast.inversion import Network, invert
-from smpo_fast.model import Denoiser, Source
+from smpo_fast.model import Denoiser, Source, set_attention
 from smpo_fast.objective import OBJECTIVES, logit, pair_errors
 from smpo_fast.schedule import NoiseSchedule
 
@@ -38,13 +39,16 @@ def load_case(kind: str, case: int) -> dict[str, torch.Tensor]:
 def load_denoiser(kind: str, which: str) -> Denoiser:
     folder = GOLDEN / kind / which
     unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).eval()
+    set_attention([unet], "sdpa", torch.device("cpu"))
     source = Source(folder, folder, folder, kind, "epsilon", SCHEDULER, None)
     return Denoiser(unet, source, NoiseSchedule.from_config(SCHEDULER), "fp32", torch.device("cpu"))
 
 
 def as_network(denoiser: Denoiser, cond: Conditioning) -> Network:
-    """The network that an inversion asks, without what makes it fast."""
-    return lambda rows: lambda x, timesteps, again=False: denoiser.eps(x, timesteps, cond.take(rows))
+    """The network as the trainer's inversion asks it."""
+    caller = Caller(denoiser, config.Model(), config.Inversion(), chunk=1)
+    caller.begin()
+    return lambda rows: caller.pairs(cond.take(rows))
 
 
 def settings_for(kind: str, method: str) -> config.Config:
