@@ -39,7 +39,8 @@ from torch import Tensor
 
 from smpo_fast import parts, remote
 from smpo_fast.config import SettingsError
-from smpo_fast.parts import Finished, Parts, write_text
+from smpo_fast.durable import sha256, sync, write_text
+from smpo_fast.parts import Finished, Parts
 
 FORMAT = 2
 INFO, PAIRS, PROMPTS, REJECTED = "cache.json", "pairs.parquet", "prompts.parquet", "rejected.parquet"
@@ -120,7 +121,7 @@ def exists(root: Path) -> bool:
 
 def file_facts(file: Path) -> dict[str, Any]:
     """Size and sha256 of a file."""
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def combined(hashes: Sequence[str]) -> str:
@@ -261,7 +262,7 @@ class CacheWriter:
         draft = self.folder / f"{name}.tmp"
         save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, draft)
         draft.chmod(self.parts.mode)  # safetensors gives its files to their owner alone
-        parts.sync(draft)
+        sync(draft)
         facts = file_facts(draft)
         draft.replace(self.folder / name)
         return facts
@@ -319,7 +320,7 @@ class CacheWriter:
         }
         for name, columns in ((PROMPTS, prompts), (REJECTED, bad)):
             pq.write_table(pa.table(columns), self.folder / name)
-            parts.sync(self.folder / name)
+            sync(self.folder / name)
 
     def _encoded(self) -> Iterator[tuple[Entry, int, int]]:
         for shard, note in enumerate(self._notes(LATENTS_PART)):
@@ -477,7 +478,7 @@ class _IndexWriter:
         """Finish the file; how many pairs there are, encoded, with rewards stored and scored."""
         self._flush()
         self._writer.close()
-        parts.sync(self._file)
+        sync(self._file)
         return self._counts
 
     def _flush(self) -> None:
@@ -590,7 +591,7 @@ class CachedPairs:
 
     def _changed_files(self) -> Iterator[str]:
         for name, facts in self.info.files.items():
-            if _sha256(self._file(name)) != facts["sha256"]:
+            if sha256(self._file(name)) != facts["sha256"]:
                 what = "its content has changed since it was written (sha256 differs)"
                 yield f"{self.root / name}: {what}{self._held(name)}"
 
@@ -689,7 +690,7 @@ class CachedPairs:
         file = self.root / name
         if self._origin is not None and not file.is_file():
             self._origin.fetch([name], self.root)
-            if _sha256(file) != self.info.files[name]["sha256"]:
+            if sha256(file) != self.info.files[name]["sha256"]:
                 file.unlink(missing_ok=True)
                 raise CacheError(f"{self._origin.url}/{name}: its content is not what {INFO} says (sha256 differs)")
         return file
@@ -798,8 +799,3 @@ def _read_table(file: Path) -> dict[str, np.ndarray]:
         return {name: table[name].to_numpy() for name in table.column_names}
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file, f"cannot be read ({error})") from error
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

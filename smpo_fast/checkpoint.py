@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from smpo_fast.config import SettingsError
+from smpo_fast.durable import sha256, sync
 from smpo_fast.engine import Engine
 from smpo_fast.runtime import World, print0
 
@@ -127,13 +127,13 @@ def _prepare(root: Path, building: Path) -> None:
 def _publish(root: Path, building: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
     path = building / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    _sync(path)
+    sync(path)
     for folder in [p for p in building.rglob("*") if p.is_dir()] + [building]:
-        _sync(folder)
+        sync(folder)
     if final.exists():  # an incomplete one: it is in the way
         _remove(final)
     os.rename(building, final)
-    _sync(root)
+    sync(root)
     _prune(root, keep)
 
 
@@ -156,22 +156,9 @@ def _describe_files(building: Path, world: World) -> dict[str, dict[str, Any]]:
     files = sorted(p for p in building.rglob("*") if p.is_file())
     described = {}
     for path in files[world.rank :: world.size]:
-        _sync(path)
-        described[path.relative_to(building).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sync(path)
+        described[path.relative_to(building).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return described
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -261,7 +248,7 @@ def _damage(folder: Path, files: Mapping[str, Any], world: World) -> str | None:
             return f"damaged: {name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"damaged: {name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
+        if sha256(path) != entry["sha256"]:
             return f"damaged: the contents of {name} have changed (sha256 differs)"
     return None
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smpo_fast import config, data, formats, importer, lora, parts
+from smpo_fast import config, data, durable, formats, importer, lora
 from smpo_fast.config import EMBEDDED, SettingsError
 from smpo_fast.data import Rejected
 from smpo_fast.embedded import shapes
@@ -170,7 +170,7 @@ class _Generating:
         content, file = draft.data(), _kept(self.shared.folder, name)
         building = file.with_suffix(".tmp")
         building.write_bytes(content)
-        parts.sync(building)
+        durable.sync(building)
         os.replace(building, file)
         items = [item for record in draft.records for item in record["items"]]
         return {"items": items, "kept": {file.name: len(content)}}

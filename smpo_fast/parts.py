@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from smpo_fast.config import SettingsError
+from smpo_fast.durable import sync, write_text
 
 MARK = "work.json"  # what the work in the folder is
 _LOCK, _LAST = "all.lock", "last.lock"
@@ -240,23 +241,6 @@ class Draft:
                 good = [good[0] + len(line), good[1] + len(found)]
         os.truncate(self._log, good[0])
         os.truncate(self._data, good[1])
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(text)
-    sync(draft)
-    os.replace(draft, file)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from smpo_fast import data, labels, parts, report, sidecar
+from smpo_fast import data, durable, labels, parts, report, sidecar
 from smpo_fast.config import Labels, SettingsError
 from smpo_fast.data import BadPicture, Rejected
 from smpo_fast.parts import Finished, Parts
@@ -99,7 +99,7 @@ def report_labels(out: Path, settings: Labels) -> None:
         "report": {key: None if value != value else value for key, value in asdict(weighted.report).items()},
         "calibration": [asdict(b) for b in bins],
     }
-    parts.write_text(out / "labels.json", json.dumps(facts, indent=2))
+    durable.write_text(out / "labels.json", json.dumps(facts, indent=2))
     report.draw_labels(
         weighted.weight[weighted.used], [(b.predicted, b.human, b.error) for b in bins], out / "labels.png"
     )
@@ -387,7 +387,7 @@ def _keep(shared: Parts, name: str, array: np.ndarray) -> dict[str, Any]:
     file = _kept(shared.folder, name)
     draft = file.with_suffix(".tmp")
     array.tofile(draft)
-    parts.sync(draft)
+    durable.sync(draft)
     os.replace(draft, file)
     return {"kept": {file.name: array.nbytes}}
 

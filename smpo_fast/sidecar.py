@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smpo_fast import parts
+from smpo_fast import durable
 from smpo_fast.config import SettingsError
 from smpo_fast.data import RawPair, Rejected
 
@@ -114,11 +114,11 @@ def write(
     listed = [dict(zip(kinds.names, item, strict=True)) for item in rejected]
     pq.write_table(pa.Table.from_pylist(listed, kinds), folder / REJECTED)
     for name in (SCORES, PAIRS, REJECTED):
-        parts.sync(folder / name)
+        durable.sync(folder / name)
     with (folder / SCORES).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     size = (folder / SCORES).stat().st_size
-    parts.write_text(folder / FACTS, json.dumps({**facts, "bytes": size, "sha256": digest}, indent=2))
+    durable.write_text(folder / FACTS, json.dumps({**facts, "bytes": size, "sha256": digest}, indent=2))
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:

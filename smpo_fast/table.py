@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from smpo_fast import data
 from smpo_fast.config import SettingsError
 from smpo_fast.data import Rejected
+from smpo_fast.durable import sync, write_text
 from smpo_fast.formats import TIE, Candidate
 
 PART_BYTES = 256 << 20
@@ -182,11 +183,11 @@ class TableWriter:
 
     def publish(self, summary: Mapping[str, Any]) -> None:
         """Give the finished folder its name."""
-        _sync(self.folder / data.REJECTED_FILE)
-        _write_text(self.folder / data.IMPORT_INFO, json.dumps(summary, indent=2))
-        _sync(self.folder)
+        sync(self.folder / data.REJECTED_FILE)
+        write_text(self.folder / data.IMPORT_INFO, json.dumps(summary, indent=2))
+        sync(self.folder)
         os.rename(self.folder, self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
         for notes in ("rejected-*", "pairs-*.json", _MARK, "lock"):
             for file in self.out.glob(notes):
                 file.unlink()
@@ -217,7 +218,7 @@ class TableWriter:
         for file in self.folder.iterdir():
             if file.name not in {*known, "lock"}:
                 file.unlink()
-        _write_text(mark, json.dumps(self.identity))
+        write_text(mark, json.dumps(self.identity))
 
     def _write_group(self) -> None:
         if self._writer is None:
@@ -245,7 +246,7 @@ class TableWriter:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-            _sync(self._draft)
+            sync(self._draft)
             os.replace(self._draft, self.folder / name)
         if self._rejected:
             file = self.folder / f"rejected-{name}"
@@ -253,7 +254,7 @@ class TableWriter:
                 {"row": item.row, "uid": _plain(item.uid), "reason": _plain(item.reason)} for item in self._rejected
             ]
             pq.write_table(pa.Table.from_pylist(table, _REJECTED), file)
-            _sync(file)
+            sync(file)
         part = {
             "name": name,
             "pairs": self._part_rows,
@@ -261,8 +262,8 @@ class TableWriter:
             "reasons": Counter(what(item.reason) for item in self._rejected),
             "next_unit": self._unit,
         }
-        _write_text(self.folder / f"{name}.json", json.dumps(part))  # from here on the part is believed
-        _sync(self.folder)
+        write_text(self.folder / f"{name}.json", json.dumps(part))  # from here on the part is believed
+        sync(self.folder)
         self._parts.append(part)
         self._rejected, self._part_rows, self._part_bytes = [], 0, 0
 
@@ -270,22 +271,6 @@ class TableWriter:
 def _plain(text: str) -> str:
     """Without the surrogates that stand for the bytes of a file name that is not UTF-8."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(text)
-    _sync(draft)
-    os.replace(draft, file)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------

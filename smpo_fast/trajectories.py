@@ -9,7 +9,6 @@ the run that writes and the runs that read see the same numbers.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smpo_fast.config import SettingsError
+from smpo_fast.durable import sync, write_text
 from smpo_fast.runtime import World
 
 _INFO = "trajectories.json"
@@ -70,8 +70,7 @@ class Trajectories:
         file = self.folder / f"step-{step:06d}.{self.world.rank}-of-{self.world.size}.safetensors"
         building = file.with_suffix(".building")
         save_file(values, building)
-        with building.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(building)
         building.replace(file)
 
     def _read(self, what: str, step: int, places: Sequence[int]) -> Tensor | None:
@@ -101,9 +100,7 @@ class Trajectories:
         file = self.folder / _INFO
         if not file.exists() and self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            building = file.with_suffix(".building")
-            building.write_text(json.dumps(facts, indent=2))
-            building.replace(file)
+            write_text(file, json.dumps(facts, indent=2))
         if not file.exists():
             return  # another rank is writing what this one would compare with
         before = json.loads(file.read_text())

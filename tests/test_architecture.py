@@ -17,7 +17,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 # A room may import rooms of lower layers, and rooms of its own layer where ALLOWED says so.
 LAYERS = {
-    "config": 0, "embedded": 0, "embedded.shapes": 0, "embedded.reward": 0,
+    "config": 0, "durable": 0, "embedded": 0, "embedded.shapes": 0, "embedded.reward": 0,
     "runtime": 1, "batch": 1, "parts": 1, "remote": 1,
     "order": 2, "schedule": 2, "labels": 2, "prefetch": 2, "trajectories": 2, "reward_models": 2,
     "data": 3, "scorers": 3, "cache": 3, "model": 3, "inversion": 3, "objective": 3, "report": 3, "kernels": 3,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from smpo_fast import cache, parts
+from smpo_fast import cache, durable, parts
 from smpo_fast.cache import LATENTS_PART, PROMPTS_PART, CachedPairs, CacheError, CacheWriter, Entry, Unstorable
 from smpo_fast.config import SettingsError
 from smpo_fast.parts import Finished
@@ -175,7 +175,7 @@ def test_an_interruption_anywhere_leaves_no_half_cache_and_the_next_run_ends_the
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "whole")
-    whole, sync = digests(tmp_path / "whole"), parts.sync
+    whole, sync = digests(tmp_path / "whole"), durable.sync
     for stop in range(100):
         calls = 0
         encoded: list[int] = []
@@ -188,13 +188,15 @@ def test_an_interruption_anywhere_leaves_no_half_cache_and_the_next_run_ends_the
             sync(path)
 
         root = tmp_path / f"c{stop}"
-        monkeypatch.setattr(parts, "sync", interrupt)
+        for room in (durable, parts, cache):
+            monkeypatch.setattr(room, "sync", interrupt)
         try:
             write(root, calls=encoded)
             break
         except KeyboardInterrupt:
             pass
-        monkeypatch.setattr(parts, "sync", sync)
+        for room in (durable, parts, cache):
+            monkeypatch.setattr(room, "sync", sync)
         if not cache.exists(root):  # the last sync comes after the renaming
             assert not root.exists()
             with suppress(Finished):

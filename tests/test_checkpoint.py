@@ -204,7 +204,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", ["_sha256", "_sync", "_publish", "_prune", "_remove"])
+@pytest.mark.parametrize("moment", ["sha256", "sync", "_publish", "_prune", "_remove"])
 def test_a_save_that_ends_anywhere_leaves_a_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -229,7 +229,7 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path, m
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     monkeypatch.undo()
