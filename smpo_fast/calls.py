@@ -47,7 +47,7 @@ def check(config: Config, device: torch.device, zero_stage: int) -> None:
     for name, value in wanted.items():
         if value and zero_stage == 3:
             raise SettingsError(f"{name}: ZeRO stage 3 gathers weights module by module; take stage 2, or leave it off")
-        if value and name != "model.compile" and inversion.source != "inversion":
+        if value and model.compile != "all" and inversion.source != "inversion":
             raise SettingsError(f"{name} changes nothing: inversion.source = '{inversion.source}' makes no such calls")
     if model.channels_last and zero_stage >= 0:
         raise SettingsError(
@@ -325,8 +325,9 @@ class Float8:
 
     def __init__(self, unet: nn.Module) -> None:
         blocks = (m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock")
-        linears = (m for block in blocks for m in block.modules() if type(m) is nn.Linear)
-        # the hardware's tiles; and what reads the prompt alone is computed once a chunk as it is
+        named = (item for block in blocks for item in block.named_modules())
+        # keys and values of the prompt are computed once a chunk, as they are
+        linears = (m for name, m in named if type(m) is nn.Linear and name not in ("attn2.to_k", "attn2.to_v"))
         self.linears = [m for m in linears if m.in_features % 16 == 0 and m.out_features % 16 == 0]
         if not self.linears:
             raise SettingsError("inversion.fp8 matched no linear of this network (plain, sides multiples of 16)")

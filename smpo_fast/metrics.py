@@ -77,10 +77,6 @@ class Meter:
         columns = {name: table[:, 2 + i] for i, name in enumerate(COLUMNS)}
         return StepTable(table[:, 0].astype(int), table[:, 1].astype(int), columns), dict(seconds)
 
-    def discard(self) -> None:
-        """Forget an unfinished step."""
-        self._rows, self._ids, self._times, self._marks = [], [], [], []
-
     def _gather(self, mine: Tensor) -> Tensor:
         if self.world.size == 1:
             return mine

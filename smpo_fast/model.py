@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,9 @@ class Attention(AttnProcessor2_0):
             return attn.to_out[1](attn.to_out[0](out.reshape(*hidden_states.shape[:2], -1).to(query.dtype)))
 
 
+_notice = cache(warn0)  # policy and reference are loaded one after the other: said once is enough
+
+
 def set_attention(unets: Sequence[UNet2DConditionModel], name: str, device: torch.device) -> str:
     """Select the attention of UNets; returns the one in use.
 
@@ -200,7 +203,7 @@ def set_attention(unets: Sequence[UNet2DConditionModel], name: str, device: torc
             _try_attention(kernel, device)
     except (ModuleNotFoundError, ValueError, NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        warn0(f"model.attention = '{name}' cannot be used here ({reason}); SDPA serves instead")
+        _notice(f"model.attention = '{name}' cannot be used here ({reason}); SDPA serves instead")
         name, kernel = "sdpa", None
     for unet in unets:
         unet.set_attn_processor(AttnProcessor() if name == "eager" else Attention(kernel))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, zip_longest
 from typing import Any, cast
 
@@ -80,6 +81,7 @@ class Trainer:
         self.objective = OBJECTIVES[self.config.objective.name]
         self.ops = patch.select_ops(self.config)
         self.meter = metrics.Meter(self.world)
+        self._step_paths = lru_cache(maxsize=1)(self._drawn_paths)
         self.draw = Prefetcher(self.loader.window, self.world.device, self.config.run.steps)
         self._callers: dict[tuple[nn.Module, int], Caller] = {}
         self._work = Work(self.bar, 0, 1)
@@ -119,11 +121,15 @@ class Trainer:
 
     def paths(self, step: int, places: Sequence[int]) -> tuple[list[NoisePath], list[int]]:
         """Noise paths of this rank's pairs at ``places`` of a step, deepest first, and pairs per round of any rank."""
-        world = self.world
-        paths = self.schedule.paths(self.config.batch.pairs_per_step, self.config.inversion, self.config.run.seed, step)
+        world, paths = self.world, self._step_paths(step)
         by_rank = [[paths[rank + world.size * place] for place in places] for rank in range(world.size)]
         moving = zip_longest(*(inversion.rounds(p) for p in by_rank), fillvalue=0)
         return by_rank[world.rank], [max(n) for n in moving]
+
+    def _drawn_paths(self, step: int) -> list[NoisePath]:
+        """The noise paths of a step's pairs on all ranks."""
+        c = self.config
+        return self.schedule.paths(c.batch.pairs_per_step, c.inversion, c.run.seed, step)
 
     @torch.no_grad()
     def trajectory(
@@ -216,14 +222,7 @@ class Trainer:
         with self.reference() as reference:
             frozen = [torch.cat([self._errors(reference, micro) for micro in self._micro(e)]) for e in examples]
         if self.store is not None:
-            by_pairs = [list(g) for _, g in groupby(zip(examples, frozen, strict=True), key=lambda ef: id(ef[0].pairs))]
-            self.store.write(
-                step,
-                [
-                    (g[0][0].pairs.places, torch.stack([e.tau for e, _ in g]), torch.stack([f for _, f in g]))
-                    for g in by_pairs
-                ],
-            )
+            self.store.write(step, list(_by_pairs(examples, frozen)))
         return list(frozen)
 
     def _stored_errors(
@@ -280,6 +279,15 @@ class Trainer:
         paths = [p for pairs in window for p in self.paths(step, pairs.places)[0]]
         inverted = sum(inversion.evaluations(p.depth, self.config.inversion) for p in paths)
         return inverted + (TRAINING_COST + self.objective.needs_reference) * sum(len(p.landings) for p in paths)
+
+
+def _by_pairs(
+    examples: Sequence[Examples], errors: Sequence[Tensor]
+) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
+    """Of each shape's pairs their places, tau and errors, with a row for each landing."""
+    for _, group in groupby(zip(examples, errors, strict=True), key=lambda item: id(item[0].pairs)):
+        sets, frozen = zip(*group, strict=True)
+        yield sets[0].pairs.places, torch.stack([e.tau for e in sets]), torch.stack(frozen)
 
 
 class Work:

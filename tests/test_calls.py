@@ -285,6 +285,7 @@ def test_compiled_for_training_equal_weights_predict_equally(denoiser: Denoiser,
         ({"inversion": {"fp8": True}}, 3, "stage 3"),
         ({"inversion": {"reuse_deep": True, "solver": "ddim"}}, 0, "nothing to reuse"),
         ({"inversion": {"fp8": True, "source": "noise"}}, 0, "changes nothing"),
+        ({"inversion": {"source": "noise"}, "model": {"compile": "inversion"}}, 0, "model.compile changes nothing"),
         ({"model": {"compile": "all"}, "lora": {"rank": 4}}, 0, "LoRA"),
     ],
 )
@@ -296,6 +297,7 @@ def test_what_cannot_run_is_refused_by_name(words: dict[str, Any], stage: int, s
 def test_attention_that_cannot_run_here_gives_way_with_a_notice(
     denoiser: Denoiser, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model._notice.cache_clear()
     unet: Any = copy.deepcopy(denoiser.unet)
     assert model.set_attention([unet], "cudnn", CPU) == "sdpa"
     assert "model.attention = 'cudnn' cannot be used here" in capsys.readouterr().err

@@ -406,6 +406,7 @@ def test_ranks_make_equally_many_network_calls() -> None:
         for rank in range(3):
             trainer = object.__new__(train.Trainer)
             trainer.config, trainer.world = settings, World(rank, 3)
+            trainer._step_paths = trainer._drawn_paths
             trainer.schedule = train.schedule_of(train.find(settings.model), settings.inversion)
             per_rank.append([trainer.paths(step, range(4))[1] for step in range(5)])
         assert per_rank[0] == per_rank[1] == per_rank[2]
