@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "smpo_fast" / "__init__.py").read_text())[1]
@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["smpo_fast", "smpo_fast.embedded", "smpo_fast.kernels"],
+    packages=[*find_packages(include=["smpo_fast", "smpo_fast.*"]), "smpo_fast.kernels"],
     package_dir={"smpo_fast": "smpo_fast", "smpo_fast.kernels": "kernels"},
     package_data={"smpo_fast.embedded": ["default.toml", "assets/*", "assets/**/*"]},
     install_requires=[

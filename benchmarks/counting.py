@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from smpo_fast.footprint import META, LiveBytes, flops, fused_attention, saved_bytes
+from smpo_fast.models.footprint import META, LiveBytes, flops, fused_attention, saved_bytes
 
 __all__ = ["META", "LiveBytes", "flops", "fused_attention", "saved_bytes"]
 # Operations that make no kernel run: they allocate, or only look at memory in another way.

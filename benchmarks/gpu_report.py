@@ -38,7 +38,9 @@ import torch
 from architectures import Architecture
 from harness import say
 
-from smpo_fast import footprint, plan
+from smpo_fast.models.footprint import NetworkSpec
+from smpo_fast.planning import memory
+from smpo_fast.planning.memory import Subject
 
 TOTAL_SECONDS = 505.0  # of which every part gets its share
 CANNOT_FORK = 77  # exit status of a part that found the GPU unusable in a forked process
@@ -413,9 +415,9 @@ def _predicted_peak(architecture: Architecture, overrides: ours.Overrides, preci
     settings = ours.settings(architecture, overrides)
     latent = (4, architecture.latent, architecture.latent)
     text = (architecture.tokens, architecture.prompt_width)
-    network = footprint.Network.make(architecture.unet, architecture.kind, latent, text)
-    subject = plan.Subject(settings, network, precision)
-    return plan.memory(subject, subject.choice()).allocated
+    network = NetworkSpec.make(architecture.unet, architecture.kind, latent, text)
+    subject = Subject(settings, network, precision)
+    return memory.memory(subject, subject.choice()).allocated
 
 
 def _lora_memory(report: Report, name: str, architecture: Architecture, checkpointing: bool) -> None:

@@ -24,15 +24,22 @@ import harness
 import torch
 from torch import Tensor
 
-from smpo_fast import config, inversion, model, train
-from smpo_fast.batch import Pairs
-from smpo_fast.calls import Caller
-from smpo_fast.config import Config
-from smpo_fast.loader import Loader
-from smpo_fast.metrics import read_metrics
-from smpo_fast.objective import OBJECTIVES, pair_errors
-from smpo_fast.runtime import World
-from smpo_fast.schedule import Path as NoisePath
+from smpo_fast import train
+from smpo_fast.common import runtime
+from smpo_fast.common.runtime import World
+from smpo_fast.config import loading
+from smpo_fast.config.schema import Config, Inversion
+from smpo_fast.method import inversion
+from smpo_fast.method.batch import Pairs
+from smpo_fast.method.objective import OBJECTIVES, pair_errors
+from smpo_fast.method.schedule import Path as NoisePath
+from smpo_fast.models import load, locate
+from smpo_fast.models.denoiser import Denoiser
+from smpo_fast.models.inference.caller import Caller
+from smpo_fast.training import loop
+from smpo_fast.training.job import Job
+from smpo_fast.training.loader import Loader
+from smpo_fast.training.metrics import read_metrics
 
 FINE = {"solver": "heun", "steps": 250}
 SAMPLER_STEPS = 25
@@ -66,21 +73,21 @@ class Study:
         values["run"]["dir"], values["data"]["cache"] = str(cache.parent), str(cache)
         values["batch"] |= {"pairs_per_step": pairs, "inversion_pairs": min(pairs, settings.batch.inversion_pairs)}
         values["objective"]["name"], values["data"]["prompt_dropout"] = "smpo", 0.0
-        self.config = config.from_dict({**values, "inversion": {}})
-        job = train.Job(self.config, None)
-        train.prepare_cache(job)
+        self.config = loading.from_dict({**values, "inversion": {}})
+        job = Job(self.config, None)
+        loop.prepare_cache(job)
         self.device, self.cache = job.world.device, cache
         (self.pairs,) = (
             p.map(lambda t: t.to(self.device)) for p in Loader(job.open_cache(), self.config, World()).window(0)
         )
         self.precision, self.source = job.precision, job.source
-        dtype = model.COMPUTE_DTYPES[job.precision]
-        self.unet = model.load_unet(job.source, self.config.model, dtype, self.device)
+        dtype = runtime.COMPUTE_DTYPES[job.precision]
+        self.unet = load.load_unet(job.source, self.config.model, dtype, self.device)
         self._fine: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def measure(self, way: Mapping[str, Any], steps: int) -> dict[str, float]:
         """Calls a picture and the four yardsticks of one way."""
-        settings = config.from_dict({"inversion": {**way, "steps": steps}}).inversion
+        settings = loading.from_dict({"inversion": {**way, "steps": steps}}).inversion
         landings = settings.per_trajectory
         pairs = self.pairs.take(slice(0, len(self.pairs) // landings))
         began = time.perf_counter()
@@ -97,15 +104,15 @@ class Study:
             "seconds": seconds,
         }
 
-    def invert(self, settings: config.Inversion, pairs: Pairs) -> tuple[Tensor, Tensor, list[NoisePath]]:
+    def invert(self, settings: Inversion, pairs: Pairs) -> tuple[Tensor, Tensor, list[NoisePath]]:
         """x_t and tau [M, B, 2, C, H, W] and the paths."""
-        schedule = model.schedule_of(self.source, settings)
+        schedule = locate.schedule_of(self.source, settings)
         # the timesteps are drawn alike for all ways: from the plain schedule
         plain = settings.model_copy(update={"landing": "exact"})
         drawn = schedule.paths(len(pairs) * settings.per_trajectory, plain, self.config.run.seed, 0)
         times = sorted((tuple(x.at.time for x in p.landings) for p in drawn), reverse=True)
         paths = sorted((schedule.path(t, settings) for t in times), key=lambda p: -p.depth)
-        denoiser = model.Denoiser(self.unet.eval(), self.source, schedule, self.precision, self.device)
+        denoiser = Denoiser(self.unet.eval(), self.source, schedule, self.precision, self.device)
         chunk = self.config.batch.inversion_pairs
         caller = Caller(denoiser, self.config.model, settings, chunk=chunk)
         caller.begin()
@@ -118,7 +125,7 @@ class Study:
     def fine(self, landings: int) -> tuple[Tensor, Tensor, Tensor]:
         """x_t, tau and gradient of the fine solution."""
         if landings not in self._fine:
-            settings = config.from_dict({"inversion": {**FINE, "per_trajectory": landings}}).inversion
+            settings = loading.from_dict({"inversion": {**FINE, "per_trajectory": landings}}).inversion
             pairs = self.pairs.take(slice(0, len(self.pairs) // landings))
             x_t, tau, paths = self.invert(settings, pairs)
             self._fine[landings] = x_t, tau, self.gradient(x_t, tau, pairs, paths)
@@ -137,8 +144,8 @@ class Study:
     @torch.no_grad()
     def round_trip(self, x_t: Tensor, pairs: Pairs, paths: Sequence[NoisePath]) -> float:
         """Relative error of x_0 after DDIM sampling down from x_t, in equal steps of t to time 0."""
-        schedule = model.schedule_of(self.source, self.config.inversion)
-        denoiser = model.Denoiser(self.unet.eval(), self.source, schedule, self.precision, self.device)
+        schedule = locate.schedule_of(self.source, self.config.inversion)
+        denoiser = Denoiser(self.unet.eval(), self.source, schedule, self.precision, self.device)
         wrong, whole = 0.0, 0.0
         for m, rows, _, times in self.examples(x_t, pairs, paths, self.config.batch.inversion_pairs):
             x, cond = x_t[m, rows].clone(), pairs.cond.take(rows)
@@ -160,8 +167,8 @@ class Study:
 
     def gradient(self, x_t: Tensor, tau: Tensor, pairs: Pairs, paths: Sequence[NoisePath]) -> Tensor:
         """The gradient of the mean loss where policy and reference are equal, as one vector in float32."""
-        schedule = model.schedule_of(self.source, self.config.inversion)
-        denoiser = model.Denoiser(self.unet.train(), self.source, schedule, self.precision, self.device)
+        schedule = locate.schedule_of(self.source, self.config.inversion)
+        denoiser = Denoiser(self.unet.train(), self.source, schedule, self.precision, self.device)
         objective = OBJECTIVES["smpo"]
         self.unet.zero_grad()
         total = len(pairs) * len(x_t)
@@ -179,7 +186,7 @@ class Study:
 def train_and_score(way: Mapping[str, Any], steps: int, seed: int, folder: Path, cache: Path, looks: int) -> list[Any]:
     """Reward gain on the held-out prompts after each third (``looks``) of the embedded run, with calls and seconds."""
     rows = []
-    whole = config.load().run.steps
+    whole = loading.load().run.steps
     words = [f"inversion.{key}={json.dumps(value)}" for key, value in {**way, "steps": steps}.items()]
     for look in range(1, looks + 1):
         done = whole * look // looks
@@ -188,8 +195,8 @@ def train_and_score(way: Mapping[str, Any], steps: int, seed: int, folder: Path,
         evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text())
         told = {row["name"]: row for row in evaluation["comparisons"]}
         log = read_metrics(folder)
-        settings = config.load(folder / "config.toml")
-        schedule = model.schedule_of(model.find(settings.model), settings.inversion)
+        settings = loading.load(folder / "config.toml")
+        schedule = locate.schedule_of(locate.find(settings.model), settings.inversion)
         paths = [
             p
             for step in range(done)
@@ -237,7 +244,7 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; prints a table and writes the JSON and the PNG."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    config.add_arguments(parser)
+    loading.add_arguments(parser)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="NAME")
     parser.add_argument("--grid", type=int, nargs="+", default=list(STEPS), metavar="STEPS")
@@ -250,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=harness.ROOT / "docs" / "benchmarks" / "inversion_frontier.png")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        study = Study(config.from_arguments(args), args.pairs, Path(scratch) / "cache")
+        study = Study(loading.from_arguments(args), args.pairs, Path(scratch) / "cache")
         out = args.out or harness.RESULTS / harness.folder_name(study.device)
         out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {"environment": harness.environment(study.device), "pairs": args.pairs, "rows": []}

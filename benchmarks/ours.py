@@ -23,11 +23,17 @@ from architectures import SCHEDULER, Architecture, make_unet
 from torch import Tensor
 from tqdm import tqdm
 
-from smpo_fast import calls, config, engine, model, reference
-from smpo_fast.config import Config
-from smpo_fast.loader import Loader
-from smpo_fast.runtime import World
-from smpo_fast.window import Trainer
+from smpo_fast.common.runtime import World
+from smpo_fast.config import loading
+from smpo_fast.config.schema import Config
+from smpo_fast.engine import create
+from smpo_fast.models import kernel_patch, load, locate
+from smpo_fast.models.denoiser import Denoiser
+from smpo_fast.models.inference import compilation
+from smpo_fast.models.locate import ModelSource
+from smpo_fast.training import reference
+from smpo_fast.training.loader import Loader
+from smpo_fast.training.step import Trainer
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -81,29 +87,29 @@ def settings(architecture: Architecture, overrides: Overrides | None = None) -> 
     }
     for section, given in (overrides or {}).items():
         values[section] = {**values.get(section, {}), **given}
-    return config.from_dict(values)
+    return loading.from_dict(values)
 
 
 def make_trainer(architecture: Architecture, device: torch.device, overrides: Overrides | None = None) -> Trainer:
     """A trainer that is ready for ``step(0)``."""
     run, world = settings(architecture, overrides), World(device=device)
     here = Path(".")
-    source = model.Source(here, here, here, architecture.kind, "epsilon", SCHEDULER, None)
+    source = ModelSource(here, here, here, architecture.kind, "epsilon", SCHEDULER, None)
     precision = run.model.precision
 
     def random_weights(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         return make_unet(architecture, device, dtype)
 
-    schedule = model.schedule_of(source, run.inversion)
-    as_denoiser = partial(model.Denoiser, source=source, schedule=schedule, precision=precision, device=device)
-    with mock.patch.object(model, "_load", random_weights):
+    schedule = locate.schedule_of(source, run.inversion)
+    as_denoiser = partial(Denoiser, source=source, schedule=schedule, precision=precision, device=device)
+    with mock.patch.object(load, "_load", random_weights):
         policy = reference.load_policy(run, source, precision, device)
-        engine_ = engine.make_engine(policy, run, world, precision, None)
+        engine_ = create.make_engine(policy, run, world, precision, None)
         where = reference.resolve(run, None)
         frozen = reference.make_reference(where, run, source, world, precision, engine_.unet, as_denoiser, None)
     if run.model.compile == "all":
         with frozen() as network:
-            calls.compile_training(engine_.unet, network.unet)
+            compilation.compile_training(engine_.unet, network.unet)
     cache: Any = SyntheticCache(architecture, max(16, run.batch.pairs_per_step))
     loader, signals, bar = Loader(cache, run, World()), cast(Any, NoSignals()), tqdm(disable=True)
     return Trainer(run, world, schedule, engine_, as_denoiser(engine_.unet), frozen, loader, None, signals, bar)
@@ -148,12 +154,9 @@ def all_kernels() -> dict[str, dict[str, Any]]:
     return {"kernels": {"enabled": list(names)}}
 
 
-def patch_kernels(unet: Any, enabled: Sequence[str] | None = None) -> dict[str, int] | None:
-    """Put kernels into a UNet, in place: all there are unless named. None where ``smpo_fast.patch`` does not exist."""
-    if importlib.util.find_spec("smpo_fast.patch") is None:
-        return None
-    patch = importlib.import_module("smpo_fast.patch")
-    return patch.patch(unet, patch.MODULES if enabled is None else enabled)
+def patch_kernels(unet: Any, enabled: Sequence[str] | None = None) -> dict[str, int]:
+    """Put kernels into a UNet, in place: all there are unless named."""
+    return kernel_patch.patch(unet, kernel_patch.MODULES if enabled is None else enabled)
 
 
 def variants(device: torch.device) -> dict[str, dict[str, dict[str, Any]]]:
@@ -172,7 +175,7 @@ def variants(device: torch.device) -> dict[str, dict[str, dict[str, Any]]]:
 def approximations() -> dict[str, dict[str, dict[str, Any]]]:
     """Opt-in approximations: settings that are off by default and whose description says 'approximation'."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, field in config.keys():
+    for name, field in loading.keys():
         section, _, key = name.partition(".")
         if "approximation" in (field.description or "").lower() and field.annotation is bool and field.default is False:
             found[name] = {section: {key: True}}

@@ -24,8 +24,8 @@ from reference_trainer import (
     make_raw_pairs,
 )
 
-from smpo_fast import inversion
-from smpo_fast.batch import Conditioning, Pairs
+from smpo_fast.method import inversion
+from smpo_fast.method.batch import Conditioning, Pairs
 
 PHASES = ("load", "encode", "inversion", "reference", "policy", "log", "optimizer")
 # what x_t of one pair may differ by between two correct contenders: bf16 gives 0.01, another fidelity 0.2

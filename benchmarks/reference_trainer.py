@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from architectures import SCHEDULER, Architecture, make_text_encoders, make_unet, make_vae
 from torch import Tensor, nn
 
-from smpo_fast.model import set_attention
+from smpo_fast.models.attention import set_attention
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 

@@ -98,11 +98,14 @@ def _calls(fidelity: str, steps: int) -> float:
     """No-gradient calls for a picture, the mean over all timesteps."""
     from architectures import SCHEDULER
 
-    from smpo_fast import config, inversion
-    from smpo_fast.schedule import NoiseSchedule
+    from smpo_fast.config import loading
+    from smpo_fast.method import inversion
+    from smpo_fast.method.schedule import NoiseSchedule
 
     schedule = NoiseSchedule.from_config(SCHEDULER)
-    run = config.from_dict({"inversion": {**INVERSIONS[fidelity], "steps": steps, "timesteps": "stratified"}}).inversion
+    run = loading.from_dict(
+        {"inversion": {**INVERSIONS[fidelity], "steps": steps, "timesteps": "stratified"}}
+    ).inversion
     paths = schedule.paths(len(schedule), run, 0, 0)  # so many stratified draws are each timestep once
     return sum(inversion.evaluations(p.depth, run) for p in paths) / len(schedule)
 

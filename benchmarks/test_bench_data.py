@@ -15,10 +15,12 @@ import torch
 from architectures import SDXL, SDXL_TOY, Architecture
 from PIL import Image
 
-from smpo_fast import config
-from smpo_fast.cache import LATENTS_PART, PROMPTS_PART, CachedPairs, CacheWriter, Entry
-from smpo_fast.loader import Loader
-from smpo_fast.runtime import World
+from smpo_fast.common.runtime import World
+from smpo_fast.config import loading
+from smpo_fast.data.cache.format import LATENTS_PART, PROMPTS_PART, Entry
+from smpo_fast.data.cache.reader import CachedPairs
+from smpo_fast.data.cache.writer import CacheWriter
+from smpo_fast.training.loader import Loader
 
 ON_GPU = torch.cuda.is_available()
 ARCHITECTURE = SDXL if ON_GPU else SDXL_TOY
@@ -85,7 +87,7 @@ def _decode(data: bytes, side: int) -> torch.Tensor:
 def test_data_loading(bench: Any, device: torch.device, cache: CachedPairs, implementation: str) -> None:
     """A window of 16 pairs onto the device, in one process. The decoded pictures have yet to go through the VAE."""
     values = {"data": {"resolution": ARCHITECTURE.resolution, "flip": True}, "batch": {"pairs_per_step": WINDOW}}
-    loader = Loader(cache, config.from_dict(values), World(device=device))
+    loader = Loader(cache, loading.from_dict(values), World(device=device))
     jpegs = _jpegs(2 * WINDOW)
 
     def cached() -> torch.Tensor:
@@ -106,7 +108,7 @@ def test_reading_at_sdxl_shapes(bench: Any, tmp_path: Path) -> None:
     """Pairs a second of the host alone: 256 pairs of [2, 4, 128, 128] with their prompts, flips and VAE samples."""
     pairs = 256
     values = {"data": {"resolution": SDXL.resolution}, "batch": {"pairs_per_step": pairs}}
-    loader = Loader(make_cache(tmp_path / "cache", SDXL, pairs), config.from_dict(values), World())
+    loader = Loader(make_cache(tmp_path / "cache", SDXL, pairs), loading.from_dict(values), World())
     taken, busy = [], time.process_time()
     for step in range(6):
         start = time.perf_counter()

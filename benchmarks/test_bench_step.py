@@ -15,11 +15,11 @@ import torch
 from architectures import SCHEDULER, SD15, SD15_TOY, SDXL, SDXL_TOY, Architecture, make_unet
 from reference_trainer import InverseScheduler, Recipe, make_optimizer
 
-from smpo_fast import engine as engines
-from smpo_fast import inversion
-from smpo_fast.config import Config
-from smpo_fast.runtime import World
-from smpo_fast.schedule import NoiseSchedule
+from smpo_fast.common.runtime import World
+from smpo_fast.config.schema import Config
+from smpo_fast.engine import create
+from smpo_fast.method import inversion
+from smpo_fast.method.schedule import NoiseSchedule
 
 ON_GPU = torch.cuda.is_available()
 NETWORKS = (SDXL, SD15) if ON_GPU else (SDXL_TOY, SD15_TOY)
@@ -149,7 +149,7 @@ def test_optimizer_step(bench: Any, device: torch.device, name: str) -> None:
     architecture = SDXL if ON_GPU else SDXL_TOY
     run = ours.settings(architecture, {"optim": {"name": name}})
     with ladder.free_after(device):
-        engine: Any = engines.make_engine(make_unet(architecture, device, torch.float32), run, World(device=device),
+        engine: Any = create.make_engine(make_unet(architecture, device, torch.float32), run, World(device=device),
                                           "fp32", None)  # fmt: skip
         weights = list(engine.unet.parameters())
         generator = torch.Generator(device).manual_seed(1)

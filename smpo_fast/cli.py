@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from smpo_fast import config
-from smpo_fast.config import SettingsError
+from smpo_fast.common.errors import UserError
+from smpo_fast.config import loading
 
 _NO_FILE = Path(os.devnull)  # settings as they are without any file
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return COMMANDS[args.command].act(args)
-    except SettingsError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -42,11 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from smpo_fast.model import Encoders, find
-    from smpo_fast.prepare import locate, prepare
-    from smpo_fast.runtime import world_from_environment
+    from smpo_fast.common.runtime import world_from_environment
+    from smpo_fast.data.cache.identity import locate
+    from smpo_fast.data.cache.prepare import prepare
+    from smpo_fast.models.encoders import Encoders
+    from smpo_fast.models.locate import find
 
-    settings = config.from_arguments(args)
+    settings = loading.from_arguments(args)
     world, source = world_from_environment(settings.run.device), find(settings.model)
     prepare(settings, Encoders(source, world.device), world.device, locate(settings), world=world)
     return 0
@@ -54,19 +56,20 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", type=Path, help="folder of the cache")
-    config.add_arguments(parser)
+    loading.add_arguments(parser)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from smpo_fast.cache import CachedPairs, CacheError
-    from smpo_fast.model import encoders_identity, find
-    from smpo_fast.prepare import open_cache
+    from smpo_fast.data.cache.format import CacheError
+    from smpo_fast.data.cache.identity import open_cache
+    from smpo_fast.data.cache.reader import CachedPairs
+    from smpo_fast.models.locate import encoders_identity, find
 
     cached = CachedPairs(args.cache)
     problems = cached.verify()
     if problems:
         problems.append(f"put back a good copy of these files, or remove {args.cache} and run 'smpo prepare' again")
-    settings = config.from_arguments(args)
+    settings = loading.from_arguments(args)
     if args.config or args.overrides:
         source = find(settings.model)
         try:
@@ -98,13 +101,14 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from smpo_fast import importer
+    from smpo_fast.data.ingest import importer
+    from smpo_fast.data.ingest.importer import ImportOptions
 
     columns = dict(word.partition("=")[::2] for word in args.columns.split(",") if word)
     if not all(columns.values()):
-        raise SettingsError(f"--columns {args.columns}: give meaning=column, as in prompt=text,chosen=good")
+        raise UserError(f"--columns {args.columns}: give meaning=column, as in prompt=text,chosen=good")
     names = ("format", "container", "split", "revision", "root", "pairs", "paths", "check", "strict")
-    options = importer.Options(columns=columns, **{name: getattr(args, name) for name in names})
+    options = ImportOptions(columns=columns, **{name: getattr(args, name) for name in names})
     if args.dry_run:
         print(importer.dry_run(args.source, options))
         return 0
@@ -127,13 +131,14 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from smpo_fast import scoring
-    from smpo_fast.runtime import world_from_environment
+    from smpo_fast.common.runtime import world_from_environment
+    from smpo_fast.data.rewards import scoring
+    from smpo_fast.data.rewards.scoring import ScoreOptions
 
     if args.batch < 1:
-        raise SettingsError(f"--batch {args.batch}: at least 1")
-    options = scoring.Options(args.scorer, args.batch, args.half, args.max_pairs)
-    settings = config.load(args.config or _NO_FILE, args.overrides)
+        raise UserError(f"--batch {args.batch}: at least 1")
+    options = ScoreOptions(args.scorer, args.batch, args.half, args.max_pairs)
+    settings = loading.load(args.config or _NO_FILE, args.overrides)
     scoring.score(args.pairs, args.out, options, world_from_environment(args.device), settings.labels)
     return 0
 
@@ -162,12 +167,13 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _generate(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
-    from smpo_fast import generate
-    from smpo_fast.runtime import world_from_environment
+    from smpo_fast.common.runtime import world_from_environment
+    from smpo_fast.data.ingest import generate
+    from smpo_fast.data.ingest.generate import GenerateOptions
 
-    options = generate.Options(**{field.name: getattr(args, field.name) for field in fields(generate.Options)})
+    options = GenerateOptions(**{field.name: getattr(args, field.name) for field in fields(GenerateOptions)})
     path = [f"model.path={args.model}"] if args.model else []
-    settings = config.load(args.config or _NO_FILE, [*path, *args.overrides])
+    settings = loading.load(args.config or _NO_FILE, [*path, *args.overrides])
     generate.generate(args.prompts, args.out, settings.model, options, world_from_environment(args.device))
     return 0
 
@@ -181,29 +187,29 @@ def _add_settings(parser: argparse.ArgumentParser, form: str, text: str) -> None
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from smpo_fast import evaluate
-    from smpo_fast.runtime import world_from_environment
+    from smpo_fast.common.runtime import world_from_environment
+    from smpo_fast.evaluation import compare
 
-    settings = config.from_arguments(args)
-    evaluate.run(settings, world_from_environment(settings.run.device).device)
+    settings = loading.from_arguments(args)
+    compare.run(settings, world_from_environment(settings.run.device).device)
     return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from smpo_fast import lora
-    from smpo_fast.model import find
+    from smpo_fast.models import lora
+    from smpo_fast.models.locate import find
 
-    settings = config.from_arguments(args)
+    settings = loading.from_arguments(args)
     adapters, folder = (Path(settings.run.dir) / name for name in ("export", "merged"))
     if not (adapters / lora.FILE).is_file():
-        raise SettingsError(f"run.dir = '{settings.run.dir}': export/ has no {lora.FILE}: train with lora.rank first")
+        raise UserError(f"run.dir = '{settings.run.dir}': export/ has no {lora.FILE}: train with lora.rank first")
     lora.merge(settings, find(settings.model), adapters, folder)
     print(f"{folder}: the pipeline, with the adapters in its weights")
     return 0
 
 
 def _settings(args: argparse.Namespace) -> int:
-    print(config.describe())
+    print(loading.describe())
     return 0
 
 
@@ -211,7 +217,7 @@ def _settings(args: argparse.Namespace) -> int:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    config.add_arguments(parser)
+    loading.add_arguments(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default 1)")
     parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a host (default 8)")
     parser.add_argument("--gpu", default="", metavar="NAME", help="e.g. H100 (default: the one here)")
@@ -222,12 +228,13 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from smpo_fast import plan
+    from smpo_fast.planning import plan
+    from smpo_fast.planning.plan import Request
 
     if args.gpus < 1 or args.per_node < 1 or args.gpu_memory < 0:
-        raise SettingsError("command line: --gpus and --per-node are at least 1, --gpu-memory is not negative")
-    wanted = plan.Request(args.gpus, args.gpu, args.gpu_memory, args.per_node, args.ds_config, args.measure)
-    return plan.run(config.from_arguments(args), wanted, args.json)
+        raise UserError("command line: --gpus and --per-node are at least 1, --gpu-memory is not negative")
+    wanted = Request(args.gpus, args.gpu, args.gpu_memory, args.per_node, args.ds_config, args.measure)
+    return plan.run(loading.from_arguments(args), wanted, args.json)
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -236,7 +243,7 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from smpo_fast import doctor
+    from smpo_fast.planning import doctor
 
     return doctor.run(args.ds_config, args.json)
 
@@ -248,7 +255,7 @@ def _none(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "import": Command("bring preference pairs of any format into one table", _import_arguments, _import),
     "prepare": Command(
-        "encode the pairs of [data] with the networks of [model] into the cache", config.add_arguments, _prepare
+        "encode the pairs of [data] with the networks of [model] into the cache", loading.add_arguments, _prepare
     ),
     "verify": Command(
         "check a cache: hashes, counts, numbers, and with settings given also whether it serves them",
@@ -258,11 +265,11 @@ COMMANDS = {
     "score": Command("score every picture of a pair table with a reward model", _score_arguments, _score),
     "generate": Command("make pairs from prompts with a pipeline", _generate_arguments, _generate),
     "evaluate": Command(
-        "sample base and export of a run with the same noise, score and compare them", config.add_arguments, _evaluate
+        "sample base and export of a run with the same noise, score and compare them", loading.add_arguments, _evaluate
     ),
     "merge": Command(
         "write <run.dir>/merged: the base of [model] with a run's LoRA adapters in its weights",
-        config.add_arguments,
+        loading.add_arguments,
         _merge,
     ),
     "plan": Command(

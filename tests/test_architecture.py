@@ -1,4 +1,4 @@
-"""The house: who may import whom, one owner per dangerous thing, and nobody bears a library's name."""
+"""The map of the code: which package may import which, one owner for each library, and no name that hides another."""
 
 from __future__ import annotations
 
@@ -10,75 +10,60 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "smpo_fast"
 FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
-# A room may import rooms of lower layers, and rooms of its own layer where ALLOWED says so.
-LAYERS = {
-    "config": 0, "durable": 0, "embedded": 0, "embedded.shapes": 0, "embedded.reward": 0,
-    "runtime": 1, "batch": 1, "parts": 1, "remote": 1,
-    "order": 2, "schedule": 2, "labels": 2, "prefetch": 2, "trajectories": 2, "reward_models": 2,
-    "data": 3, "scorers": 3, "cache": 3, "model": 3, "inversion": 3, "objective": 3, "report": 3, "kernels": 3,
-    "slices": 3,
-    "sidecar": 4, "optimizers": 4, "engine": 4, "calls": 4, "metrics": 4, "loader": 4, "pictures": 4, "lora": 4,
-    "footprint": 4, "doctor": 4, "patch": 4, "containers": 4,
-    "scoring": 5, "checkpoint": 5, "window": 5, "prepare": 5, "evaluate": 5, "reference": 5, "sources": 5,
-    "formats": 6, "train": 6, "plan": 6,
-    "table": 7,
-    "importer": 8,
-    "generate": 9,
-    "cli": 10,
-}  # fmt: skip
-# What makes the embedded assets: a program of several files that nobody imports.
-BUILDERS = ("embedded.networks", "embedded.pairs", "embedded.pretrain_vae", "embedded.pretrain_unet", "embedded.build")
-LAYERS |= {name: 7 + i for i, name in enumerate(BUILDERS)}
-SAME_LAYER = {
-    ("engine", "optimizers"),
-    ("footprint", "lora"),
-    ("embedded.reward", "embedded.shapes"),
-    ("embedded.shapes", "embedded"),
+# Lowest first: a package may import those above it in this list, and nothing else. The programs come last.
+LAYERS = (
+    "common", "embedded", "kernels", "config", "method", "models", "data", "engine", "evaluation", "training",
+    "planning", "train", "cli",
+)  # fmt: skip
+# What a package may use of the layers below it, where that is less than all of them.
+ONLY = {
+    "embedded": {"common"},
+    "kernels": set(),
+    "config": {"common"},
+    "method": {"common", "config"},
+    "engine": {"common", "config", "kernels"},
+    "train": {"common", "config", "training"},
 }
+# Each of these libraries is imported in one place (a package, or a module of it) and nowhere else.
 OWNERS = {
     "deepspeed": {"engine"},
-    "peft": {"lora"},
-    "bitsandbytes": {"optimizers"},
-    "diffusers": {"model", "patch", "footprint"},  # footprint: a UNet on the meta device from its configuration alone
-    "transformers": {"model", "reward_models", "optimizers"},
-    "tarfile": {"containers"},
-    "fsspec": {"containers", "sources", "remote"},
-    "pyarrow": {"data", "sidecar", "cache", "containers", "table"},
-    "PIL": {
-        "data",
-        "reward_models",
-        "scorers",
-        "scoring",
-        "generate",
-        "evaluate",
-        "report",
-        "prepare",
-        "pictures",
-        "embedded.reward",
-    },
-    "matplotlib": {"report"},
+    "bitsandbytes": {"engine"},
+    "peft": {"models.lora"},
+    "diffusers": {"models"},
+    "transformers": {"models", "data.rewards", "engine.optimizers"},
+    "tarfile": {"data.ingest"},
+    "fsspec": {"common.remote", "data.ingest"},
+    "pyarrow": {"data"},
+    "PIL": {"common.plots", "data", "evaluation"},
+    "matplotlib": {"common.plots"},
     "pydantic": {"config"},
     "tomllib": {"config"},
     "argparse": {"config", "train", "cli"},
     "triton": {"kernels"},
     "pickle": set(),
 }
+BUILDER = "embedded.build"  # makes the embedded assets: a program of its own, which nothing imports
+OPTIONAL = {"wandb", "trackio", "xformers", "bitsandbytes", "peft"}
 
 
-def room(file: Path) -> str:
-    if file.is_relative_to(ROOT / "kernels"):
-        return "kernels"
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
+def module(file: Path) -> str:
+    """Dotted name below ``smpo_fast``: 'data.cache.reader', 'kernels.geglu'; '' for the package itself."""
+    inside = file.is_relative_to(PACKAGE)
+    parts = file.relative_to(PACKAGE if inside else ROOT).with_suffix("").parts
     return ".".join(p for p in parts if p != "__init__")
 
 
+def package(name: str) -> str:
+    return name.partition(".")[0]
+
+
 def imports(file: Path) -> set[str]:
-    """Dotted names of everything a file imports, also inside functions; under TYPE_CHECKING too."""
+    """Dotted names of everything a file imports, also inside functions and under TYPE_CHECKING."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -89,60 +74,76 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def rooms_imported(file: Path) -> set[str]:
-    names = {n.removeprefix("smpo_fast.") for n in imports(file) if n.startswith("smpo_fast.")}
-    known = sorted(LAYERS, key=len, reverse=True)
-    return {next((k for k in known if n == k or n.startswith(f"{k}.")), n) for n in names} - {"__version__"}
+def ours(file: Path) -> set[str]:
+    """What a file imports of this project, without the leading ``smpo_fast.``."""
+    return {n.removeprefix("smpo_fast.") for n in imports(file) if n.startswith("smpo_fast.")} - {"__version__"}
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if room(f) not in ("", "kernels")], ids=room)
-def test_imports_go_down(file: Path) -> None:
-    mine = room(file)
-    assert mine in LAYERS, f"a new room: give {mine} a layer in this test"
-    for other in rooms_imported(file):
-        allowed = LAYERS[other] < LAYERS[mine] or (mine, other) in SAME_LAYER
-        assert allowed, f"{mine} (layer {LAYERS[mine]}) imports {other} (layer {LAYERS[other]})"
+def within(name: str, places: set[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if module(f)], ids=module)
+def test_imports_go_one_way(file: Path) -> None:
+    mine = package(module(file))
+    assert mine in LAYERS, f"a new package: give {mine} a layer in this test"
+    allowed = ONLY.get(mine, set(LAYERS[: LAYERS.index(mine)])) | {mine}
+    for name in ours(file):
+        assert package(name) in allowed, f"{module(file)} imports {name}; {mine} may import {sorted(allowed)}"
+        assert within(module(file), {BUILDER}) or not within(name, {BUILDER}), f"{module(file)} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_package_uses_anothers_private_names(file: Path) -> None:
+    mine = package(module(file))
+    for name in ours(file):
+        private = any(part.startswith("_") for part in name.split("."))
+        assert not private or package(name) == mine, f"{module(file)} imports {name}"
 
 
 def test_kernels_import_torch_triton_and_what_they_share() -> None:
     allowed = {"torch", "triton", "smpo_fast.kernels._launch"} | set(sys.stdlib_module_names)
     for file in (ROOT / "kernels").glob("*.py"):
         for name in imports(file):
-            assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{file.name} imports {name}"
+            assert within(name, allowed), f"{file.name} imports {name}"
     assert imports(ROOT / "kernels" / "__init__.py") == set()
 
 
 @pytest.mark.parametrize("library", OWNERS)
-def test_one_owner_per_dangerous_thing(library: str) -> None:
-    users = {room(f) for f in FILES if any(n == library or n.startswith(f"{library}.") for n in imports(f))}
-    strangers = users - OWNERS[library] - set(BUILDERS)
+def test_each_library_has_one_owner(library: str) -> None:
+    users = {module(f) for f in FILES if any(within(n, {library}) for n in imports(f))}
+    strangers = {user for user in users if not within(user, OWNERS[library] | {BUILDER})}
     assert not strangers, f"{library} is imported by {strangers}"
 
 
-def test_nobody_imports_a_top_level_kernels() -> None:
+def test_nothing_imports_a_top_level_kernels() -> None:
     for file in [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
-        assert not any(n == "kernels" or n.startswith("kernels.") for n in imports(file)), file
+        assert not any(within(n, {"kernels"}) for n in imports(file)), file
 
 
-def test_no_module_bears_the_name_of_a_library() -> None:
-    """The launcher puts smpo_fast/ first on the path: a module there would be found before the library."""
-    taken = sys.stdlib_module_names | set(importlib.metadata.packages_distributions())
+def test_no_module_hides_a_library() -> None:
+    """The DeepSpeed launcher puts smpo_fast/ first on the path: a module there would be found before the library.
+
+    Taken are the standard library, what is installed, and optional dependencies that may not be installed here.
+    """
+    taken = sys.stdlib_module_names | set(importlib.metadata.packages_distributions()) | OPTIONAL
+    taken |= {"evaluate", "datasets", "kernels", "open_clip", "hpsv2", "ImageReward", "torchao"}
     assert {f.stem for f in PACKAGE.glob("*.py")} & taken <= {"__init__"}
     assert {f.name for f in PACKAGE.iterdir() if f.is_dir()} & taken == set()
 
 
 def test_every_module_imports_without_a_gpu() -> None:
-    names = [f"smpo_fast.{room(f)}".rstrip(".") for f in FILES if room(f) != "kernels"]
+    names = [f"smpo_fast.{module(f)}".rstrip(".") for f in FILES if package(module(f)) != "kernels"]
     code = "import importlib\n" + "\n".join(f"importlib.import_module({n!r})" for n in [*names, "smpo_fast.kernels"])
     subprocess.run([sys.executable, "-c", code], check=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"})
 
 
-def test_package_alone_imports_nothing_heavy() -> None:
-    code = "import sys, smpo_fast, smpo_fast.config; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
+def test_settings_import_nothing_heavy() -> None:
+    code = "import sys, smpo_fast.config.loading; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_libraries_that_probe_for_hugging_faces_kernels_leave_ours_alone() -> None:
+def test_libraries_that_probe_for_hugging_faces_kernels_ignore_ours() -> None:
     """With the repository on the path (the DeepSpeed launcher puts it there) `kernels` is importable by accident."""
     code = "import kernels, transformers.utils.import_utils as u; print(u.is_kernels_available())"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -150,7 +151,7 @@ def test_libraries_that_probe_for_hugging_faces_kernels_leave_ours_alone() -> No
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_files_begin_with_their_one_sentence(file: Path) -> None:
+def test_files_begin_with_one_sentence(file: Path) -> None:
     first = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
     assert first.endswith((".", ":", "``.")) or len(first) > 20, file
 
@@ -163,20 +164,26 @@ def test_public_names_are_documented(file: Path) -> None:
             assert ast.get_docstring(node), f"{file.name}: {node.name} has no docstring"
 
 
+def test_package_signs_import_nothing() -> None:
+    """An ``__init__`` says what its package is for; names come from the modules that define them."""
+    for file in PACKAGE.rglob("__init__.py"):
+        if module(file) not in ("", "embedded"):
+            assert imports(file) == set(), f"{file}: re-exports"
+
+
 def test_the_schedule_holds_no_tensors() -> None:
-    assert not any(n == "torch" or n.startswith("torch.") for n in imports(PACKAGE / "schedule.py"))
+    assert not any(within(n, {"torch"}) for n in imports(PACKAGE / "method" / "schedule.py"))
 
 
-def test_optional_libraries_are_optional() -> None:
-    """Trackers, xformers and triton are imported where they are asked for, never at import."""
+def test_optional_libraries_are_imported_where_they_are_used() -> None:
+    """Never at import of a module."""
     for file in FILES:
         for node in ast.parse(file.read_text()).body:
             names = {a.name for a in node.names} if isinstance(node, ast.Import) else set()
             names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
-            assert not {n.partition(".")[0] for n in names} & {
-                "wandb",
-                "trackio",
-                "xformers",
-                "bitsandbytes",
-                "peft",
-            }, file
+            assert not {n.partition(".")[0] for n in names} & OPTIONAL, file
+
+
+def test_no_test_imports_another() -> None:
+    for file in (ROOT / "tests").rglob("*.py"):
+        assert not any(package(n).startswith("test_") for n in imports(file)), f"{file}: move it to tests/helpers/"

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from smpo_fast import cli, data, train
-from smpo_fast.config import EMBEDDED
-from smpo_fast.metrics import read_metrics
+from smpo_fast import cli, train
+from smpo_fast.config.schema import EMBEDDED
+from smpo_fast.data.pairs import reader
+from smpo_fast.data.pairs.schema import RawPair
+from smpo_fast.training.metrics import read_metrics
 
 SETTINGS = [
     "run.steps=2", "run.save_every=2", "batch.pairs_per_step=6", "batch.micro_pairs=3", "optim.warmup_steps=0",
@@ -24,12 +26,12 @@ SETTINGS = [
 
 def write_folder(folder: Path, pairs: int, names: int | None = None) -> None:
     """w/ and l/ with prompts beside, from the embedded pairs; visited again under other names beyond their number."""
-    table = list(data.read_pairs(data.source_path(EMBEDDED), max_pairs=min(pairs, names or pairs)))
+    table = list(reader.read_pairs(reader.source_path(EMBEDDED), max_pairs=min(pairs, names or pairs)))
     for part in ("w", "l"):
         (folder / part).mkdir(parents=True)
     for i in range(pairs):
         pair = table[i % len(table)]
-        assert isinstance(pair, data.RawPair)
+        assert isinstance(pair, RawPair)
         first = pair.label == 1
         for part, picture in zip(("w", "l"), pair.images if first else pair.images[::-1], strict=True):
             (folder / part / f"{i:05d}.png").write_bytes(picture)

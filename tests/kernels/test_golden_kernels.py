@@ -17,19 +17,20 @@ from test_golden import (
     settings_for,
 )
 
-from smpo_fast import config, patch
-from smpo_fast.batch import Conditioning
-from smpo_fast.inversion import invert
-from smpo_fast.objective import OBJECTIVES
-from smpo_fast.schedule import NoiseSchedule
+from smpo_fast.config import loading
+from smpo_fast.method.batch import Conditioning
+from smpo_fast.method.inversion import invert
+from smpo_fast.method.objective import OBJECTIVES
+from smpo_fast.method.schedule import NoiseSchedule
+from smpo_fast.models import kernel_patch
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values at {GOLDEN} (set SMPO_GOLDEN)")
 
 
 def check(kind: str, method: str, case: int) -> None:
     run, values = settings_for(kind, method), load_case(kind, case)
-    run = config.from_dict({**run.model_dump(), "kernels": {"enabled": ["pair_loss", "renoise_step"]}})
-    ops, schedule = patch.select_ops(run), NoiseSchedule.from_config(SCHEDULER)
+    run = loading.from_dict({**run.model_dump(), "kernels": {"enabled": ["pair_loss", "renoise_step"]}})
+    ops, schedule = kernel_patch.select_ops(run), NoiseSchedule.from_config(SCHEDULER)
     policy, reference = (load_denoiser(kind, which) for which in ("policy", "reference"))
     extra = {k: values[f"in.{k}"][None] for k in ("pooled", "time_ids") if f"in.{k}" in values}
     cond = Conditioning(values["in.prompt_embeds"][None], **extra)
@@ -72,8 +73,8 @@ def test_golden_release_through_all_kernels(kind: str) -> None:
     networks = [load_denoiser(kind, which).unet for which in ("policy", "reference")]
     try:
         for unet in networks:
-            patch.patch(unet, patch.MODULES)
+            kernel_patch.patch(unet, kernel_patch.MODULES)
         check(kind, "smpo", case)
     finally:
         for unet in networks:
-            patch.unpatch(unet)
+            kernel_patch.unpatch(unet)

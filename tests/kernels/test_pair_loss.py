@@ -22,7 +22,6 @@ from numerics import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smpo_fast import objective
 from smpo_fast.kernels import pair_loss as room
 from smpo_fast.kernels._launch import INTERPRET, tickets
 from smpo_fast.kernels.pair_loss import (
@@ -38,6 +37,7 @@ from smpo_fast.kernels.pair_loss import (
     pair_loss,
     pair_loss_reference,
 )
+from smpo_fast.method import objective
 
 SHAPES = [(1, 4, 64, 64), (3, 4, 17, 13), (5, 1, 1, 1), (2, 3, 7, 2)]
 if not INTERPRET:

@@ -1,0 +1,202 @@
+"""The reward models' networks: published checkpoints, as their authors wrote them, on current transformers.
+
+Weights come from safetensors, or from ``.pt`` and ``.pth`` files of which tensors alone are read.  What a score was
+trained with (how a picture is resized and padded, how long a prompt may be, the constants of the last step) belongs
+to it and is the same here; the networks compute in float32 where the original programs use half precision.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smpo_fast.data.rewards.published_weights import (
+    _below,
+    _first,
+    _pretrained,
+    blip_from_original,
+    checkpoint,
+    clip_from_open_clip,
+    head_from,
+    read_weights,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+CLIP_L = "openai/clip-vit-large-patch14"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what PickScore and HPSv2 were tuned from
+BERT = "google-bert/bert-base-uncased"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of RGB in 0..1
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+
+_BATCH = 32
+_HEADS = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")  # the same weights, as they are published
+
+
+class RewardModel(ABC):
+    """A reward model on a device, in float32 or, with ``half``, in float16."""
+
+    def __init__(self, device: torch.device, half: bool) -> None:
+        self.device, self.dtype = device, torch.float16 if half else torch.float32
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray:
+        """Scores float32 [N] of N RGB pictures of any sizes with their prompts."""
+        parts = [
+            self._score(images[i : i + _BATCH], prompts[i : i + _BATCH]).float().cpu()
+            for i in range(0, len(images), _BATCH)
+        ]
+        return torch.cat([torch.zeros(0), *parts]).numpy()
+
+    @abstractmethod
+    def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """[n]"""
+
+    def _placed(self, module: Any) -> Any:
+        return module.to(self.device, self.dtype).eval().requires_grad_(False)
+
+
+class ClipCosine(RewardModel):
+    """Cosine of CLIP's picture and text embeddings, without the logit scale: PickScore and CLIP itself."""
+
+    def __init__(self, place: str, device: torch.device, half: bool, processors: Sequence[str]) -> None:
+        super().__init__(device, half)
+        from transformers import CLIPModel, CLIPProcessor  # loads slowly, and most runs score nothing
+
+        self.model = self._placed(_pretrained(CLIPModel, place))
+        self.processor = _first(CLIPProcessor, [place, *processors])
+
+    def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        pictures = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return _cosine(self.model, pictures, _tokens(self.processor.tokenizer, self.model, prompts), self)
+
+
+class Hps(RewardModel):
+    """HPSv2 and v2.1: cosine of a tuned OpenCLIP ViT-H-14; pictures are padded to a square, not cropped.
+
+    As package ``hpsv2`` 1.2 computes it with a torchvision that antialiases (0.17 and later).
+    """
+
+    def __init__(self, place: str, device: torch.device, half: bool, file: str) -> None:
+        super().__init__(device, half)
+        from transformers import CLIPTokenizer
+
+        weights = read_weights(checkpoint(place, (file, Path(file).stem + ".safetensors")))
+        self.model = self._placed(clip_from_open_clip(weights))
+        self.tokenizer = _first(CLIPTokenizer, [place, CLIP_H])
+
+    def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        side = self.model.config.vision_config.image_size
+        texts = [html.unescape(html.unescape(prompt)) for prompt in prompts]  # as OpenCLIP's tokenizer does
+        pictures = torch.stack([padded(image, side) for image in images])
+        return _cosine(self.model, pictures, _tokens(self.tokenizer, self.model, texts), self)
+
+
+class ImageReward(RewardModel):
+    """ImageReward 1.0: BLIP's text encoder looks at the picture, an MLP scores its first token."""
+
+    LENGTH = 35  # tokens of a prompt that are read
+    CENTRE, SCALE = 0.16717362830052426, 1.0333394966054072
+
+    def __init__(self, place: str, device: torch.device, half: bool) -> None:
+        super().__init__(device, half)
+        from transformers import BertTokenizer
+
+        weights = read_weights(checkpoint(place, ("ImageReward.pt", "ImageReward.safetensors")))
+        config = json.loads(checkpoint(place, ("med_config.json",)).read_text())
+        vision, text = blip_from_original(_below(weights, "blip."), config)
+        self.vision, self.text = self._placed(vision), self._placed(text)
+        self.head = head_from(_below(weights, "mlp.")).to(device)
+        self.tokenizer = _first(BertTokenizer, [place, BERT])
+
+    def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        side = self.vision.config.image_size
+        pictures = torch.stack([squared(image, side) for image in images]).to(self.device, self.dtype)
+        words = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=self.LENGTH, return_tensors="pt"
+        ).to(self.device)
+        seen = self.vision(pixel_values=pictures).last_hidden_state
+        read = self.text(
+            input_ids=words.input_ids,
+            attention_mask=words.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=self.device),
+        ).last_hidden_state
+        return (self.head(read[:, 0].float())[:, 0] - self.CENTRE) / self.SCALE
+
+
+class Aesthetic(RewardModel):
+    """LAION's improved aesthetic predictor: an MLP on the normalised picture embedding of CLIP ViT-L/14.
+
+    The prompt does not matter.  A folder without a CLIP of its own has its head read from there, CLIP from the hub.
+    """
+
+    def __init__(self, place: str, device: torch.device, half: bool) -> None:
+        super().__init__(device, half)
+        from transformers import CLIPModel
+
+        head = checkpoint(place, (*_HEADS, *(str(Path(name).with_suffix(".safetensors")) for name in _HEADS)))
+        own = (Path(place) / "config.json").is_file()
+        clip = _pretrained(CLIPModel, place if own else CLIP_L)
+        self.vision, self.projection = self._placed(clip.vision_model), self._placed(clip.visual_projection)
+        self.head = head_from(read_weights(head)).to(device)
+
+    def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        pictures = torch.stack([squared(image, self.vision.config.image_size) for image in images])
+        embeds = self.projection(self.vision(pixel_values=pictures.to(self.device, self.dtype)).pooler_output)
+        return self.head(nn.functional.normalize(embeds.float(), dim=-1))[:, 0]
+
+
+def squared(image: Image, side: int) -> Tensor:
+    """The shorter side resized (bicubic) and the centre, normalised as CLIP's: [3, side, side]."""
+    width, height = image.size
+    short = min(width, height)
+    size = (int(side * width / short), int(side * height / short))
+    left, top = (round((length - side) / 2) for length in size)
+    image = image if size == image.size else image.resize(size, BICUBIC)
+    return _normalised(_tensor(image.crop((left, top, left + side, top + side))))
+
+
+def padded(image: Image, side: int) -> Tensor:
+    """The longer side resized (bicubic, antialiased), black beside it, normalised as CLIP's: [3, side, side]."""
+    pixels = _tensor(image)
+    scale = side / max(pixels.shape[1:])
+    size = [round(length * scale) for length in pixels.shape[1:]]
+    if size != list(pixels.shape[1:]):
+        pixels = nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+    rows, columns = (side - length for length in size)
+    around = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    return _normalised(nn.functional.pad(pixels, around))
+
+
+def _tensor(image: Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def _normalised(pixels: Tensor) -> Tensor:
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def _tokens(tokenizer: Any, model: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    length = model.config.text_config.max_position_embeddings
+    return tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+
+def _cosine(model: Any, pictures: Tensor, words: Mapping[str, Tensor], at: RewardModel) -> Tensor:
+    out = model(
+        pixel_values=pictures.to(at.device, at.dtype),
+        input_ids=words["input_ids"].to(at.device),
+        attention_mask=words["attention_mask"].to(at.device),
+    )
+    return nn.functional.cosine_similarity(out.image_embeds.float(), out.text_embeds.float(), dim=-1)

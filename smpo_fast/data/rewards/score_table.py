@@ -1,0 +1,146 @@
+"""A folder of scores beside a pair table: written by ``smpo score``, looked up by picture and prompt.
+
+    scores.parquet     picture, prompt: sha256 of the encoded picture and of the text; score; where several scorers are
+                       combined, each one's score under its name
+    pairs.parquet      row, label_0, score_0, score_1 of every pair that was scored
+    rejected.parquet   row, uid and reason of every row that was not
+    scores.json        scorers with identity and version, constants, counts, the sha256 of scores.parquet
+
+A score belongs to the content of a picture: the table may be moved, shuffled, cut or imported again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smpo_fast.common import storage
+from smpo_fast.common.errors import UserError
+from smpo_fast.data.pairs.schema import RawPair, Rejected
+
+SCORES, PAIRS, REJECTED, FACTS = "scores.parquet", "pairs.parquet", "rejected.parquet", "scores.json"
+KEY = np.dtype("S64")  # sha256 of the picture, then of the prompt
+_HASH = 32
+_PAIR_COLUMNS = ("row", "label_0", "score_0", "score_1")
+
+
+class Sidecar:
+    """The scores of a folder; raises SettingsError for a folder that holds none, or not as they were written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.facts = folder, read_facts(folder)
+        table = _read(folder / SCORES, ["picture", "prompt", "score"])
+        self._keys = _keys(table["picture"], table["prompt"])
+        self._scores = table["score"].to_numpy()
+
+    def rewarded(self, rows: Iterator[RawPair | Rejected]) -> Iterator[RawPair | Rejected]:
+        """The rows with these scores for rewards, whatever they had; pairs that were not scored are rejected."""
+        for item in rows:
+            yield item if isinstance(item, Rejected) else self._rewarded(item)
+
+    def _rewarded(self, pair: RawPair) -> RawPair | Rejected:
+        wanted = np.array(keys_of(pair), KEY)
+        places = np.searchsorted(self._keys, wanted)
+        found = (self._keys[np.minimum(places, len(self._keys) - 1)] == wanted).tolist()
+        if not all(found):
+            return Rejected(
+                pair.row, pair.uid, f"not in data.scores: picture {found.index(False)} with this prompt was not scored"
+            )
+        one, two = (float(score) for score in self._scores[places])
+        if not np.isfinite([one, two]).all():
+            return Rejected(pair.row, pair.uid, f"the scorer gave no finite score: {one:g}, {two:g}")
+        return replace(pair, rewards=(one, two))
+
+
+def keys_of(pair: RawPair) -> list[bytes]:
+    """The keys of a pair's two pictures with its prompt."""
+    prompt = hashlib.sha256(pair.prompt.encode()).digest()
+    return [hashlib.sha256(image).digest() + prompt for image in pair.images]
+
+
+def identity(folder: Path) -> str:
+    """What the scores of a folder are, without reading them; raises SettingsError where there are none."""
+    return f"scores@{read_facts(folder)['sha256'][:16]}"
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The content of scores.json; raises SettingsError."""
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        size = (folder / SCORES).stat().st_size
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no finished scores ({error}): make them with smpo score") from error
+    if size != facts["bytes"]:
+        raise UserError(f"{folder / SCORES} has {size} bytes, {FACTS} says {facts['bytes']}: score again")
+    return facts
+
+
+def read_pairs(folder: Path) -> dict[str, np.ndarray]:
+    """Label and scores of the pairs that were scored: 'label' float64 [N], 'rewards' float64 [N, 2]."""
+    table = _read(folder / PAIRS, ["label_0", "score_0", "score_1"])
+    columns = [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in table.column_names]
+    return {"label": columns[0], "rewards": np.stack(columns[1:], axis=1)}
+
+
+def write(
+    folder: Path,
+    keys: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    pairs: Mapping[str, Sequence[Any] | np.ndarray],
+    rejected: Sequence[tuple[int, str, str]],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the four files, scores.json last.
+
+    keys: KEY [n], distinct.  scores: 'score' and others by name, [n] each.  pairs: columns of pairs.parquet.
+    """
+    order = np.argsort(keys)
+    halves = np.frombuffer(keys[order].tobytes(), np.uint8).reshape(len(keys), 2, _HASH)
+    columns = {name: _hashes(halves[:, i]) for i, name in enumerate(("picture", "prompt"))}
+    columns |= {name: pa.array(values[order]) for name, values in scores.items()}
+    pq.write_table(pa.table(columns), folder / SCORES, compression="zstd", use_dictionary=["prompt"])
+    pq.write_table(
+        pa.table({name: pa.array(pairs[name]) for name in _PAIR_COLUMNS}), folder / PAIRS, compression="zstd"
+    )
+    kinds = pa.schema([("row", pa.int64()), ("uid", pa.string()), ("reason", pa.string())])
+    listed = [dict(zip(kinds.names, item, strict=True)) for item in rejected]
+    pq.write_table(pa.Table.from_pylist(listed, kinds), folder / REJECTED)
+    for name in (SCORES, PAIRS, REJECTED):
+        storage.sync(folder / name)
+    with (folder / SCORES).open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    size = (folder / SCORES).stat().st_size
+    storage.write_text(folder / FACTS, json.dumps({**facts, "bytes": size, "sha256": digest}, indent=2))
+
+
+def _read(file: Path, columns: list[str]) -> pa.Table:
+    try:
+        return pq.read_table(file, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}): score again") from error
+
+
+def _hashes(values: np.ndarray) -> pa.Array:
+    """uint8 [n, 32] as a column of fixed width."""
+    kind = pa.binary(_HASH)
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
+
+
+def _keys(pictures: pa.ChunkedArray, prompts: pa.ChunkedArray) -> np.ndarray:
+    """The two columns as keys, KEY [n]."""
+    both = np.empty((len(pictures), 2, _HASH), np.uint8)
+    for i, column in enumerate((pictures, prompts)):
+        first = 0
+        for chunk in column.chunks:
+            content = np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, _HASH)
+            both[first : first + len(chunk), i] = content[chunk.offset : chunk.offset + len(chunk)]
+            first += len(chunk)
+    return both.reshape(len(both), -1).view(KEY).reshape(-1)

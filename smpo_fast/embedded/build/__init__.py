@@ -1,0 +1,1 @@
+"""Builds the embedded assets from nothing: ``python -m smpo_fast.embedded.build --out DIR``."""

@@ -1,0 +1,77 @@
+"""One call of a UNet: from latents and prompts to a noise prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smpo_fast.common.runtime import COMPUTE_DTYPES
+from smpo_fast.method.batch import Conditioning
+from smpo_fast.method.schedule import NoiseSchedule
+from smpo_fast.models.locate import ModelSource
+
+
+class Denoiser:
+    """A UNet as the method sees it: predictions for pairs, in float32, whatever it computes in."""
+
+    def __init__(
+        self, unet: nn.Module, source: ModelSource, schedule: NoiseSchedule, precision: str, device: torch.device
+    ) -> None:
+        self.unet = unet
+        self.velocity = source.prediction_type == "v_prediction"
+        self.dtype = COMPUTE_DTYPES[precision]
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if precision == "bf16-autocast":
+            self.autocast = partial(torch.autocast, device.type, torch.bfloat16)
+        alphas = torch.from_numpy(schedule.alphas_cumprod.astype(np.float64))
+        self.signal = alphas.sqrt().float().to(device)
+        self.noise = (1 - alphas).sqrt().float().to(device)
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """What the network predicts (eps or v): x [B, 2, C, H, W], time [B], cond of B rows -> like x, float32."""
+        return self.predict(x, time, self.told(cond))
+
+    def eps(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """The noise prediction, also of a network that predicts v = signal eps - noise x_0."""
+        return self.as_eps(self(x, time, cond), x, time)
+
+    def told(self, cond: Conditioning) -> dict[str, Any]:
+        """What the UNet is given beside x and the timestep, a row a picture: 2 B rows in its dtype."""
+
+        told: dict[str, Any] = {"encoder_hidden_states": cond.prompt.to(self.dtype).repeat_interleave(2, dim=0)}
+        if cond.pooled is not None and cond.time_ids is not None:
+            ids = (
+                cond.time_ids
+            )  # sizes and crops: a row a pair, or one for each picture; half precision would round them
+            told["added_cond_kwargs"] = {
+                "text_embeds": cond.pooled.to(self.dtype).repeat_interleave(2, dim=0),
+                "time_ids": ids.flatten(0, 1) if ids.ndim == 3 else ids.repeat_interleave(2, dim=0),
+            }
+        return told
+
+    def predict(self, x: Tensor, time: Tensor, told: Mapping[str, Any]) -> Tensor:
+        """As a call, with what ``told`` made of the conditioning."""
+        with self.autocast():
+            out = self.unet(x.flatten(0, 1).to(self.dtype), time.repeat_interleave(2), return_dict=False, **told)[0]
+        return out.float().unflatten(0, x.shape[:2])
+
+    def as_eps(self, prediction: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """The noise that a prediction at x implies."""
+        if not self.velocity:
+            return prediction
+        at = time.clamp(min=0)
+        signal, noise = (table[at][:, None, None, None, None] for table in (self.signal, self.noise))
+        return signal * prediction + noise * x
+
+    def target(self, x_0: Tensor, tau: Tensor, time: Tensor) -> Tensor:
+        """What the network should have predicted at x_t = signal_t x_0 + noise_t tau: [B, 2, C, H, W]; time [B]."""
+        if not self.velocity:
+            return tau
+        signal, noise = (table[time][:, None, None, None, None] for table in (self.signal, self.noise))
+        return signal * tau - noise * x_0

@@ -1,0 +1,68 @@
+"""The VAE and the text encoders: images and prompts to what the UNet is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from smpo_fast.models.load import _load
+from smpo_fast.models.locate import TEXT_PARTS, ModelSource, encoders_identity
+
+
+class Encoders:
+    """VAE and text encoders in float32: what preparing a cache needs and training does not."""
+
+    def __init__(self, source: ModelSource, device: torch.device) -> None:
+        self.kind, self.device = source.kind, device
+        self.identity = encoders_identity(source)
+        self.vae = _load(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
+        self.channels = self.vae.config.latent_channels
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # px of a picture to one of its latent
+        encoders = (CLIPTextModel, CLIPTextModelWithProjection)
+        self.text = [
+            (
+                CLIPTokenizer.from_pretrained(source.folder / tokenizer),
+                _load(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval(),
+            )
+            for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], encoders, strict=False)
+        ]
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation, times the scaling factor: [N, 3, R, R'] in [-1, 1] -> [N, C, H, W].
+
+        Raises FloatingPointError when the VAE gives NaN or infinity (SDXL's own VAE does in fp16; this is fp32).
+        """
+        posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        mean, std = (posterior.mean - shift) * scale, posterior.std * scale
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise FloatingPointError("the VAE gave NaN or infinity")
+        return mean, std
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Token embeddings [N, S, D] and, for SDXL, the pooled embedding [N, E], as the pipelines make them."""
+        states, pooled = [], None
+        for tokenizer, encoder in self.text:
+            ids = self._tokens(tokenizer, prompts, truncation=True, padding="max_length", return_tensors="pt")
+            out = encoder(ids.to(self.device), output_hidden_states=True)
+            states.append(out.hidden_states[-2] if self.kind == "sdxl" else out.last_hidden_state)
+            pooled = out.text_embeds if self.kind == "sdxl" and hasattr(out, "text_embeds") else pooled
+        return torch.cat(states, dim=-1), pooled
+
+    def truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than the text encoders read."""
+        tokenizer = self.text[0][0]
+        return sum(
+            len(ids) > tokenizer.model_max_length for ids in self._tokens(tokenizer, list(prompts), truncation=False)
+        )
+
+    @staticmethod
+    def _tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], **options: Any) -> Any:
+        return tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids

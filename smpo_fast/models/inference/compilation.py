@@ -1,0 +1,60 @@
+"""Compiled transformer and residual blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from smpo_fast.config.schema import Model
+
+# Compiled variants of a block: widths (13 of SDXL's residual blocks) x batch sizes x shapes of pictures, with and
+# without gradients. Beyond the limit a block would run as it is, for the rest of the run.
+_SPECIALISATIONS = 1024
+
+
+def _blocks(unet: nn.Module) -> list[nn.Module]:
+    """What is compiled: transformer and residual blocks; equal ones share their code."""
+    return [m for m in unet.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")]
+
+
+def _compiled_impl(block: nn.Module) -> Callable[..., Any]:
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _SPECIALISATIONS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _SPECIALISATIONS)
+    return torch.compile(block._call_impl, dynamic=False)
+
+
+@contextmanager
+def _compiled(blocks: list[nn.Module]) -> Iterator[None]:
+    before: list[Any] = [block._compiled_call_impl for block in blocks]
+    try:
+        for block in blocks:
+            if not hasattr(block, "inversion_impl"):
+                object.__setattr__(block, "inversion_impl", _compiled_impl(block))
+            block._compiled_call_impl = cast(Any, block.inversion_impl)
+        yield
+    finally:
+        for block, previous in zip(blocks, before, strict=True):
+            block._compiled_call_impl = previous
+
+
+def compile_training(*unets: nn.Module) -> None:
+    """Compile the blocks of policy and reference for good, for ``model.compile = "all"``.
+
+    A graph made for gradients rounds otherwise than one without: ask the reference with gradients switched on and its
+    parameters requiring them (``window`` does), and both networks go through the same code. Then equal weights give
+    equal predictions, bit for bit.
+    """
+    for unet in unets:
+        unet.requires_grad_(True)
+        for block in _blocks(getattr(unet, "module", unet)):
+            block._compiled_call_impl = _compiled_impl(block)
+
+
+def as_in_training(model: Model) -> AbstractContextManager[Any]:
+    """How the reference is asked, inside ``no_grad``: as it is, or through the policy's compiled code."""
+    return torch.enable_grad() if model.compile == "all" else nullcontext()

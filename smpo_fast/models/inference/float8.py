@@ -1,0 +1,70 @@
+"""Linear layers with float8 matrix products: a named approximation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from smpo_fast.common.errors import UserError
+
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(_FP8).max
+
+
+class Float8:
+    """The linears of the transformer blocks in float8 (e4m3): a scale for each row of weights and of activations."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        blocks = (m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock")
+        named = (item for block in blocks for item in block.named_modules())
+        # keys and values of the prompt are computed once a chunk, as they are
+        linears = (m for name, m in named if type(m) is nn.Linear and name not in ("attn2.to_k", "attn2.to_v"))
+        self.linears = [m for m in linears if m.in_features % 16 == 0 and m.out_features % 16 == 0]
+        if not self.linears:
+            raise UserError("inversion.fp8 matched no linear of this network (plain, sides multiples of 16)")
+
+    def quantise(self) -> None:
+        """Round the weights as they are now; in place, where they were rounded before."""
+        for linear in self.linears:
+            rounded = _rows_to_float8(linear.weight)
+            if (places := getattr(linear, "rounded", None)) is None:
+                object.__setattr__(linear, "rounded", rounded)
+                continue
+            for place, value in zip(places, rounded, strict=True):
+                place.copy_(value)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the linears compute in float8."""
+        # By class, not by a new function for each: the compiler knows it again in the next call and the next block.
+        try:
+            for linear in self.linears:
+                linear.__class__ = _Float8Linear
+            yield
+        finally:
+            for linear in self.linears:
+                linear.__class__ = nn.Linear
+
+
+class _Float8Linear(nn.Linear):
+    """A linear in float8; ``rounded`` is its weight: rows and their scales."""
+
+    rounded: tuple[Tensor, Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, weight_scale = self.rounded
+        rows, scale = _rows_to_float8(x.reshape(-1, self.in_features))
+        product = torch._scaled_mm(
+            rows, weight.t(), scale_a=scale, scale_b=weight_scale.t(), out_dtype=torch.bfloat16
+        ).to(x.dtype)
+        product = product if self.bias is None else product + self.bias.to(x.dtype)
+        return product.view(*x.shape[:-1], self.out_features)
+
+
+def _rows_to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounded rows and the scale [rows, 1] that gives them their size back."""
+    scale = (x.abs().amax(dim=1, keepdim=True).float() / _FP8_MAX).clamp(min=1e-12)
+    return (x.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8), scale

@@ -1,0 +1,222 @@
+"""Put the kernels of a run in their places: modules of a UNet, and the functions that a training step is given.
+
+``patch`` gives stock modules of a diffusers UNet a fused forward pass by giving them another class, a subclass of
+their own with the same name: parameters, buffers, hooks, state-dict keys and shapes, LoRA's and DeepSpeed's hold on
+them stay as they are, and ``unpatch`` gives the class back. Kernels are imported only when one is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Collection, Iterator
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from smpo_fast.common.errors import UserError
+from smpo_fast.common.runtime import warn0
+from smpo_fast.config.schema import Config
+from smpo_fast.method import inversion, objective
+from smpo_fast.method.inversion import Solver
+from smpo_fast.method.objective import Losses
+
+MODULES = ("group_norm_silu", "layer_norm", "geglu", "geglu_linear")
+
+
+class StepOps(NamedTuple):
+    """The functions of a training step that may be kernels."""
+
+    pair_errors: Callable[[Tensor, Tensor], Tensor]
+    """Prediction and target [B, 2, C, H, W] -> mean squared errors [B, 2]; called without gradients."""
+    pair_loss: Callable[[Tensor, Tensor | None, Tensor, Tensor, float], Losses]
+    """Prediction, the reference's errors, target, weight [B], beta -> the pairs' losses; see Objective.losses."""
+    solver: Solver
+
+
+def check(config: Config, device: torch.device) -> None:
+    """Refuse kernels that cannot be used in a run, before anything heavy is loaded.
+
+    Raises SettingsError naming the kernel: Triton missing, or nothing in this run for the kernel to replace. On a CPU
+    the ops run their eager references, with one notice.
+    """
+    enabled = config.kernels.enabled
+    if enabled and importlib.util.find_spec("triton") is None:
+        raise UserError(
+            f"kernels.enabled = {enabled} needs Triton, which is not installed: pip install triton (Linux), "
+            "or leave kernels.enabled empty"
+        )
+    if "pair_loss" in enabled and not objective.OBJECTIVES[config.objective.name].needs_reference:
+        raise UserError(
+            f"kernels.enabled: pair_loss replaces nothing: objective.name = '{config.objective.name}' compares no pairs"
+        )
+    if "renoise_step" in enabled and config.inversion.source != "inversion":
+        raise UserError(
+            f"kernels.enabled: renoise_step replaces nothing: inversion.source = '{config.inversion.source}'"
+        )
+    if enabled and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        warn0(f"kernels.enabled = {enabled}: kernels run on CUDA; eager code serves on {device.type}")
+
+
+def select_ops(config: Config) -> StepOps:
+    """The functions of a run's training step: kernels where they are enabled, eager code elsewhere."""
+    chosen = objective.OBJECTIVES[config.objective.name]
+    ops = StepOps(objective.pair_errors, chosen.losses, inversion.EAGER)
+    if "pair_loss" in config.kernels.enabled:
+        from smpo_fast.kernels import pair_loss
+
+        ops = ops._replace(pair_errors=pair_loss.pair_errors, pair_loss=_fused_losses)
+    if "renoise_step" in config.kernels.enabled:
+        from smpo_fast.kernels import renoise_step
+
+        ops = ops._replace(solver=Solver(renoise_step.predict_, renoise_step.correct_))
+    return ops
+
+
+def _fused_losses(prediction: Tensor, reference: Tensor | None, target: Tensor, weight: Tensor, beta: float) -> Losses:
+    from smpo_fast.kernels.pair_loss import pair_loss
+
+    assert reference is not None  # refused by check
+    return Losses(*pair_loss(prediction, reference, target, weight, beta=beta))
+
+
+def patch(unet: nn.Module, enabled: Collection[str]) -> dict[str, int]:
+    """Swap the enabled ones of MODULES into a UNet; returns how many modules each of them took over.
+
+    Names of other kernels are ignored. Raises SettingsError, with the UNet as it was, for one that matched nothing.
+    """
+    found = {name: list(_MATCHES[name](unet)) for name in MODULES if name in enabled}
+    for name, swaps in found.items():
+        if not swaps:
+            raise UserError(f"kernels.enabled: {name} matched no module of this {type(unet).__name__}")
+    for swaps in found.values():
+        for module, mixin in swaps:
+            _swap(module, mixin)
+    helpers = (_AppliedSiLU, _AddNormBlock)
+    return {name: sum(mixin not in helpers for _, mixin in swaps) for name, swaps in found.items()}
+
+
+def unpatch(unet: nn.Module) -> int:
+    """Give every module its own class back; returns how many had another."""
+    patched = [m for m in unet.modules() if hasattr(type(m), "stock_class")]
+    for module in patched:
+        module.__class__ = cast(Any, type(module)).stock_class
+    return len(patched)
+
+
+def _swap(module: nn.Module, mixin: type) -> None:
+    if not isinstance(module, mixin):
+        module.__class__ = _subclass(cast(Any, type(module)), cast(Any, mixin))
+
+
+@cache
+def _subclass(base: type, mixin: type) -> type:
+    """``base`` with the forward pass of ``mixin``. It keeps the name, by which diffusers finds repeated blocks.
+
+    A mixin that serves some calls only leaves the others to ``base``, which may have a mixin already.
+    """
+    stock = getattr(base, "stock_class", base)
+    return type(base.__name__, (mixin, base), {"__module__": __name__, "stock_class": stock})
+
+
+# --- group_norm_silu -------------------------------------------------------------------------------------------
+
+
+class _AppliedSiLU(nn.SiLU):
+    """A SiLU whose pictures come from a norm that has applied it; the time embedding's vectors do not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.ndim == 4 else super().forward(x)
+
+
+def _group_norms(unet: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+    from smpo_fast.kernels.group_norm_silu import FusedGroupNorm, FusedGroupNormSiLU
+
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D) and module.time_embedding_norm == "default":
+            if type(module.nonlinearity) is nn.SiLU and _stock(module.norm1, module.norm2):
+                yield from ((norm, FusedGroupNormSiLU) for norm in (module.norm1, module.norm2))
+                yield module.nonlinearity, _AppliedSiLU
+        elif isinstance(module, Transformer2DModel) and type(getattr(module, "norm", None)) is nn.GroupNorm:
+            yield module.norm, FusedGroupNorm
+        elif isinstance(module, UNet2DConditionModel) and type(module.conv_act) is nn.SiLU:
+            if _stock(module.conv_norm_out):
+                yield module.conv_norm_out, FusedGroupNormSiLU
+                yield module.conv_act, _AppliedSiLU
+
+
+def _stock(*norms: Any) -> bool:
+    """Whether they are plain norms with weights."""
+    return all(type(n) in (nn.GroupNorm, nn.LayerNorm) and n.bias is not None for n in norms)
+
+
+# --- layer_norm ------------------------------------------------------------------------------------------------
+
+
+class _AddNormBlock(BasicTransformerBlock):
+    """A transformer block of SDXL and SD1.5: each addition in one pass with the norm behind it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        if cross_attention_kwargs or self._chunk_size is not None or hidden_states.ndim != 3:
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                cross_attention_kwargs, class_labels, added_cond_kwargs,
+            )  # fmt: skip
+        self_states = encoder_hidden_states if self.only_cross_attention else None
+        out = self.attn1(self.norm1(hidden_states), encoder_hidden_states=self_states, attention_mask=attention_mask)
+        hidden_states, normed = self.norm2(hidden_states, out)
+        out = self.attn2(normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+        hidden_states, normed = self.norm3(hidden_states, out)
+        return self.ff(normed) + hidden_states
+
+
+def _layer_norms(unet: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+    from smpo_fast.kernels.layer_norm import FusedLayerNorm
+
+    for module in unet.modules():
+        if type(module) is BasicTransformerBlock and module.norm_type == "layer_norm":
+            norms: tuple[Any, ...] = (module.norm1, module.norm2, module.norm3)
+            plain = module.pos_embed is None and module.attn2 is not None and not hasattr(module, "fuser")
+            if plain and _stock(*norms):
+                yield from ((norm, FusedLayerNorm) for norm in norms)
+                yield module, _AddNormBlock
+
+
+# --- geglu, geglu_linear ---------------------------------------------------------------------------------------
+
+
+def _geglus(unet: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+    from smpo_fast.kernels.geglu import FusedGEGLU
+
+    return ((module, FusedGEGLU) for module in unet.modules() if type(module) is GEGLU)
+
+
+def _linear_geglus(unet: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+    from smpo_fast.kernels.geglu_linear import FusedGEGLULinear, plain
+
+    return ((m, FusedGEGLULinear) for m in unet.modules() if type(m) is GEGLU and plain(m.proj))
+
+
+_MATCHES: dict[str, Callable[[nn.Module], Iterator[tuple[nn.Module, type]]]] = {
+    "group_norm_silu": _group_norms,
+    "layer_norm": _layer_norms,
+    "geglu": _geglus,
+    "geglu_linear": _linear_geglus,
+}

@@ -1,0 +1,125 @@
+"""LoRA: a frozen base with trained low-rank adapters, from peft's layers to a file that diffusers' pipelines load.
+
+The reference is the same network with its adapters off. That is exact only while the adapters start from nothing
+and the base stays as it is, so the only starts offered are those with B = 0, and there is no dropout: it would make
+policy and reference differ before the first step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smpo_fast.common.errors import UserError
+from smpo_fast.common.runtime import rng
+from smpo_fast.config.schema import Config, Lora
+from smpo_fast.models.export import export_pipeline
+from smpo_fast.models.load import empty_unet, load_unet, pipeline_class
+from smpo_fast.models.locate import ModelSource
+
+FILE = "pytorch_lora_weights.safetensors"
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "ff": ("ff.net.0.proj", "ff.net.2"),
+}
+_INITS = {"gaussian": "gaussian", "kaiming": True}  # peft's words
+
+
+def check(config: Config, source: ModelSource) -> None:
+    """Raise SettingsError for LoRA that cannot be had: peft missing, or targets that no layer has."""
+    lora = config.lora
+    if not lora.rank:
+        if lora.merge:
+            raise UserError("lora.merge = true: there is nothing to merge without adapters: give lora.rank")
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"lora.rank = {lora.rank} needs peft, which is not installed: pip install peft")
+    target_modules(empty_unet(source), lora.targets)
+
+
+def target_modules(unet: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Ends of module names, as peft wants them; raises SettingsError for a word that ends no layer's name."""
+    layers = {name: m for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    if not targets:
+        raise UserError("lora.targets is empty: give 'attention', 'ff', 'all-linear', or ends of module names")
+    found: list[str] = []
+    for word in targets:
+        if word == "all-linear":
+            found += [name for name, m in layers.items() if isinstance(m, nn.Linear)]
+            continue
+        for end in PRESETS.get(word, (word,)):
+            if not any(name == end or name.endswith(f".{end}") for name in layers):
+                raise UserError(
+                    f"lora.targets: '{word}' ends the name of no linear or convolution layer of the UNet; give "
+                    "'attention', 'ff', 'all-linear', or ends of module names such as 'attn2.to_k'"
+                )
+            found.append(end)
+    return found
+
+
+def add_adapters(unet: Any, lora: Lora, seed: int) -> None:
+    """Freeze a UNet and give it adapters in float32, the same for a seed on every rank and device.
+
+    Call it where the UNet computes: DoRA's first sizes must be those that the device will measure again.
+    """
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    wanted = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or lora.rank,  # type: ignore[arg-type]
+        target_modules=target_modules(unet, lora.targets),
+        init_lora_weights=_INITS[lora.init],  # type: ignore[arg-type]
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws on the host
+        torch.default_generator.manual_seed(int(rng(seed, "lora").integers(2**62)))
+        unet.add_adapter(wanted)
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def adapters_off(unet: Any) -> Iterator[None]:
+    """The base alone, for calls without gradients."""
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
+
+
+def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapters of ``state``, all weights by name, for ``pipe.load_lora_weights(folder)``.
+
+    The file's metadata has peft's settings: with them loaders know a scale other than 1, and DoRA.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    unet: Any = empty_unet(source)  # peft reads names and settings from a network
+    add_adapters(unet, config.lora, config.run.seed)
+    adapters = {name: t for name, t in state.items() if ".lora_" in name}
+    weights = get_peft_model_state_dict(unet, state_dict=adapters)
+    dtype = getattr(torch, config.model.export_dtype)
+    pipeline_class(source).save_lora_weights(
+        folder,
+        unet_lora_layers={name: t.to(dtype).contiguous() for name, t in weights.items()},
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+
+
+def merge(config: Config, source: ModelSource, adapters: Path, folder: Path) -> None:
+    """Write the pipeline whose UNet has the adapters of the folder ``adapters`` added to its weights, in float32."""
+    unet: Any = load_unet(source, config.model, torch.float32, torch.device("cpu"))
+    unet.load_lora_adapter(adapters, weight_name=FILE, prefix="unet")
+    unet.fuse_lora()
+    unet.unload_lora()
+    export_pipeline(source, unet.state_dict(), folder, config.model.export_dtype)

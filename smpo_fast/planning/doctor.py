@@ -1,0 +1,259 @@
+"""What was found on this machine, what training will use of it and why, and the command that mends what is missing.
+
+Nothing here may crash: a library that fails to import, or takes the process down with it, is a finding. So every probe
+that imports something runs in a process of its own (smpo_fast.planning.probes), all of
+them at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from smpo_fast.planning.probes import BROKEN, MISSING, NEEDED, OK, OLDEST_PYTHON, PROBES, _version, ask
+
+_REINSTALL = "pip install --force-reinstall {}"
+_CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for. ``fix`` is a command, empty where nothing is to do."""
+
+    name: str
+    state: str  # OK | MISSING | BROKEN
+    text: str
+    fix: str = ""
+    needed: bool = False  # training cannot run without it
+
+
+def findings(ds_file: Path | None = None) -> list[Finding]:
+    """Everything that was looked for."""
+    with ThreadPoolExecutor(len(PROBES)) as pool:
+        asked = dict(zip(PROBES, pool.map(ask, PROBES), strict=True))
+    made = [
+        _guard("Python", _python),
+        _guard("packages", _packages),
+        _guard("torch", lambda: _torch(asked["torch"])),
+        _guard("devices", lambda: _devices(asked["torch"])),
+        _guard("attention", lambda: _attention_of(asked["torch"])),
+        _guard("triton", lambda: _triton(asked["triton"], bool(asked["torch"].get("devices")))),
+        _guard("deepspeed", lambda: _deepspeed(asked["deepspeed"], ds_file)),
+        _guard("ranks", lambda: _ranks(asked["torch"])),
+        _guard("bitsandbytes", lambda: _bitsandbytes(asked["bitsandbytes"])),
+    ]
+    for name, use in _OPTIONAL.items():
+        made.append(_guard(name, lambda name=name, use=use: _optional(name, use, asked[name])))  # type: ignore[misc]
+    made += [_guard("compilers", _compilers), _guard("memory and disk", _space), _guard("hub", _hub)]
+    if ds_file is not None:
+        made.append(_guard("DeepSpeed file", lambda: _ds_file(ds_file)))
+    return made
+
+
+_OPTIONAL = {
+    "xformers": ("model.attention = 'xformers'; without it SDPA serves", "pip install xformers"),
+    "flash_attn_interface": ("FlashAttention 3 on Hopper; without it SDPA serves", "pip install flash-attn-interface"),
+    "peft": ("LoRA", "pip install peft"),
+    "torchao": ("comparisons with its optimizers; training does not use it", "pip install torchao"),
+}
+
+
+def _guard(name: str, probe: Callable[[], Finding]) -> Finding:
+    try:
+        return probe()
+    except Exception as error:
+        return Finding(name, BROKEN, f"could not be looked at: {type(error).__name__}: {error}")
+
+
+def _python() -> Finding:
+    text, old = (
+        f"{platform.python_version()} ({sys.executable}), {platform.platform()}",
+        sys.version_info < OLDEST_PYTHON,
+    )
+    wanted = ".".join(map(str, OLDEST_PYTHON))
+    return Finding("Python", BROKEN if old else OK, text, f"install Python {wanted} or later" if old else "", old)
+
+
+def _packages() -> Finding:
+    gone = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if gone:
+        return Finding("packages", MISSING, f"not installed: {', '.join(gone)}", "pip install -e .", True)
+    return Finding("packages", OK, ", ".join(f"{name} {_version(name)}" for name in NEEDED if name != "torch"))
+
+
+def _torch(found: Mapping[str, Any]) -> Finding:
+    if found["state"] != OK:
+        return Finding("torch", found["state"], found["why"], _REINSTALL.format("torch"), True)
+    built = f"for CUDA {found['cuda']}" if found["cuda"] else "for CPU only"
+    return Finding("torch", OK, f"{found['version']}, {built}; driver {_driver() or 'none found'}")
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version; empty without one."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def _devices(found: Mapping[str, Any]) -> Finding:
+    if found["state"] != OK:
+        return Finding("devices", BROKEN, "torch did not answer")
+    listed = [f"{d['name']}, {d['bytes'] / 1e9:.1f} GB, compute capability {d['capability']}" for d in found["devices"]]
+    if listed:
+        bf16 = "model.precision = 'auto' is bf16" if found["bf16"] else "no bf16: model.precision = 'auto' is fp32"
+        return Finding("devices", OK, f"{'; '.join(listed)}; run.device = 'auto' is cuda; {bf16}")
+    if _driver():
+        fix = _CUDA_TORCH if not found["cuda"] else "nvidia-smi  (and compare the driver with torch's CUDA version)"
+        return Finding("devices", BROKEN, f"there is a GPU, but torch cannot use it: {found['why']}", fix)
+    return Finding(
+        "devices", MISSING, "no GPU: run.device = 'auto' is cpu; enough for the embedded default, not for SDXL"
+    )
+
+
+def _attention_of(found: Mapping[str, Any]) -> Finding:
+    if found["state"] != OK:
+        return Finding("attention", BROKEN, "torch did not answer")
+    works = [name for name, told in found["attention"].items() if told == OK]
+    fails = [f"{name} ({told[:60]})" for name, told in found["attention"].items() if told != OK]
+    text = f"model.attention = 'sdpa' picks among {', '.join(works)}" + (f"; not: {', '.join(fails)}" if fails else "")
+    return Finding("attention", OK if works else BROKEN, text, "" if works else _REINSTALL.format("torch"), not works)
+
+
+def _triton(found: Mapping[str, Any], gpu: bool) -> Finding:
+    if found["state"] != OK:
+        fix = "pip install triton" if found["state"] == MISSING else _compiler_fix(found["why"])
+        return Finding("triton", found["state"], f"{found['why']}; kernels.enabled must stay empty", fix)
+    if gpu:
+        return Finding("triton", OK, f"{found['version']}; compiled one of our kernels: kernels.enabled may name them")
+    return Finding(
+        "triton", OK, f"{found['version']}; without a GPU only its interpreter runs (TRITON_INTERPRET=1, for tests)"
+    )
+
+
+def _compiler_fix(why: str) -> str:
+    wants_compiler = any(word in why for word in ("gcc", "compiler", "Python.h"))
+    return "apt install gcc python3-dev" if wants_compiler else _REINSTALL.format("triton")
+
+
+def _deepspeed(found: Mapping[str, Any], ds_file: Path | None) -> Finding:
+    needed = ds_file is not None
+    if found["state"] != OK:
+        fix = "pip install deepspeed" if found["state"] == MISSING else _REINSTALL.format("deepspeed")
+        text = f"{found['why']}; one process trains without it, several and --ds_config need it"
+        return Finding("deepspeed", found["state"], text, fix, needed)
+    ops = f"operators that would compile here: {', '.join(found['compatible']) or 'none'}"
+    built = f"; built already: {', '.join(found['installed'])}" if found["installed"] else ""
+    return Finding("deepspeed", OK, f"{found['version']}; serves --ds_config, ZeRO 0 to 3; {ops}{built}")
+
+
+def _ranks(found: Mapping[str, Any]) -> Finding:
+    if found["state"] != OK:
+        return Finding("ranks", BROKEN, "torch did not answer")
+    backends = [name for name in ("nccl", "gloo") if found[name]]
+    on_gpu = bool(found["devices"])
+    wanted = "nccl" if on_gpu else "gloo"
+    version = f" {found.get('nccl_version')}" if on_gpu and found["nccl"] else ""
+    text = f"torch.distributed has {', '.join(backends) or 'nothing'}; ranks talk by {wanted}{version}"
+    several = len(found["devices"]) > 1
+    lost = wanted not in backends
+    return Finding("ranks", MISSING if lost else OK, text, _CUDA_TORCH if lost else "", lost and several)
+
+
+def _bitsandbytes(found: Mapping[str, Any]) -> Finding:
+    if found["state"] != OK or not found["moves"]:
+        fix = "pip install bitsandbytes" if found["state"] == MISSING else _REINSTALL.format("bitsandbytes")
+        text = f"{found.get('why', 'its step changed nothing')}; the 8-bit optimizers that need it are refused"
+        return Finding("bitsandbytes", BROKEN if found["state"] == OK else found["state"], text, fix)
+    return Finding("bitsandbytes", OK, f"{found['version']}; an AdamW8bit step ran on {found['device']}")
+
+
+def _optional(name: str, use: tuple[str, str], found: Mapping[str, Any]) -> Finding:
+    what, fix = use
+    if found["state"] == OK:
+        return Finding(name, OK, f"{found['version']}; for {what}")
+    fix = fix if found["state"] == MISSING else _REINSTALL.format(name)
+    return Finding(name, found["state"], f"{found['why']}; for {what}", fix)
+
+
+def _compilers() -> Finding:
+    paths = {name: shutil.which(name) for name in ("g++", "nvcc", "ninja")}
+    gone = [name for name, path in paths.items() if path is None]
+    text = ", ".join(f"{name} {path}" for name, path in paths.items() if path) or "none"
+    what = "DeepSpeed compiles operators for offload with them, Triton its launcher with gcc; plain training needs none"
+    if not gone:
+        return Finding("compilers", OK, f"{text}; {what}")
+    packages = {"g++": "apt install g++", "ninja": "pip install ninja", "nvcc": "apt install nvidia-cuda-toolkit"}
+    return Finding(
+        "compilers", MISSING, f"{text}; not: {', '.join(gone)}; {what}", "; ".join(packages[n] for n in gone)
+    )
+
+
+def _space() -> Finding:
+    total, free = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    disk = shutil.disk_usage(".").free
+    text = (
+        f"host memory {total / 1e9:.1f} GB ({free / 1e9:.1f} GB free), {disk / 1e9:.1f} GB of disk free in {Path.cwd()}"
+    )
+    tight = disk < 2e9
+    fix = "give run.dir and data.cache a folder on a larger disk (smpo plan says how large)"
+    return Finding("memory and disk", BROKEN if tight else OK, text, fix if tight else "")
+
+
+def _hub() -> Finding:
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    files = (Path(os.environ.get("HF_TOKEN_PATH", home / "token")),)
+    token = bool(os.environ.get("HF_TOKEN")) or any(file.is_file() for file in files)
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    mode = "offline (HF_HUB_OFFLINE): hub ids must be in the cache already" if offline else "online"
+    return Finding("hub", OK, f"{mode}; {'a token is set' if token else 'no token: public models only'}; cache {home}")
+
+
+def _ds_file(file: Path) -> Finding:
+    try:
+        values = json.loads(file.read_text())
+        zero = values.get("zero_optimization", {})
+    except (OSError, ValueError, AttributeError) as error:
+        return Finding("DeepSpeed file", BROKEN, f"{file}: {error}", "give --ds_config one of configs/ds_*.json", True)
+    parts = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    nvme = [key for key, device in parts.items() if device == "nvme"]
+    told = ", ".join(f"{key} to {device}" for key, device in parts.items() if device != "none") or "no offload"
+    text = f"{file}: ZeRO {zero.get('stage', 0)}, {told}"
+    if nvme and shutil.which("g++") is None:
+        return Finding("DeepSpeed file", BROKEN, f"{text}: nvme needs the operator async_io, which g++ compiles",
+                       "apt install g++ libaio-dev", True)  # fmt: skip
+    return Finding("DeepSpeed file", OK, text)
+
+
+def can_train(found: list[Finding]) -> bool:
+    """Whether nothing that is needed is missing."""
+    return not any(f.needed and f.state != OK for f in found)
+
+
+def render(found: list[Finding]) -> str:
+    """The findings as text; what is to be done comes last."""
+    lines = [f"{f.name:<22}{f.state:<9}{f.text}" for f in found]
+    to_do = [f"  {f.name}{' (needed)' if f.needed else ''}: {f.fix}" for f in found if f.fix]
+    lines += ["", "to mend what is missing:", *to_do] if to_do else []
+    return "\n".join(
+        [*lines, "", "training can run" if can_train(found) else "TRAINING CANNOT RUN: see (needed) above"]
+    )
+
+
+def run(ds_file: Path | None, as_json: bool) -> int:
+    """Program ``smpo doctor``; returns the exit status: 0 when training can run, 1 when something needed is missing."""
+    found = findings(ds_file)
+    values = {"can_train": can_train(found), "findings": [asdict(f) for f in found]}
+    print(json.dumps(values, indent=1) if as_json else render(found))
+    return 0 if can_train(found) else 1

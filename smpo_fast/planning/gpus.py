@@ -1,0 +1,80 @@
+"""The GPUs that can be planned for."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from smpo_fast.common.errors import UserError
+from smpo_fast.planning.memory import Subject
+
+
+class Gpu(NamedTuple):
+    """A device to plan for. Speeds are the vendor's; 0 where the table does not know them."""
+
+    name: str
+    bytes: float  # as torch reports the total
+    tflops: float = 0.0  # dense bfloat16 with fp32 sums
+    link_gb: float = 0.0  # GB/s a GPU sends to others of its node
+    host_gb: float = 25.0  # GB/s between host and device: what pinned copies reach on PCIe 4 x16
+
+
+# From NVIDIA's datasheets: dense figures (half of those "with sparsity"), for GeForce those with fp32 accumulation.
+# Links: half of the NVLink total, which counts both directions; PCIe where there is no NVLink.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("B200", 191.5e9, 2250, 900, 50),
+        Gpu("H200", 150.1e9, 989, 450, 50),
+        Gpu("H100", 85.0e9, 989, 450, 50),
+        Gpu("H100-PCIe", 85.0e9, 756, 50, 50),
+        Gpu("A100-80GB", 85.1e9, 312, 300),
+        Gpu("A800-80GB", 85.1e9, 312, 200),
+        Gpu("A100-40GB", 42.3e9, 312, 300),
+        Gpu("L40S", 47.7e9, 362, 20),
+        Gpu("RTX-6000-Ada", 50.9e9, 364, 20),
+        Gpu("A6000", 50.9e9, 155, 20),
+        Gpu("RTX-5090", 33.7e9, 209, 50, 50),
+        Gpu("RTX-4090", 25.3e9, 165, 20),
+        Gpu("RTX-3090", 25.3e9, 71, 20),
+        Gpu("RTX-4080", 16.9e9, 97, 20),
+        Gpu("L4", 23.6e9, 121, 20),
+    )
+}
+CPU = "this CPU"
+NODE_GB = 25.0  # GB/s a GPU sends to other nodes (200 Gbit/s); assumed
+
+
+def link_gb(s: Subject, gpu: Gpu) -> float:
+    """GB/s that a GPU sends to the others, some of which may be in other nodes."""
+    return min(gpu.link_gb, NODE_GB) if s.ranks > s.per_node else gpu.link_gb
+
+
+def gpu_of(name: str, gigabytes: float) -> Gpu:
+    """The GPU that the command line names, or the device that is here. Raises SettingsError for an unknown name."""
+    if name:
+        found = next((gpu for key, gpu in GPUS.items() if key.lower() == name.lower().replace(" ", "-")), None)
+        if found is None:
+            raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}; for another one give --gpu-memory GB")
+    elif gigabytes:
+        found = Gpu("GPU", 0)
+    elif torch.cuda.is_available():
+        here = torch.cuda.get_device_properties(0)
+        speed = known_as(here.name) or Gpu("", 0)
+        found = speed._replace(name=here.name, bytes=here.total_memory)
+    else:
+        found = Gpu(CPU, _host_bytes())
+    return found._replace(bytes=gigabytes * 1e9) if gigabytes else found
+
+
+def known_as(device: str) -> Gpu | None:
+    """The entry of the table for a device as torch names it: all words of its key, the longest key that has them."""
+    words = set(device.replace("-", " ").split())
+    fitting = [gpu for key, gpu in GPUS.items() if set(key.split("-")) <= words]
+    return max(fitting, key=lambda gpu: len(gpu.name), default=None)
+
+
+def _host_bytes() -> float:
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,0 +1,50 @@
+"""What ends a run: export, curves, evaluation and summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from smpo_fast.common import plots
+from smpo_fast.common.runtime import print0
+from smpo_fast.evaluation import compare
+from smpo_fast.models import lora
+from smpo_fast.models.export import export_pipeline
+from smpo_fast.training import metrics
+from smpo_fast.training.job import Job
+
+
+def finish(job: Job, state: dict[str, Tensor]) -> None:
+    """Export, draw the curves, evaluate, and say where everything lies (rank 0)."""
+    c, export = job.config, job.run_dir / "export"
+    if c.lora.rank:
+        lora.save(c, job.source, state, export)
+    else:
+        export_pipeline(job.source, state, export, c.model.export_dtype)
+    if c.lora.merge:
+        lora.merge(c, job.source, export, job.run_dir / "merged")
+    plots.draw_curves(metrics.read_metrics(job.run_dir), job.run_dir / "curves.png")
+    summary = ""
+    if c.eval.prompts:
+        summary = compare.evaluate(c, job.source, export, job.run_dir / "evaluation", job.world.device)
+    exported = f"the {'adapters' if c.lora.rank else 'aligned pipeline'}, for diffusers'"
+    exported += " load_lora_weights" if c.lora.rank else " from_pretrained"
+    print0(
+        f"\n{summary}\n{totals(metrics.read_metrics(job.run_dir))}\nThe run is complete: {job.run_dir}/\n"
+        f"  export/         {exported}\n"
+        + ("  merged/         the aligned pipeline, adapters in its weights\n" if c.lora.merge else "")
+        + "  metrics.jsonl   one line a step; tensorboard/ has the same; curves.png shows them\n"
+        "  config.toml     the resolved settings; environment.json has versions and device\n"
+        + ("  evaluation/     grid.png (base beside aligned), evaluation.json, scores.csv\n" if summary else "")
+    )
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> str:
+    """Steps, seconds, speed and peak memory of a run, from its log."""
+    if not rows:
+        return "no step was trained"
+    seconds, peak = sum(row["seconds"] for row in rows), max(row["memory_gb"] for row in rows)
+    speed = rows[-1]["pairs_seen"] / seconds
+    return f"{len(rows)} steps in {seconds:.0f} s ({speed:.1f} pairs/s), peak memory {peak:.2f} GB (rank 0)"

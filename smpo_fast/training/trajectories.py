@@ -1,0 +1,112 @@
+"""A folder of trajectories: the noise and the reference's errors of every example, for runs that share them.
+
+Where the frozen reference inverts, or forward noise is added, tau and the reference's errors do not depend on the
+policy. The first run that computes them writes them here; later ones, at another beta, gamma or learning rate, train
+without inversion and without a reference. tau is kept in half precision and rounded before anything is made of it, so
+the run that writes and the runs that read see the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smpo_fast.common.errors import UserError
+from smpo_fast.common.runtime import World
+from smpo_fast.common.storage import sync, write_text
+
+_INFO = "trajectories.json"
+
+
+class TrajectoryStore:
+    """The trajectories of runs that agree in ``facts``; positions are the pairs' places in the run's whole order.
+
+    A step's file holds, for every pair of a rank, tau [M, 2, C, H, W] and errors [M, 2] under its position; which
+    ranks wrote it does not matter to those who read it. Raises SettingsError when the folder belongs to other facts.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], drawn_per_step: int, world: World) -> None:
+        self.folder, self.world, self._drawn = folder, world, drawn_per_step
+        self._agree(json.loads(json.dumps(facts)))
+        # Looked up once: all ranks must agree on what is there, and their files appear one by one.
+        self._stored = self._complete_steps()
+
+    def complete(self, first: int, steps: int) -> bool:
+        """Whether nothing has to be computed from step ``first`` on in a run of so many steps."""
+        return all(step in self._stored for step in range(first, steps))
+
+    def has(self, step: int) -> bool:
+        """Whether a step is stored."""
+        return step in self._stored
+
+    def tau(self, step: int, places: Sequence[int]) -> Tensor | None:
+        """The noise of this rank's pairs at ``places`` of a step, [M, B, 2, C, H, W] float32; None when not stored."""
+        return self._read("tau", step, places)
+
+    def errors(self, step: int, places: Sequence[int]) -> Tensor | None:
+        """The reference's errors of these pairs, [M, B, 2] float32; None when not stored."""
+        return self._read("errors", step, places)
+
+    @staticmethod
+    def round(tau: Tensor) -> Tensor:
+        """As ``tau`` will be read again."""
+        return tau.half().float()
+
+    def write(self, step: int, groups: Sequence[tuple[Sequence[int], Tensor, Tensor]]) -> None:
+        """Store this rank's pairs of a step: places, tau [M, B, 2, C, H, W] and errors [M, B, 2] of each group."""
+        values: dict[str, Tensor] = {}
+        for places, tau, errors in groups:
+            for place, t, e in zip(places, tau.half().cpu().unbind(1), errors.cpu().unbind(1), strict=True):
+                position = self._position(step, place)
+                values |= {f"{position}.tau": t.contiguous(), f"{position}.errors": e.contiguous()}
+        file = self.folder / f"step-{step:06d}.{self.world.rank}-of-{self.world.size}.safetensors"
+        building = file.with_suffix(".building")
+        save_file(values, building)
+        sync(building)
+        building.replace(file)
+
+    def _read(self, what: str, step: int, places: Sequence[int]) -> Tensor | None:
+        if step not in self._stored:
+            return None
+        with ExitStack() as stack:
+            files = [stack.enter_context(safe_open(file, "pt")) for file in self._stored[step]]
+            positions = [self._position(step, place) for place in places]
+            found = [files[p % self._drawn % len(files)].get_tensor(f"{p}.{what}") for p in positions]
+        return torch.stack(found, dim=1).float().to(self.world.device)
+
+    def _complete_steps(self) -> dict[int, list[Path]]:
+        """The files of each step that is there as a whole, in rank order."""
+        found = {}
+        for first in self.folder.glob("step-*.0-of-*.safetensors"):
+            name, part, _ = first.name.split(".")
+            size = int(part.partition("-of-")[2])
+            files = [self.folder / f"{name}.{rank}-of-{size}.safetensors" for rank in range(size)]
+            if all(f.exists() for f in files):
+                found[int(name.removeprefix("step-"))] = files
+        return found
+
+    def _position(self, step: int, place: int) -> int:
+        return step * self._drawn + self.world.rank + self.world.size * place
+
+    def _agree(self, facts: dict[str, Any]) -> None:
+        file = self.folder / _INFO
+        if not file.exists() and self.world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(facts, indent=2))
+        if not file.exists():
+            return  # another rank is writing what this one would compare with
+        before = json.loads(file.read_text())
+        for key in sorted(facts.keys() | before.keys()):
+            if facts.get(key) != before.get(key):
+                raise UserError(
+                    f"inversion.store: {self.folder} was made with {key} = {before.get(key)}, this run has "
+                    f"{facts.get(key)}: give another folder, or the settings it was made with"
+                )

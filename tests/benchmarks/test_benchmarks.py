@@ -1,0 +1,303 @@
+"""The instrument itself: baselines that are right, a harness that catches what is slow or wrong, honest documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+import architectures  # noqa: E402
+import counting  # noqa: E402
+import gpu_report  # noqa: E402
+import harness  # noqa: E402
+import kernel_cases  # noqa: E402
+import pairs  # noqa: E402
+import reference_trainer  # noqa: E402
+import report  # noqa: E402
+
+CPU = torch.device("cpu")
+NOT_INTERPRETED = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+GOLDEN = Path(os.environ.get("SMPO_GOLDEN", ROOT / "../shared/golden"))
+STEPS = {"sdxl": 10, "sd15": 5}
+
+
+# --- baselines ------------------------------------------------------------------------------------------------
+
+
+@cache
+def golden_trainer(kind: str, which: str) -> Any:
+    policy, reference = (
+        UNet2DConditionModel.from_pretrained(GOLDEN / kind / name, use_safetensors=True)
+        for name in ("policy", "reference")
+    )
+    recipe = reference_trainer.Recipe(STEPS[kind], beta=2.0, checkpointing=kind == "sdxl")
+    made = {"reference": reference_trainer.ReferenceTrainer, "best_eager": reference_trainer.BestEager}[which]
+    return made(policy, reference.requires_grad_(False).eval(), recipe, CPU)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values at {GOLDEN} (set SMPO_GOLDEN)")
+@pytest.mark.parametrize("case", range(12))
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+@pytest.mark.parametrize("which", ["reference", "best_eager"])
+def test_golden_baselines(which: str, kind: str, case: int) -> None:
+    """Both baselines compute what the released script's own lines computed."""
+    trainer = golden_trainer(kind, which)
+    values = load_file(GOLDEN / kind / "cases.safetensors")
+    case_in = {n[6:]: v for n, v in values.items() if n.startswith(f"{case:02d}.in.")}
+    wanted = {n[8:]: v for n, v in values.items() if n.startswith(f"{case:02d}.smpo.")}
+    added = None
+    if kind == "sdxl":
+        added = {"text_embeds": case_in["pooled"].repeat(2, 1), "time_ids": case_in["time_ids"].repeat(2, 1)}
+    condition = reference_trainer.Condition(case_in["prompt_embeds"].repeat(2, 1, 1), added)
+    time = case_in["t"].repeat(2) if which == "reference" else int(case_in["t"])
+    with torch.no_grad():
+        x_t, tau = trainer.invert(case_in["x0"], condition, time)
+    result = trainer.losses(x_t, tau, condition, time, case_in["p"])
+    trainer.unet.zero_grad()
+    result.loss.backward()
+    gradients = [p.grad for p in trainer.unet.parameters() if p.grad is not None]
+    found = {
+        "x_t": x_t, "tau": tau, "policy_pred": result.policy_prediction, "ref_pred": result.reference_prediction,
+        "model_mse": result.policy_errors, "ref_mse": result.reference_errors, "loss": result.loss,
+        "grad_norm": torch.stack([g.norm() for g in gradients]).norm(),
+        "grad_conv_out": trainer.unet.conv_out.weight.grad,
+    }  # fmt: skip
+    errors = {name: relative(value.detach(), wanted[name]) for name, value in found.items()}
+    assert max(errors.values()) < 1e-4, errors
+    assert abs(result.inside.item() - wanted["inside"].item()) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+def test_the_two_baselines_take_the_same_step(name: str) -> None:
+    """Given the same latents and prompts they end at the same weights (fp32, same optimizer)."""
+    toy = architectures.TOY_OF[name]
+    recipe = reference_trainer.Recipe.of(toy, lr=1e-3, beta=2.0)  # with 5000 the loss of equal networks is rounding
+    slow = reference_trainer.ReferenceTrainer.build(toy, CPU, torch.float32, recipe)
+    fast = reference_trainer.BestEager.build(toy, CPU, torch.float32, recipe)
+    slow.reference = fast.reference = architectures.make_unet(toy, CPU, torch.float32, seed=9).eval()
+    before = [p.detach().clone() for p in fast.unet.parameters()]
+    raw = reference_trainer.make_raw_pairs(toy, (433, 120))
+    encoded = [slow.encode(pair) for pair in raw]
+    drawn = iter(encoded)
+    slow.encode = lambda pair: next(drawn)  # type: ignore[method-assign]  # the VAE's sample is drawn once, for both
+    cached = [
+        reference_trainer.CachedPair(latents, torch.zeros_like(latents), condition, pair.time, pair.p)
+        for (latents, condition), pair in zip(encoded, raw, strict=True)
+    ]
+    slow.step(raw)
+    fast.step(cached)
+    assert slow.logs["train_loss"] == pytest.approx(fast.logs["train_loss"], rel=1e-5)
+    moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(fast.unet.parameters(), before, strict=True)])
+    apart = [a.detach() - b.detach() for a, b in zip(slow.parameters, fast.unet.parameters(), strict=True)]
+    assert torch.cat([d.flatten() for d in apart]).norm() < 1e-2 * moved.norm()
+
+
+# --- the harness ----------------------------------------------------------------------------------------------
+
+SUITE = """
+import time
+
+import torch
+
+PAUSE, ERROR = {pause}, {error}
+
+
+def test_baseline(bench):
+    bench("group", "case", "plain", lambda: time.sleep(0.004), baseline="plain", seconds=0.1)
+
+
+def test_kernel(bench):
+    def call():
+        time.sleep(PAUSE)
+        return torch.ones(8) + ERROR
+
+    bench("group", "case", "kernel", call, baseline="plain", reference=lambda: torch.ones(8), seconds=0.1)
+"""
+
+
+def run_suite(folder: Path, *options: str, pause: float, error: float = 0.0) -> subprocess.CompletedProcess[str]:
+    """A suite of one kernel under the real conftest and harness."""
+    folder.mkdir(exist_ok=True)
+    for name in ("conftest.py", "harness.py"):
+        shutil.copy(BENCHMARKS / name, folder)
+    (folder / "test_suite.py").write_text(SUITE.format(pause=pause, error=error))
+    words = [sys.executable, "-m", "pytest", ".", "--benchmark-only", "-p", "no:cacheprovider", *options]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, env=NOT_INTERPRETED)
+
+
+def test_a_slowed_and_a_wrong_kernel_are_caught(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    good = run_suite(tmp_path, "--benchmark-save=good", "--results", "results", pause=0.002)
+    assert good.returncode == 0, good.stdout
+    assert "against plain" in good.stdout and "baseline" in good.stdout
+    assert len(list(tmp_path.glob("results/*/suite.json"))) == 1
+
+    compare = ("--benchmark-compare", "--benchmark-compare-fail=median:50%")
+    slowed = run_suite(tmp_path, *compare, pause=0.008)
+    assert slowed.returncode != 0 and "Performance has regressed" in slowed.stdout + slowed.stderr
+
+    wrong = run_suite(tmp_path, pause=0.0, error=1e-3)
+    assert wrong.returncode != 0 and "not timed" in wrong.stdout
+    assert "test_kernel" not in wrong.stdout.partition("benchmark 'group'")[2].partition("short test summary")[0]
+
+
+def test_agreement_refuses_what_is_not_the_same() -> None:
+    one = torch.ones(4)
+    assert harness.agree("x", [one, {"a": one}], [one, {"a": one}], 0.0) == 0.0
+    for other in (one * float("nan"), one * 1.01, torch.ones(5)):
+        with pytest.raises(harness.WrongResult):
+            harness.agree("x", other, one, 1e-4)
+    with pytest.raises(harness.WrongResult):
+        harness.agree("x", None, None, 1.0)
+
+
+def test_every_timed_call_follows_a_reset_and_a_warm_up() -> None:
+    order: list[str] = []
+    timing = harness.measure(lambda: order.append("call"), CPU, seconds=0, least=4, reset=lambda: order.append("reset"))
+    assert len(timing.seconds) == 4 and order == ["reset", "call"] * 7
+    assert timing.median > 0
+
+
+def test_contenders_invert_alike_and_a_wrong_one_is_refused() -> None:
+    toy = architectures.SDXL_TOY
+    pair = pairs.check_pair(toy, CPU)
+    wanted = pairs.make_reference(toy, CPU, 1).invert(pair)
+    ours_ = pairs.make_ours(toy, CPU, 1)
+    assert pairs.check_agrees(ours_, toy, CPU, wanted) < 1e-4
+    other = pairs.make_ours(toy, CPU, 1, {"inversion": {"fidelity": "paper"}})
+    with pytest.raises(harness.WrongResult):
+        pairs.check_agrees(other, toy, CPU, wanted)
+
+
+def test_every_operation_has_inputs_here() -> None:
+    """A new kernel must be timed: teach ``kernel_cases`` to make its arguments."""
+    assert kernel_cases.unknown(architectures.SDXL_TOY) == []
+
+
+@pytest.mark.slow
+def test_the_gpu_report_runs_end_to_end_on_a_cpu(tmp_path: Path) -> None:
+    words = [sys.executable, str(BENCHMARKS / "gpu_report.py"), "--device", "cpu", "--toy", "--out", str(tmp_path)]
+    run = subprocess.run(words, capture_output=True, text=True, env=NOT_INTERPRETED)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for part in gpu_report.PARTS:
+        facts = json.loads((tmp_path / f"{part}.json").read_text())
+        assert facts["complete"] and facts["rows"] and facts["environment"]["commit"] is not False
+        failures = [row for row in facts["rows"] if str(row.get("skipped", "")).startswith("failed")]
+        assert not failures
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(report: gpu_report.Report) -> None:
+        """Breaks after its first result."""
+        report.add("first", value=1.0)
+        raise RuntimeError("broken")
+
+    def fine(report: gpu_report.Report) -> None:
+        """Works."""
+        report.add("second", value=2.0)
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(gpu_report, "PARTS", {"a": (broken, 30.0), "b": (fine, 30.0)})
+    assert gpu_report.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert [row["name"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["first"]
+    assert json.loads((tmp_path / "b.json").read_text())["complete"]
+    assert "a: failed" in capfd.readouterr().out
+
+
+# --- documents ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", [report.PERFORMANCE, report.README], ids=lambda d: d.name)
+def test_every_published_number_has_a_file_behind_it(document: Path) -> None:
+    """Between the markers stands what report.py makes of the JSON files: run ``python benchmarks/report.py``."""
+    shown = report.between(document.read_text())
+    if shown is None:
+        pytest.skip(f"{document.name} has no markers")
+    assert shown == report.documents()[document]
+    for name in report.charts_of(report.load(report.RESULTS), json.loads(report.COUNTED.read_text())):
+        assert (report.CHARTS / name).is_file()
+
+
+def test_no_time_is_published_outside_the_markers() -> None:
+    """Only the limit's derivation may name a time by hand, and it must be the counted one."""
+    text = report.PERFORMANCE.read_text()
+    outside = text.replace(report.between(text) or "", "")
+    times = set(re.findall(r"\b\d+(?:\.\d+)? (?:us|ms|s|GB/s|TFLOP/s)\b", outside))
+    counted = json.loads(report.COUNTED.read_text())
+    rate = counted["assumed_flops_per_second"]
+    limit = harness.clock(counted["models"]["sdxl"]["pair_flops"]["total"] / rate)
+    assert times == {limit, f"{rate / 1e12:.0f} TFLOP/s"}
+
+
+def test_counted_numbers_are_those_of_the_tests() -> None:
+    model = json.loads(report.COUNTED.read_text())["models"]["sdxl"]
+    with torch.no_grad():
+        assert model["pair_flops"]["reference"] == counting.flops(counting.unet_call(architectures.SDXL, 2))
+
+
+def gpu_results(folder: Path) -> None:
+    """What a GPU report leaves behind, with made-up numbers."""
+    environment = {**harness.environment(CPU), "cuda": "13.0", "device": "A GPU", "driver": "1"}
+
+    def write(part: str, *rows: dict[str, Any]) -> None:
+        facts = {"part": part, "toy": False, "complete": True, "environment": environment, "rows": rows}
+        (folder / "a-gpu").mkdir(exist_ok=True, parents=True)
+        (folder / "a-gpu" / f"{part}.json").write_text(json.dumps(facts))
+
+    baseline = gpu_report.ladder.AUTOCAST
+    rung = {"images": 2, "baseline": baseline, "TFLOPs": 200.0, "share_of_matmul": 0.25}
+    write("ceilings", {"name": "copy_GBps", "value": 4000.0})
+    times = {baseline: 0.06, "compiled": 0.03}
+    write(
+        "ladder",
+        *({"name": n, "rung": n, "seconds": s, **rung} for n, s in times.items()),
+        {"name": "c", "skipped": ""},
+    )
+    phases = {"inversion_seconds": 0.3, "reference_seconds": 0.1, "policy_seconds": 0.1, "optimizer_seconds": 0.01}
+    write("pair", *({"name": n, "contender": n, "architecture": "sdxl", "seconds": s, **phases}
+                    for n, s in (("reference", 1.0), ("best_eager", 0.8), ("ours", 0.5))))  # fmt: skip
+    write("memory", {"name": "full", "peak_bytes": 40_000_000_000, "policy_bytes": 5_000_000_000})
+    shutil.copy(report.COUNTED, folder / "counted.json")
+
+
+def test_gpu_results_are_rendered_with_their_ratios(tmp_path: Path) -> None:
+    gpu_results(tmp_path)
+    texts = report.documents(tmp_path)
+    page = texts[report.PERFORMANCE]
+    assert "not measured yet" in page, "SD1.5 and the kernels are missing here"
+    assert "| compiled | 2 | 30 ms | 200 | 25% | x2.00 |" in page
+    assert "| ours | 500 ms | 300 ms | 100 ms | 100 ms | 10 ms | x2.00 | x1.60 |" in page
+    assert "x3.47" in page, "the physical limit against the reference"
+    assert "| full | 40.0 | 5.0 |" in page and "A GPU, driver 1" in texts[report.README]
+    charts = report.charts_of(report.load(tmp_path), json.loads(report.COUNTED.read_text()))
+    assert sorted(charts) == ["a-gpu-ladder.png", "a-gpu-memory.png", "a-gpu-pair.png"]
+    for name, chart in charts.items():
+        report.draw(tmp_path / name, chart)
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_a_document_keeps_what_stands_around_the_markers() -> None:
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    new = report.replaced(text, "new")
+    assert report.between(new) == "new" and new.startswith("before\n") and new.endswith("\nafter\n")
+    assert report.between("nothing") is None

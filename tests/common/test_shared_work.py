@@ -1,0 +1,105 @@
+"""Work shared through a folder: each part once, nothing of a part lost, whoever is killed and whenever."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smpo_fast.common import shared_work
+from smpo_fast.common.errors import UserError
+from smpo_fast.common.shared_work import Draft, Finished, SharedWork, agree, settle
+
+
+def work(folder: Path, kind: str = "a", intact: Callable[[dict[str, Any]], bool] = lambda note: True) -> SharedWork:
+    return SharedWork(folder, {"kind": kind}, intact)
+
+
+def test_a_part_is_done_once_and_its_note_kept(tmp_path: Path) -> None:
+    done = []
+    for _ in range(2):
+        with work(tmp_path / "w") as shared:
+            shared.share(["p-0", "p-1"], lambda name: done.append(name) or {"name": name})
+            assert shared.note("p-1") == {"name": "p-1"}
+    assert done == ["p-0", "p-1"]
+
+
+def test_parts_that_are_no_longer_intact_and_other_work_are_done_again(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def share(**options: Any) -> None:
+        with work(tmp_path / "w", **options) as shared:
+            shared.share(["p-0", "p-1"], lambda name: done.append(name) or {"name": name})
+
+    share()
+    share(intact=lambda note: note["name"] != "p-1")
+    assert done == ["p-0", "p-1", "p-1"]
+    share(kind="b")
+    assert done[3:] == ["p-0", "p-1"]
+
+
+@pytest.mark.parametrize("lost", range(0, 60, 7))
+def test_a_draft_keeps_whole_records_only(tmp_path: Path, lost: int) -> None:
+    draft = Draft(tmp_path, "p-0")
+    for number in range(3):
+        draft.append({"number": number}, [b"x" * 10, bytes([number]) * 5])
+    for end in (".log", ".data"):
+        for file in tmp_path.iterdir():
+            file.write_bytes(file.read_bytes())
+        torn = tmp_path / f"p-0{end}"
+        whole = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        os.truncate(torn, max(0, torn.stat().st_size - lost))
+        again = Draft(tmp_path, "p-0")
+        numbers = [record["number"] for record in again.records]
+        assert numbers == list(range(len(numbers)))
+        assert again.data() == b"".join(b"x" * 10 + bytes([n]) * 5 for n in numbers)
+        if not lost:
+            assert len(numbers) == 3
+        again.append({"number": 9}, [b"end"])
+        assert Draft(tmp_path, "p-0").data().endswith(b"end")
+        for file, content in whole.items():
+            file.write_bytes(content)
+
+
+def test_a_draft_whose_bytes_changed_ends_before_the_change(tmp_path: Path) -> None:
+    draft = Draft(tmp_path, "p-0")
+    draft.append({"number": 0}, [b"aaaa"])
+    draft.append({"number": 1}, [b"bbbb"])
+    (tmp_path / "p-0.data").write_bytes(b"aaaabbxb")
+    assert [record["number"] for record in Draft(tmp_path, "p-0").records] == [0]
+
+
+def test_a_finished_work_gets_its_name_without_what_served_it(tmp_path: Path) -> None:
+    folder, target = tmp_path / ".w", tmp_path / "w"
+    agree(folder, lambda known: {"hash": 1})
+    with work(folder) as shared:
+        shared.share(["p-0"], lambda name: {})
+        (folder / "result").write_text("kept")
+        settle(folder, target, "proof")
+        assert not target.exists()
+        (folder / "proof").touch()
+        settle(folder, target, "proof")
+        with pytest.raises(Finished):
+            shared.share(["p-0"], lambda name: {})
+    settle(folder, target, "proof")
+    assert sorted(file.name for file in target.iterdir()) == ["proof", "result"]
+    assert not folder.exists()
+
+
+def test_what_one_process_found_out_is_known_to_the_next(tmp_path: Path) -> None:
+    assert agree(tmp_path / "w", lambda known: {"times": known.get("times", 0) + 1}) == {"times": 1}
+    with work(tmp_path / "w") as shared:
+        shared.share(["p-0"], lambda name: {})
+    assert agree(tmp_path / "w", lambda known: {"times": known.get("times", 0) + 1}) == {"times": 2}
+
+
+def test_a_file_system_without_locks_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(shared_work.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"cannot be locked \(Function not implemented\)"), work(tmp_path / "w"):
+        pass

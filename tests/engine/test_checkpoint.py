@@ -1,0 +1,476 @@
+"""A checkpoint continues the run bit for bit, or says why not; a killed save harms nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import toy
+from helpers.ranks import end_ranks, run_ranks
+from torch import Tensor, nn
+
+from smpo_fast.common.runtime import World
+from smpo_fast.engine import checkpoint, protocol, shards
+from smpo_fast.engine.checkpoint import CheckpointError, Progress
+from smpo_fast.engine.protocol import StepResult
+from smpo_fast.engine.shards import Reader
+
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+FACTS = {"seed": 0, "optim": {"lr": 1e-8, "betas": (0.9, 0.999)}}
+
+
+class FakeEngine:
+    """Writes two small files; counts what it was asked."""
+
+    unet: nn.Module = nn.Identity()
+    dtype = torch.float32
+
+    def __init__(self, **layout: Any) -> None:
+        self.layout: dict[str, str | int] = {
+            "engine": "deepspeed", "zero_stage": 2, "world_size": 1, "precision": "fp32", "master": "fp32",
+            "optimizer": "adamw", **layout
+        }  # fmt: skip
+        self.content = "weights"
+        self.loaded = ""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        raise NotImplementedError
+
+    def step(self, lr: float) -> StepResult:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        (folder / "deeper").mkdir()
+        (folder / "a.pt").write_text(self.content)
+        (folder / "deeper" / "b.pt").write_text(self.content * 2)
+
+    def load(self, folder: Path) -> None:
+        self.loaded = (folder / "deeper" / "b.pt").read_text()
+
+    def full_state(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+def save(run: Path, step: int, keep: int = 2, fake: FakeEngine | None = None) -> Path:
+    progress = Progress(step, 10 * step, 1.5 * step, 1)
+    return checkpoint.save(run, fake or FakeEngine(), progress, World(), FACTS, keep)
+
+
+def restore(run: Path, fake: FakeEngine | None = None, facts: dict[str, Any] | None = None) -> Progress | None:
+    return checkpoint.restore_latest(run, fake or FakeEngine(), World(), facts or FACTS)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(p.name for p in checkpoint.checkpoints_dir(run).iterdir())
+
+
+# --- one process, a fake engine -------------------------------------------------------------------------------
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    assert restore(tmp_path) is None
+    folder = save(tmp_path, 50)
+    assert folder == tmp_path / "checkpoints" / "step-000050"
+    fake = FakeEngine()
+    assert restore(tmp_path, fake) == Progress(50, 500, 75.0, 1)
+    assert fake.loaded == "weightsweights"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"engine/a.pt", "engine/deeper/b.pt"}
+    assert manifest["layout"] == FakeEngine().layout
+    assert {"python", "torch"} <= set(manifest["versions"])
+
+
+def test_only_the_last_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 999_999, 1_000_000):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step-1000000", "step-999999"]
+    assert restore(tmp_path) == Progress(1_000_000, 10_000_000, 1_500_000.0, 1)
+
+
+def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "engine" / "a.pt").unlink()
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
+    save(tmp_path, 4)
+    assert names(tmp_path) == ["step-000003", "step-000004"]
+
+
+def test_the_same_step_again(tmp_path: Path) -> None:
+    changed = FakeEngine()
+    changed.content = "other"
+    folder = save(tmp_path, 1)
+    save(tmp_path, 1, fake=changed)
+    assert (folder / "engine" / "a.pt").read_text() == "weights", "a complete one is kept"
+    (folder / "engine" / "a.pt").unlink()
+    save(tmp_path, 1, fake=changed)
+    assert (folder / "engine" / "a.pt").read_text() == "other", "an incomplete one is replaced"
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_leftovers_are_removed_and_never_loaded(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for name in (".saving-step-000002", ".removing-step-000000"):
+        shutil.copytree(tmp_path / "checkpoints" / "step-000001", tmp_path / "checkpoints" / name)
+    assert restore(tmp_path) == Progress(1, 10, 1.5, 1)
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-000001", "step-000003"]
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "engine" / "a.pt"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "bit": (flip_a_bit, "the contents of engine/a.pt have changed"),
+    "size": (lambda f: (f / "engine" / "a.pt").write_text("w"), "engine/a.pt has 1 bytes instead of 7"),
+    "missing": (lambda f: (f / "engine" / "deeper" / "b.pt").unlink(), "engine/deeper/b.pt is missing"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "torn manifest": (lambda f: (f / "manifest.json").write_text('{"format"'), "manifest.json cannot be read"),
+    "odd manifest": (lambda f: (f / "manifest.json").write_text("[]"), "format None"),
+    "no files": (lambda f: edit_manifest(f, files=None), "damaged"),
+    "format": (lambda f: edit_manifest(f, format=99), "format 99, this one reads 2"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_offered(tmp_path: Path, kind: str) -> None:
+    damage, words = DAMAGES[kind]
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    damage(bad)
+    fake = FakeEngine()
+    with pytest.raises(CheckpointError) as caught:
+        restore(tmp_path, fake)
+    for part in (str(bad), words, f"last good checkpoint is {good}", f"rm -r {bad}"):
+        assert part in str(caught.value)
+    assert not fake.loaded
+    shutil.rmtree(bad)  # the action it names
+    assert restore(tmp_path) == Progress(1, 10, 1.5, 1)
+
+
+def test_when_no_checkpoint_is_good(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip_a_bit(save(tmp_path, step))
+    with pytest.raises(CheckpointError, match="No earlier checkpoint can be used.*rm -r .*checkpoints"):
+        restore(tmp_path)
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError) as caught:
+        restore(tmp_path, facts={"seed": 0, "optim": {"lr": 1e-6, "betas": (0.9, 0.999)}})
+    assert "optim.lr is 1e-08 there and 1e-06 here" in str(caught.value)
+    assert "betas" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "layout, words",
+    [
+        ({"precision": "bf16"}, "written by 1 process with ZeRO stage 2, precision fp32.*precision bf16"),
+        ({"master": "none"}, "this run is .*precision fp32 without master weights"),
+        ({"optimizer": "adamw8bit"}, "optimizer adamw.*optimizer adamw8bit"),
+    ],
+)
+def test_another_precision_or_optimizer_is_refused(tmp_path: Path, layout: dict[str, Any], words: str) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=words):
+        restore(tmp_path, FakeEngine(**layout))
+
+
+def test_another_number_of_ranks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1)
+    restore(tmp_path)
+    assert capsys.readouterr().out == ""
+    assert restore(tmp_path, FakeEngine(world_size=4, zero_stage=3)) == Progress(1, 10, 1.5, 1)
+    told = capsys.readouterr().out
+    assert "written by 1 process with ZeRO stage 2" in told and "4 processes with ZeRO stage 3" in told
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["sha256", "sync", "_publish", "_prune", "_remove"])
+def test_a_save_that_ends_anywhere_leaves_a_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    save(tmp_path, 1, keep=1)
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(checkpoint, moment, die)
+    with pytest.raises(Killed):
+        save(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    progress = restore(tmp_path)
+    assert progress is not None and progress.step == (2 if moment in ("_prune", "_remove") else 1)
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step-000003"]
+
+
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert restore(tmp_path) == Progress(1, 10, 1.5, 1)
+
+
+# --- real engines: k steps, save, k steps, against 2k steps ---------------------------------------------------
+
+
+def continues(
+    folder: Path, rank: int, size: int, stage: int | str | None, optimizer: str, precision: str, **optim: str
+) -> dict[str, Any]:
+    """Save after two steps and in the midst of the third; continue in a new engine; compare with no stop."""
+    world, settings = World(rank, size), toy.settings(optimizer, precision, **optim)
+    straight = toy.make(settings, rank, size, stage)
+    told = toy.train(straight, settings, range(4), rank, size)
+    stopped = toy.make(settings, rank, size, stage)
+    toy.train(stopped, settings, range(2), rank, size)
+    toy.accumulate(stopped, settings, 2, rank, size, finish=False)  # a signal stops a run between micro-batches
+    checkpoint.save(folder, stopped, Progress(2), world, FACTS, keep=2)
+    again = toy.make(settings, rank, size, stage)
+    progress = checkpoint.restore_latest(folder, again, world, FACTS)
+    at_once = again.full_state()
+    told_again = toy.train(again, settings, range(2, 4), rank, size)
+    return {
+        "progress": progress == Progress(2),
+        "losses and norms": told[2:] == told_again,
+        "weights as saved": toy.same(stopped.full_state(), at_once),
+        "final weights": toy.same(straight.full_state(), again.full_state()),
+    }
+
+
+ALIGNED = "adamw8bit_aligned"
+LAYOUTS: list[tuple[int | str, str, str]] = [
+    (0, "adamw", "fp32"), (1, "adamw", "bf16"), (2, "adamw", "fp32"), (3, "adamw", "bf16"),
+    (1, "adamw8bit", "fp32"), (2, "paged_adamw8bit", "bf16"), (3, "adamw8bit", "fp32"), (2, "lion8bit", "fp32"),
+    (1, ALIGNED, "bf16"), (2, ALIGNED, "fp32"), ("3_offload", ALIGNED, "bf16"), (0, "adafactor", "fp32"),
+]  # fmt: skip
+
+
+def on_ranks(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for layout in LAYOUTS:
+        stage, optimizer, precision = layout
+        found[str(layout)] = continues(folder / f"{stage}{optimizer}{precision}", rank, size, *layout)
+    found["refusals"] = refusals(folder, rank, size)
+    return found
+
+
+def refusals(folder: Path, rank: int, size: int) -> list[str]:
+    """What the ranks are told when the disk of one is full, when one file is damaged, and when one cannot read."""
+    world, told, run = World(rank, size), [], folder / "2adamwfp32"
+    trained = toy.make(toy.settings(), rank, size, 2)
+    write, read = shards.save_file, Reader.elements
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for module, name, broken, action in (
+        (shards, "save_file", full, lambda: checkpoint.save(run, trained, Progress(9), world, FACTS, 2)),
+        (Reader, "elements", full, lambda: trained.load(run / "checkpoints" / "step-000002" / "engine")),
+    ):
+        if rank == 1:
+            setattr(module, name, broken)
+        told += [said(action)]
+        shards.save_file, Reader.elements = write, read  # type: ignore[method-assign]
+    files = sorted((run / "checkpoints" / "step-000002" / "engine").glob("rank*.safetensors"))
+    if rank == 0:
+        files[-1].write_bytes(files[-1].read_bytes()[:-1] + b"?")
+    return [*told, said(lambda: checkpoint.restore_latest(run, trained, world, FACTS))]
+
+
+def said(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except (OSError, CheckpointError) as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(on_ranks, 2, folder=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_two_ranks_continue_bitwise(two_ranks: list[dict[str, Any]], layout: tuple[int | str, str, str]) -> None:
+    for found in two_ranks:
+        assert all(found[str(layout)].values()), found[str(layout)]
+
+
+def test_an_error_of_one_rank_is_raised_on_all(two_ranks: list[dict[str, Any]]) -> None:
+    for found in two_ranks:
+        unwritten, unread, damaged = found["refusals"]
+        assert "No space left" in unwritten and "No space left" in unread
+        assert "sha256 differs" in damaged and "rank00001-0000.safetensors" in damaged
+
+
+NO_MASTERS = {"master": "none"}
+ALONE: list[tuple[str, str, dict[str, str]]] = [
+    *[(name, precision, {}) for name in ("adamw", "adamw8bit", ALIGNED) for precision in ("fp32", "bf16")],
+    ("paged_adamw8bit", "fp32", {}), ("lion8bit", "bf16-autocast", {}), ("adafactor", "bf16", {}),
+    (ALIGNED, "bf16", NO_MASTERS), (ALIGNED, "bf16", NO_MASTERS | {"accumulate": "bf16-sr"}),
+    (ALIGNED, "bf16", NO_MASTERS | {"accumulate": "bf16-sr", "offload": "states+gradients"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer, precision, optim", ALONE)
+def test_one_process_continues_bitwise(tmp_path: Path, optimizer: str, precision: str, optim: dict[str, str]) -> None:
+    found = continues(tmp_path, 0, 1, None, optimizer, precision, **optim)
+    assert all(found.values()), found
+
+
+# --- another number of ranks, another stage -------------------------------------------------------------------
+
+# A run goes on by each of these in turn, two ranks and then four, and ends in one process.
+MOVES: dict[int, list[int | str]] = {2: [1, 3, "2_offload"], 4: [2, 3]}
+MOVERS = [("adamw", "fp32"), (ALIGNED, "fp32"), ("adamw8bit", "fp32")]
+
+
+def go_on(
+    folder: Path, to: Path | None, rank: int, size: int, stage: int | str | None, optimizer: str, precision: str
+) -> dict[str, Tensor]:
+    """Continue another layout's run: the weights found, and those two steps later. All ranks have the same pairs."""
+    world = World(rank, size)
+    trained = toy.make(toy.settings(optimizer, precision, 4 * size, clip=0.0), rank, size, stage)
+    assert checkpoint.restore_latest(folder, trained, world, FACTS) == Progress(2)
+    found = trained.full_state()
+    if to:
+        checkpoint.save(to, trained, Progress(2), world, FACTS, keep=1)
+    toy.train(trained, toy.settings(optimizer, precision, 4, clip=0.0), range(2, 4))
+    return {f"found {k}": v for k, v in found.items()} | trained.full_state()
+
+
+def move(rank: int, size: int, folder: Path, last: str) -> dict[str, Any]:
+    states = {}
+    for optimizer, precision in MOVERS:
+        before = last
+        for stage in MOVES[size]:
+            here, there = (folder / f"{name} {optimizer}" for name in (before, f"{size} {stage}"))
+            states[f"{size} {stage} {optimizer}"] = go_on(here, there, rank, size, stage, optimizer, precision)
+            before = f"{size} {stage}"
+    return states
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """The states at every move of a run that began in one process."""
+    folder, states = tmp_path_factory.mktemp("moves"), {}
+    for optimizer, precision in MOVERS:
+        settings = toy.settings(optimizer, precision, 4, clip=0.0)
+        trained = toy.make(settings)
+        toy.train(trained, settings, range(2))
+        checkpoint.save(folder / f"alone {optimizer}", trained, Progress(2), World(), FACTS, keep=1)
+        states[f"straight {optimizer}"] = {f"found {k}": v for k, v in trained.full_state().items()}
+        toy.train(trained, settings, range(2, 4))
+        states[f"straight {optimizer}"] |= trained.full_state()
+    states |= run_ranks(move, 2, folder=folder, last="alone")[0]
+    states |= run_ranks(move, 4, folder=folder, last=f"2 {MOVES[2][-1]}")[0]
+    for optimizer, precision in MOVERS:
+        states[f"back {optimizer}"] = go_on(
+            folder / f"4 {MOVES[4][-1]} {optimizer}", None, 0, 1, None, optimizer, precision
+        )
+    return states
+
+
+@pytest.mark.parametrize("optimizer, precision", MOVERS)
+@pytest.mark.parametrize("move_", [*[f"{n} {stage}" for n in MOVES for stage in MOVES[n]], "back"])
+def test_a_run_continues_on_other_ranks_and_stages(
+    moved: dict[str, dict[str, Tensor]], move_: str, optimizer: str, precision: str
+) -> None:
+    state, straight = moved[f"{move_} {optimizer}"], moved[f"straight {optimizer}"]
+    found = [name for name in state if name.startswith("found ")]
+    assert found and all(torch.equal(state[name], straight[name]) for name in found)
+    if optimizer == "adamw8bit":  # its states are quantised again in other blocks
+        assert 0 < toy.distance(state, straight) < 2e-3
+    else:
+        assert toy.same(state, straight)
+
+
+# --- a rank dies ----------------------------------------------------------------------------------------------
+
+
+def die_while_saving(rank: int, size: int, folder: Path) -> None:
+    world, settings = World(rank, size), toy.settings()
+    trained = toy.make(settings, rank, size, 2)
+    toy.train(trained, settings, range(1), rank, size)
+    checkpoint.save(folder, trained, Progress(1), world, FACTS, keep=1)
+    toy.train(trained, settings, range(1, 2), rank, size)
+    if rank == 1:
+        write = shards.save_file
+
+        def torn(tensors: Any, file: Path) -> None:
+            write(tensors, file)
+            os.truncate(file, 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        shards.save_file = torn
+    checkpoint.save(folder, trained, Progress(2), world, FACTS, keep=1)
+
+
+def load_again(rank: int, size: int, folder: Path) -> Progress | None:
+    trained = toy.make(toy.settings(), rank, size, 2)
+    return checkpoint.restore_latest(folder, trained, World(rank, size), FACTS)
+
+
+def test_a_rank_killed_while_saving(tmp_path: Path) -> None:
+    first, second = end_ranks(die_while_saving, 2, folder=tmp_path)
+    assert second.code == -signal.SIGKILL
+    assert first.code != 0, "the other rank ends with an error"
+    (torn,) = (tmp_path / "checkpoints" / ".saving-step-000002" / "engine").glob("rank00001*")
+    assert time.time() - torn.stat().st_mtime < 60, "in bounded time"
+    assert names(tmp_path) == [".saving-step-000002", "step-000001"]
+    assert run_ranks(load_again, 2, folder=tmp_path) == [Progress(1), Progress(1)]
+
+
+def hang_while_saving(rank: int, size: int, folder: Path) -> float:
+    """Rank 1 never comes back from its save until rank 0 has given up."""
+    world, given_up = World(rank, size), folder / "given up"
+    trained = toy.make(toy.settings(), rank, size, 2)
+    everyone = torch.distributed.group.WORLD
+    assert everyone._get_backend(world.device).options._timeout == protocol.COLLECTIVE_TIMEOUT
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=3), everyone)
+    toy.train(trained, toy.settings(), range(1), rank, size)
+    began = time.monotonic()
+    if rank == 1:
+        while not given_up.exists():
+            time.sleep(0.1)
+        return 0.0
+    try:
+        checkpoint.save(folder, trained, Progress(1), world, FACTS, keep=1)
+    except RuntimeError:
+        return time.monotonic() - began
+    finally:
+        given_up.touch()
+    return math.inf
+
+
+def test_a_rank_that_hangs_while_the_others_save(tmp_path: Path) -> None:
+    first, _ = end_ranks(hang_while_saving, 2, folder=tmp_path)
+    assert first.value is not None and first.value < 60, first.output[-3000:]
+    assert list(checkpoint.list_checkpoints(tmp_path)) == []

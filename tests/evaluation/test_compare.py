@@ -1,0 +1,138 @@
+"""Base against aligned: the arithmetic, and the whole evaluation on the embedded model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smpo_fast import cli
+from smpo_fast.common import plots
+from smpo_fast.common.errors import UserError
+from smpo_fast.config import loading
+from smpo_fast.embedded import pipeline_path, shapes
+from smpo_fast.evaluation import compare as evaluation_compare
+from smpo_fast.evaluation.compare import compare, prompts
+from smpo_fast.models.load import pipeline
+from smpo_fast.models.locate import find
+
+SMALL = {"eval": {"prompts": "embedded", "scorer": "embedded", "count": 6, "steps": 3, "guidance": 1.5, "batch": 4}}
+
+
+def test_comparison_by_hand() -> None:
+    found = compare("reward", np.array([0.1, 0.5, 0.3, 0.2]), np.array([0.2, 0.4, 0.3, 0.6]))
+    assert (found.base, found.aligned, found.gain) == pytest.approx((0.275, 0.375, 0.1))
+    assert found.win_rate == pytest.approx((2 + 0.5) / 4) and found.prompts == 4
+    assert found.gain_low < 0.1 < found.gain_high
+
+
+def test_interval_covers_the_true_gain_at_its_rate() -> None:
+    seeded, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        base = seeded.random(100)
+        found = compare("reward", base, base + 0.05 + 0.2 * seeded.standard_normal(100))
+        covered += found.gain_low <= 0.05 <= found.gain_high
+    assert 0.90 <= covered / 200 <= 0.985
+
+
+def test_equal_pictures_neither_win_nor_lose() -> None:
+    same = np.linspace(0, 1, 9)
+    assert compare("reward", same, same).win_rate == 0.5
+
+
+def test_embedded_prompts_are_held_out() -> None:
+    settings = loading.from_dict({"eval": {"prompts": "embedded", "count": 64}})
+    assert len(set(prompts(settings))) == 64
+    train = set(shapes.prompts("train", 500, 0))
+    assert not train & set(prompts(settings))
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n\n  a dog \nthree\n")
+    settings = loading.from_dict({"eval": {"prompts": str(tmp_path / "p.txt"), "count": 2}})
+    assert prompts(settings) == ["a cat", "a dog"]
+    (tmp_path / "p.txt").write_text("\n\n")
+    with pytest.raises(UserError, match="the file has no prompt"):
+        prompts(settings)
+
+
+def test_a_picture_depends_on_its_prompt_and_noise_not_on_the_batch() -> None:
+    source = find(loading.from_dict({}).model)
+    pictures = []
+    for batch in (4, 2):
+        settings = loading.from_dict({"eval": {**SMALL["eval"], "batch": batch}})
+        pipe = pipeline(source, torch.float32)
+        pictures.append(evaluation_compare.sample(pipe, prompts(settings), settings, "test"))
+    for a, b in zip(*pictures, strict=True):
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+
+
+def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:
+    settings = loading.from_dict({**SMALL, "run": {"dir": str(tmp_path)}})
+    source = find(settings.model)
+    text = evaluation_compare.evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", torch.device("cpu"))
+    facts = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    reward = facts["comparisons"][0]
+    assert reward["name"] == "reward" and (reward["gain"], reward["win_rate"], reward["prompts"]) == (0.0, 0.5, 6)
+    assert {c["name"] for c in facts["comparisons"]} == {"reward", "foreground", "background", "shape"}
+    assert "95 %" in text and "n = 6" in text
+    with (tmp_path / "evaluation" / "scores.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 6 and rows[0]["reward_base"] == rows[0]["reward_aligned"] != ""
+    assert Image.open(tmp_path / "evaluation" / "grid.png").size[0] > 1000
+
+
+def test_without_a_scorer_there_are_pictures_only(tmp_path: Path) -> None:
+    settings = loading.from_dict({"eval": {**SMALL["eval"], "scorer": "", "count": 2}})
+    text = evaluation_compare.evaluate(settings, find(settings.model), pipeline_path(), tmp_path, torch.device("cpu"))
+    assert text == "" and (tmp_path / "grid.png").is_file()
+
+
+def test_grid_shows_both_and_survives_long_prompts(tmp_path: Path) -> None:
+    base, aligned = ([Image.new("RGB", (32, 32), colour)] * 4 for colour in ("red", "blue"))
+    words = ["a very long prompt about many things " * 5] * 4
+    plots.draw_grid(base, aligned, words, None, tmp_path / "grid.png", rows=12)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        assert ((pixels == colour).all(axis=-1)).sum() > 4 * 180 * 180
+
+
+def test_curves_of_rows_with_gaps(tmp_path: Path) -> None:
+    rows = [{"step": 1, "train_loss": 0.7}, {"step": 2, "train_loss": 0.6, "implicit_acc": 0.5}]
+    plots.draw_curves(rows, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+def test_command_line_evaluates_a_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"run.dir={tmp_path}", "eval.count=2", "eval.steps=2"]
+    assert cli.main(["evaluate", *words]) == 2
+    assert "it has no export/ yet" in capsys.readouterr().err
+    (tmp_path / "export").symlink_to(pipeline_path())
+    assert cli.main(["evaluate", *words]) == 0
+    assert "win-rate 50.0%" in capsys.readouterr().out
+    assert cli.main(["evaluate", *words, "eval.prompts="]) == 2
+
+
+def test_command_line_prepares_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache"
+    assert cli.main(["prepare", f"data.cache={cache}", "data.max_pairs=4"]) == 0
+    assert cli.main(["verify", str(cache)]) == 0
+    assert "4 pairs, every file is as it was written" in capsys.readouterr().out
+    shard = next(cache.glob("latents-*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(raw)
+    assert cli.main(["verify", str(cache)]) == 1
+    assert shard.name in capsys.readouterr().out
+    assert cli.main(["verify", str(tmp_path / "none")]) == 2
+
+
+def test_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["settings"]) == 0
+    assert "`pairs_per_step`" in capsys.readouterr().out

@@ -1,0 +1,344 @@
+"""The no-gradient call: whatever makes it fast, it predicts what the plain call predicts; approximations stay near."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from smpo_fast.common.errors import UserError
+from smpo_fast.config import loading
+from smpo_fast.method.batch import Conditioning
+from smpo_fast.method.schedule import NoiseSchedule
+from smpo_fast.models import attention, load, locate
+from smpo_fast.models.attention import Attention
+from smpo_fast.models.denoiser import Denoiser
+from smpo_fast.models.inference import caller as inference_caller
+from smpo_fast.models.inference import compilation
+from smpo_fast.models.inference.caller import Caller
+from smpo_fast.models.locate import ModelSource
+
+CPU = torch.device("cpu")
+PAIRS = 5
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    settings = loading.load()
+    source = locate.find(settings.model)
+    unet = load.load_unet(source, settings.model, torch.float32, CPU).eval()
+    return Denoiser(unet, source, locate.schedule_of(source, settings.inversion), "fp32", CPU)
+
+
+def inputs(count: int = PAIRS, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 2, 4, 8, 8, generator=g)
+    time = torch.randint(0, 1000, (count,), generator=g)
+    cond = Conditioning(
+        torch.randn(count, 16, 80, generator=g), torch.randn(count, 48, generator=g), torch.full((count, 6), 32.0)
+    )
+    return x, time, cond
+
+
+def caller(denoiser: Denoiser, chunk: int = PAIRS, **words: Any) -> Caller:
+    values: dict[str, dict[str, Any]] = {"model": {}, "inversion": {}}
+    for key, value in words.items():
+        values["inversion" if key in ("fp8", "reuse_deep") else "model"][key] = value
+    settings = loading.from_dict(values)
+    made = Caller(denoiser, settings.model, settings.inversion, chunk=chunk)
+    made.begin()
+    return made
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@torch.no_grad()
+def test_predicts_what_the_plain_call_predicts_for_any_prefix(denoiser: Denoiser) -> None:
+    x, time, cond = inputs()
+    eps = caller(denoiser).pairs(cond)
+    for n in (PAIRS, 3, 1):
+        wanted = denoiser.eps(x[:n], time[:n], cond.take(slice(0, n)))
+        assert relative(eps(x[:n], time[:n]), wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_keys_and_values_are_computed_once_for_a_chunk_and_pair(denoiser: Denoiser) -> None:
+    x, time, cond = inputs()
+    counted: list[int] = []
+    hooks = [
+        getattr(m, name).register_forward_pre_hook(lambda module, args: counted.append(len(args[0])))
+        for n, m in denoiser.unet.named_modules() if n.endswith("attn2") for name in ("to_k", "to_v")
+    ]  # fmt: skip
+    try:
+        eps = caller(denoiser).pairs(cond)
+        for _ in range(3):
+            eps(x, time)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert counted == [PAIRS] * len(hooks), "once, and a row a pair: its pictures share the prompt"
+
+
+@torch.no_grad()
+def test_leaves_the_network_as_it_was(denoiser: Denoiser) -> None:
+    x, time, cond = inputs()
+    before = denoiser.eps(x, time, cond)
+    eps = caller(denoiser, fp8=True, reuse_deep=True).pairs(cond)
+    eps(x, time), eps(x, time, again=True)
+    assert torch.equal(denoiser.eps(x, time, cond), before)
+    assert not any("forward" in vars(m) or getattr(m, "held", None) for m in denoiser.unet.modules())
+
+
+@torch.no_grad()
+def test_chunks_of_other_prompts_do_not_see_each_other(denoiser: Denoiser) -> None:
+    made = caller(denoiser)
+    (x, time, cond), (_, _, other) = inputs(), inputs(seed=1)
+    first, second = made.pairs(cond), made.pairs(other)
+    assert relative(first(x, time), denoiser.eps(x, time, cond)) < 1e-5
+    assert relative(second(x, time), denoiser.eps(x, time, other)) < 1e-5
+
+
+@torch.no_grad()
+def test_weights_updated_in_place_are_seen(denoiser: Denoiser) -> None:
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    x, time, cond = inputs()
+    made = caller(mine, fp8=True)
+    exact = caller(mine)
+    before = made.pairs(cond)(x, time), exact.pairs(cond)(x, time)
+    for p in mine.unet.parameters():
+        p.mul_(1.05)
+    made.begin()
+    wanted = mine.eps(x, time, cond)
+    assert relative(exact.pairs(cond)(x, time), wanted) < 1e-5 < relative(before[1], wanted)
+    assert relative(made.pairs(cond)(x, time), wanted) < 0.5 * relative(before[0], wanted)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "velocity"])
+@torch.no_grad()
+def test_other_networks(kind: str) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=24,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+    ).eval()  # fmt: skip
+    attention.set_attention([unet], "sdpa", CPU)
+    folder: Any = None
+    prediction = "v_prediction" if kind == "velocity" else "epsilon"
+    source = ModelSource(folder, folder, folder, "sd15", prediction, {}, None)
+    made = Denoiser(unet, source, NoiseSchedule.from_config({"num_train_timesteps": 1000}), "fp32", CPU)
+    x, time, cond = inputs()
+    cond = Conditioning(cond.prompt[..., :24])
+    assert relative(caller(made).pairs(cond)(x, time), made.eps(x, time, cond)) < 1e-5
+    eps = caller(made, reuse_deep=True).pairs(cond)
+    full = eps(x, time)
+    assert relative(eps(x, time, again=True), full) < 1e-5, "at the same x the deep features are the true ones"
+
+
+@torch.no_grad()
+def test_float8_is_near_and_not_equal(denoiser: Denoiser) -> None:
+    x, time, cond = inputs()
+    error = relative(caller(denoiser, fp8=True).pairs(cond)(x, time), denoiser.eps(x, time, cond))
+    assert 1e-4 < error < 0.1
+
+
+@torch.no_grad()
+def test_shallow_calls_do_little_work_and_stay_near(denoiser: Denoiser) -> None:
+    x, time, cond = inputs()
+    eps = caller(denoiser, reuse_deep=True).pairs(cond)
+    with FlopCounterMode(display=False) as whole:
+        eps(x, time)
+    near = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    with FlopCounterMode(display=False) as shallow:
+        found = eps(near[:3], time[:3], again=True)
+    assert shallow.get_total_flops() < 0.6 * whole.get_total_flops() * 3 / PAIRS
+    wanted = denoiser.eps(near[:3], time[:3], cond.take(slice(0, 3)))
+    stale = denoiser.eps(x[:3], time[:3], cond.take(slice(0, 3)))
+    assert 0 < relative(found, wanted) < relative(stale, wanted)
+
+
+@torch.no_grad()
+def test_lora_and_unknown_processors_work(denoiser: Denoiser) -> None:
+    peft = pytest.importorskip("peft")
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    mine.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    x, time, cond = inputs()
+    assert relative(caller(mine).pairs(cond)(x, time), mine.eps(x, time, cond)) < 1e-5
+    attention.set_attention([mine.unet], "eager", CPU)
+    assert relative(caller(mine).pairs(cond)(x, time), mine.eps(x, time, cond)) < 1e-5
+
+
+def test_sizes_are_few_and_reach_the_chunk() -> None:
+    assert (
+        inference_caller.sizes(32) == [8, 16, 24, 32]
+        and inference_caller.sizes(1) == [1]
+        and inference_caller.sizes(5) == [2, 3, 4, 5]
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_compiled_calls_agree_are_padded_and_see_new_weights(
+    denoiser: Denoiser, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the compiler's tracing at least; its code generation takes minutes on a CPU."""
+    graphs = traced(monkeypatch, backend)
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    x, time, cond = inputs()
+    eager = caller(mine).pairs(cond)
+    made = caller(mine, compile="inversion")
+    eps = made.pairs(cond)
+    for n in (5, 4, 5):
+        assert relative(eps(x[:n], time[:n]), eager(x[:n], time[:n])) < 1e-4
+    compiled = len(graphs)
+    for p in mine.unet.parameters():
+        p.mul_(1.02)
+    changed = made.pairs(cond)(x, time)
+    assert relative(changed, caller(mine).pairs(cond)(x, time)) < 1e-4
+    assert len(graphs) == compiled, "new weights in place need no new code"
+    assert (compiled > 0) == (backend == "eager") and all(m._compiled_call_impl is None for m in mine.unet.modules())
+
+
+def traced(monkeypatch: pytest.MonkeyPatch, backend: str = "eager") -> list[Any]:
+    """No graph may break; returns the list of the graphs made, where the compiler only traces ("eager")."""
+    graphs: list[Any] = []
+
+    def compiler(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    chosen: Any = compiler if backend == "eager" else backend
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=chosen, fullgraph=True))
+    return graphs
+
+
+@torch.no_grad()
+def test_approximations_are_compiled_once(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float8 pays only when its rounding is fused: neither the next call nor the next window may make new code."""
+    graphs = traced(monkeypatch)
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    x, time, cond = inputs()
+    made = caller(mine, compile="inversion", fp8=True, reuse_deep=True)
+    eps = made.pairs(cond)
+    first = eps(x, time), eps(x, time, again=True)
+    compiled = len(graphs)
+    made.begin()
+    eps = made.pairs(cond)
+    assert torch.equal(eps(x, time), first[0]) and torch.equal(eps(x, time, again=True), first[1])
+    assert len(graphs) == compiled > 0
+    assert relative(first[0], caller(mine, fp8=True).pairs(cond)(x, time)) < 1e-4
+
+
+@torch.no_grad()
+def test_equal_blocks_share_their_code_and_all_variants_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL's 87 blocks are 15 at each batch size; with training and other shapes of pictures, far from the limit."""
+    graphs = traced(monkeypatch)
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32, 64), layers_per_block=2, norm_num_groups=8, cross_attention_dim=24,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4, 8),
+        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
+    ).eval()  # fmt: skip
+    attention.set_attention([unet], "sdpa", CPU)
+    folder: Any = None
+    source = ModelSource(folder, folder, folder, "sd15", "epsilon", {}, None)
+    made = Denoiser(unet, source, NoiseSchedule.from_config({"num_train_timesteps": 1000}), "fp32", CPU)
+    x, time, cond = inputs(4)
+    cond = Conditioning(cond.prompt[..., :24])
+    eps = caller(made, chunk=4, compile="inversion").pairs(cond)
+    found = []
+    for n in (4, 1, 4):
+        eps(x[:n], time[:n])
+        found.append(len(graphs))
+    assert found == [15, 30, 30] and len(compilation._blocks(unet)) == 87
+    assert torch._dynamo.config.recompile_limit >= 8 * found[0] * len(inference_caller.sizes(32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_for_training_equal_weights_predict_equally(denoiser: Denoiser, dtype: torch.dtype) -> None:
+    x, time, cond = inputs()
+    policy, reference = (copy.copy(denoiser) for _ in range(2))
+    for d in (policy, reference):
+        d.unet, d.dtype = copy.deepcopy(denoiser.unet).to(dtype), dtype
+    compilation.compile_training(policy.unet, reference.unet)
+    policy.unet.train()
+    predicted = policy(x, time, cond)
+    with torch.no_grad(), compilation.as_in_training(loading.from_dict({"model": {"compile": "all"}}).model):
+        frozen = reference(x, time, cond).detach()
+    assert torch.equal(predicted, frozen)
+    predicted.square().mean().backward()
+    assert all(p.grad is not None for p in policy.unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("words", "stage", "said"),
+    [
+        ({"model": {"cuda_graphs": True}}, 0, "CUDA device"),
+        ({"model": {"compile": "inversion"}}, 3, "stage 3"),
+        ({"model": {"channels_last": True}}, 2, "DeepSpeed flattens"),
+        ({"inversion": {"fp8": True}}, 3, "stage 3"),
+        ({"inversion": {"reuse_deep": True, "solver": "ddim"}}, 0, "nothing to reuse"),
+        ({"inversion": {"fp8": True, "source": "noise"}}, 0, "changes nothing"),
+        ({"inversion": {"source": "noise"}, "model": {"compile": "inversion"}}, 0, "model.compile changes nothing"),
+        ({"model": {"compile": "all"}, "lora": {"rank": 4}}, 0, "LoRA"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(words: dict[str, Any], stage: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        inference_caller.check(loading.from_dict(words), CPU, stage)
+
+
+def test_attention_that_cannot_run_here_gives_way_with_a_notice(
+    denoiser: Denoiser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention._notice.cache_clear()
+    unet: Any = copy.deepcopy(denoiser.unet)
+    assert attention.set_attention([unet], "cudnn", CPU) == "sdpa"
+    assert "model.attention = 'cudnn' cannot be used here" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_where_the_chosen_kernel_cannot_serve_another_does(denoiser: Denoiser) -> None:
+    """As flash attention in float32 on a GPU; here, one that no CPU has."""
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    mine.unet.set_attn_processor(Attention(SDPBackend.EFFICIENT_ATTENTION))
+    x, time, cond = inputs()
+    assert relative(caller(mine).pairs(cond)(x, time), denoiser.eps(x, time, cond)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("reuse", [False, True])
+@torch.no_grad()
+def test_replayed_graphs_agree_and_see_new_weights(denoiser: Denoiser, reuse: bool) -> None:
+    device = torch.device("cuda")
+    settings = loading.load()
+    unet = copy.deepcopy(denoiser.unet).to(device)
+    source = locate.find(settings.model)
+    mine = Denoiser(unet, source, locate.schedule_of(source, settings.inversion), "fp32", device)
+    x, time, cond = inputs()
+    x, time, cond = x.to(device), time.to(device), cond.map(lambda t: t.to(device))
+    made, plain = caller(mine, cuda_graphs=True, reuse_deep=reuse), caller(mine, reuse_deep=reuse)
+    for scale in (1.0, 1.02):
+        for p in unet.parameters():
+            p.mul_(scale)
+        eps, wanted = made.pairs(cond), plain.pairs(cond)
+        for n in (5, 4, 2):
+            for again in (False, True):
+                assert relative(eps(x[:n], time[:n], again=again), wanted(x[:n], time[:n], again=again)) < 1e-4

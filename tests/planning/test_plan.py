@@ -1,0 +1,291 @@
+"""The plan against what really happens: real engines followed storage by storage, and choices that hold."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from architectures import SCHEDULER, SDXL, SDXL_TOY, Architecture, make_inputs, make_unet  # noqa: E402
+from helpers.ranks import run_ranks  # noqa: E402
+
+from smpo_fast import cli
+from smpo_fast.common.errors import UserError  # noqa: E402
+from smpo_fast.common.runtime import World  # noqa: E402
+from smpo_fast.config import loading
+from smpo_fast.config.schema import Config, Model, Optim
+from smpo_fast.engine import create, ds_config, optimizers
+from smpo_fast.method.schedule import NoiseSchedule  # noqa: E402
+from smpo_fast.models import footprint
+from smpo_fast.models.footprint import LiveBytes, NetworkSpec
+from smpo_fast.planning import gpus, memory, search, speed
+from smpo_fast.planning.gpus import (
+    GPUS,
+    Gpu,  # noqa: E402
+)
+from smpo_fast.planning.memory import Subject  # noqa: E402
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def settings(**sections: dict[str, Any]) -> Config:
+    values: dict[str, dict[str, Any]] = {
+        "model": {"precision": "bf16"},
+        "inversion": {"source": "noise"},
+        "batch": {"pairs_per_step": 2, "micro_pairs": 1},
+    }
+    return loading.from_dict({k: {**values.get(k, {}), **sections.get(k, {})} for k in values | sections})
+
+
+def subject(a: Architecture, c: Config, **more: Any) -> Subject:
+    network = NetworkSpec.make(a.unet, a.kind, (4, a.latent, a.latent), (a.tokens, a.prompt_width), lora=c.lora)
+    return Subject(c, network, c.model.precision, **more)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "simulated_gb"), [(True, 32.27), pytest.param(False, 44.66, marks=pytest.mark.slow)]
+)
+def test_sdxl_within_ten_percent_of_the_simulated_step(checkpointing: bool, simulated_gb: float) -> None:
+    """test_counts.py follows a whole first step of SDXL on the meta device: Adafactor, half precision, one pair."""
+    c = settings(model={"gradient_checkpointing": checkpointing}, optim={"name": "adafactor"})
+    s = subject(SDXL, c)
+    assert memory.memory(s, s.choice()).allocated / 1e9 == pytest.approx(simulated_gb, rel=0.1)
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """As on a GPU: torch's other implementations make tensors of the size of the weights in a step."""
+
+    def __init__(self, *args: Any, fused: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, fused=True, **kwargs)
+
+
+def followed(rank: int, size: int, stages: list[int | None]) -> dict[int | None, dict[str, int]]:
+    """Peak bytes of the second step's phases under each ZeRO stage, on a CPU that plays the GPU."""
+    torch.optim.AdamW = FusedAdamW  # type: ignore[misc]
+    return {stage: _followed(stage, rank, size) for stage in stages}
+
+
+def small_buckets(stage: int) -> dict[str, Any]:
+    raw = ds_config.read_ds_file(CONFIGS / f"ds_zero{stage}.json")
+    sizes = {"bucket": 100_000, "live_parameters": 500_000, "persistence": 1000}
+    zero = raw["zero_optimization"]
+    return raw | {"zero_optimization": zero | {k: n for k in zero for word, n in sizes.items() if word in k and n}}
+
+
+def _followed(stage: int | None, rank: int, size: int) -> dict[str, int]:
+    c, cpu = settings(batch={"pairs_per_step": 2 * size}), torch.device("cpu")
+    unet = make_unet(SDXL_TOY, cpu, torch.float32).train()
+    peaks: dict[str, int] = {}
+    with LiveBytes(unet.parameters(), device="cpu") as live:
+        ds = None
+        if stage is not None:
+            ds, _ = ds_config.resolve_ds_settings(small_buckets(stage), "file", c, size, "bf16")
+        trained = create.make_engine(unet, c, World(rank, size), "bf16", ds)
+        args, kwargs = make_inputs(SDXL_TOY, 2, cpu, torch.bfloat16)
+        for _ in range(2):
+            live.peak = live.now
+            for last in (False, True):
+                trained.backward(trained.unet(*args, **kwargs)[0].float().square().mean(), last=last)
+                gc.collect()  # DeepSpeed's hooks make cycles, which a larger network's many objects soon sweep away
+            peaks["policy"], live.peak = live.peak, live.now
+            trained.step(1e-5)
+            peaks["optimizer"] = live.peak
+    return peaks
+
+
+def check_stages(size: int, stages: list[int | None]) -> None:
+    for found in run_ranks(followed, size, stages=stages):
+        for stage, peaks in found.items():
+            ds = None if stage is None else small_buckets(stage)
+            s = subject(SDXL_TOY, settings(batch={"pairs_per_step": 2 * size}), ranks=size, ds=ds)
+            told = memory.memory(s, replace(s.choice(), reference="none"))
+            for phase, peak in peaks.items():
+                planned = told.phases[phase] - memory.LIBRARY_BYTES - told.parts["window"]
+                assert planned == pytest.approx(peak, rel=0.1), f"stage {stage}, {size} ranks, {phase}"
+
+
+def test_memory_of_real_engines() -> None:
+    """Weights, masters, gradients and states where ``plan.ZERO`` says they are, without DeepSpeed and with it."""
+    check_stages(1, [None, 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_memory_of_every_stage(size: int) -> None:
+    check_stages(size, [1, 2, 3])
+
+
+def test_every_optimizer_and_precision_of_the_settings_has_its_bytes() -> None:
+    names = get_args(Optim.model_fields["name"].annotation)
+    precisions = set(get_args(Model.model_fields["precision"].annotation)) - {"auto"}
+    sums = get_args(Optim.model_fields["accumulate"].annotation)
+    assert set(names) == set(optimizers.STATE_BYTES) and precisions == set(memory.MASTER_BYTES)
+    assert set(sums) == set(memory.GRADIENT_BYTES)
+
+
+def test_states_by_optimizer() -> None:
+    """Bytes for SDXL: two fp32 moments, two bytes, and row and column means (0.98 GB in transformers' Adafactor)."""
+    network = subject(SDXL, settings()).network
+    count = footprint.count(footprint.parameters(network).trained)
+    found = {name: memory.state_bytes(name, network) for name in optimizers.STATE_BYTES}
+    assert found["adamw"] == 8 * count
+    assert found["adamw8bit"] == pytest.approx(2.03 * count, rel=0.01)
+    assert found["adafactor"] == pytest.approx(0.98e9, rel=0.01)
+
+
+def test_weights_without_masters() -> None:
+    """optim.master, accumulate and offload of one process: each takes away what it says."""
+    base = {"name": "adamw8bit_aligned"}
+    ladder = [base, base | {"master": "none"}, base | {"master": "none", "accumulate": "bf16-sr"},
+              base | {"master": "none", "accumulate": "bf16-sr", "offload": "states+gradients"}]  # fmt: skip
+    s = subject(SDXL_TOY, settings(optim=base))
+    plans = [memory.memory(s, subject(SDXL_TOY, settings(optim=o)).choice()) for o in ladder]
+    count, states = s.counts[0], memory.state_bytes("adamw8bit_aligned", s.network)
+    for before, after, saved in zip(plans, plans[1:], (4 * count, 2 * count, 2 * count + states), strict=False):
+        assert before.phases["policy"] - after.phases["policy"] == pytest.approx(saved)
+    assert plans[-1].host["offloaded states"] == pytest.approx(states + 2 * count)
+
+
+def test_what_offload_and_streaming_free() -> None:
+    ds = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    here, there = (subject(SDXL_TOY, settings(), ranks=2, ds=d) for d in ({"zero_optimization": {"stage": 2}}, ds))
+    kept, moved = (memory.memory(s, s.choice()) for s in (here, there))
+    assert moved.parts["masters"] == moved.parts["optimizer states"] == 0 and moved.host["offloaded states"] > 0
+    assert moved.allocated < kept.allocated
+    streamed = memory.memory(here, replace(here.choice(), reference="streamed"))
+    freed = kept.phases["policy"] - streamed.phases["policy"]
+    assert freed == kept.parts["reference"] and streamed.host["streamed reference"] == 2 * freed
+
+
+# --- seconds and choices --------------------------------------------------------------------------------------
+
+
+def schedule() -> NoiseSchedule:
+    return NoiseSchedule.from_config(SCHEDULER)
+
+
+def test_work_of_a_pair_is_the_method_s() -> None:
+    release = {"fidelity": "release", "steps": 10, "timesteps": "stratified"}
+    c = loading.from_dict({"inversion": release, "model": {"precision": "bf16"}})
+    found = speed.work(subject(SDXL_TOY, c), schedule(), False)
+    assert found.calls["inversion"] == pytest.approx(12.764, abs=0.02) and found.calls["reference"] == 1
+    sft = settings(objective={"name": "sft"})
+    assert speed.work(subject(SDXL_TOY, sft), schedule(), False).calls == {"inversion": 0, "reference": 0, "policy": 1}
+
+
+def test_modelled_seconds_shrink_with_ranks_and_speed() -> None:
+    c = settings(batch={"pairs_per_step": 64}, inversion={"source": "inversion"})
+
+    def seconds(gpu: str, ranks: int) -> float:
+        s = subject(SDXL_TOY, c, ranks=ranks, ds={"zero_optimization": {"stage": 1}} if ranks > 1 else None)
+        return sum((speed.modelled_seconds(s, s.choice(), schedule(), GPUS[gpu]) or {}).values())
+
+    assert seconds("H100", 8) < seconds("H100", 1) < seconds("A100-80GB", 1) < seconds("RTX-3090", 1)
+    s = subject(SDXL_TOY, settings(model={"precision": "fp32"}))
+    assert speed.modelled_seconds(s, s.choice(), schedule(), GPUS["H100"]) is None, "the table knows bf16 alone"
+
+
+def test_choices_fit_and_the_first_is_the_fastest_or_the_nearest() -> None:
+    s = subject(SDXL_TOY, settings(batch={"pairs_per_step": 16}, inversion={"source": "inversion"}))
+    roomy = search.options(s, schedule(), GPUS["H100"], "")
+    assert roomy[0].seconds <= 1.03 * min(o.seconds for o in roomy)
+    assert roomy[0].choice.optimizer == s.choice().optimizer, "what alters the arithmetic is not changed for nothing"
+    needed = memory.memory(s, s.choice()).needed
+    tight = replace_gpu(needed - 5e6)
+    assert all(o.memory.needed <= tight.bytes for o in search.options(s, schedule(), tight, ""))
+    assert not search.options(s, schedule(), replace_gpu(memory.CONTEXT_BYTES), "")
+
+
+def replace_gpu(size: float) -> Gpu:
+    return GPUS["H100"]._replace(bytes=size)
+
+
+@pytest.mark.parametrize(
+    ("device", "key"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_devices_as_torch_names_them(device: str, key: str | None) -> None:
+    found = gpus.known_as(device)
+    assert (found and found.name) == key
+
+
+def test_shipped_files_are_as_the_plan_thinks() -> None:
+    for name, thought in search.SHIPPED.items():
+        real = ds_config.read_ds_file(CONFIGS.parent / name)["zero_optimization"]
+        for key, value in thought["zero_optimization"].items():
+            there = real.get(key, value)  # where a file has no such key, nothing depends on it
+            both = [v["device"] if isinstance(v, dict) else v for v in (there, value)]
+            assert both[0] == both[1], f"{name}: {key}"
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
+    status = cli.main(["plan", *args])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_the_command_tells_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = command(capsys, "--gpu", "rtx 4090", "--gpus", "2", "--ds_config", str(CONFIGS / "ds_zero2.json"))
+    assert status == 0
+    for word in ("ZeRO 2", "it fits", "host memory of a node", "cache", "TFLOP a pair", "modelled:", "best choice"):
+        assert word in text
+    assert "measured" not in text
+
+
+def test_json_and_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = command(capsys, "--gpu-memory", "0.7", "--json")
+    found = json.loads(text)
+    assert status == 1 and found["fits"] is False and found["needed"] > 0.7e9
+    assert found["time"]["basis"].startswith("no figure") and found["time"]["hours"] is None
+
+
+def test_measured_on_this_device(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["batch.pairs_per_step=4", "batch.micro_pairs=2", "batch.inversion_pairs=2", "run.device=cpu"]
+    status, text = command(capsys, *words, "--measure", "--json")
+    told = json.loads(text)["time"]
+    assert status == 0 and told["basis"].startswith("measured on") and "modelled" not in told["basis"]
+    assert set(told["seconds"]) == {"inversion", "reference", "policy", "optimizer"} and told["step_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "GTX-999"], "known are B200"),
+        (["--gpu", "H100", "--measure"], "leave --gpu"),
+        (["--gpus", "0"], "at least 1"),
+        (["--gpus", "7", "--gpu", "H100"], "does not divide among 7 ranks"),
+        (["--ds_config", "none.json"], "none.json: cannot be read"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = command(capsys, *words)
+    assert status == 2 and message in text
+
+
+def test_pairs_that_memory_allows() -> None:
+    """batch.inversion_pairs = 0 asks batch.inversion_gb."""
+
+    def chosen(gigabytes: float) -> int:
+        batch = {"inversion_pairs": 0, "inversion_gb": gigabytes, "pairs_per_step": 4096}
+        return subject(SDXL_TOY, settings(batch=batch)).choice().inversion_pairs
+
+    assert 1 < chosen(0.1) < chosen(0.2)
+    with pytest.raises(UserError, match="inversion_gb"):
+        chosen(0.0)

@@ -1,0 +1,208 @@
+"""What does not depend on the machine: network calls, FLOPs, bytes, launches, host syncs, memory. None may get worse.
+
+Everything is counted on the meta device, which plays the accelerator (benchmarks/counting.py). A count that fell is
+good news: lower the frozen figure here with the change that earned it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import architectures  # noqa: E402
+import counting  # noqa: E402
+import ours  # noqa: E402
+import pytest
+import torch
+from architectures import SD15, SDXL, SDXL_TOY  # noqa: E402
+
+from smpo_fast.config import loading  # noqa: E402
+from smpo_fast.method.schedule import NoiseSchedule  # noqa: E402
+
+META = counting.META
+
+
+def check(what: str, frozen: float, found: float, *, within: float = 0.0) -> None:
+    """Fail when a count is worse than the frozen one, naming both."""
+    assert found <= frozen * (1 + within), f"{what}: was {frozen:,}, is {found:,}: {found / frozen - 1:+.2%}"
+
+
+# --- network calls --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fidelity", "steps", "frozen"),
+    [("release", 10, 12.764), ("release", 5, 7.584), ("paper", 10, 10.982), ("paper", 5, 5.992)],
+)
+def test_no_gradient_calls_per_picture(fidelity: str, steps: int, frozen: float) -> None:
+    """The mean over all timesteps, from the paths that the inversion really walks."""
+    run = loading.from_dict({"inversion": {"fidelity": fidelity, "steps": steps}}).inversion
+    schedule = NoiseSchedule.from_config(architectures.SCHEDULER)
+    depth = sum(schedule.path(t, run).depth for t in range(1000)) / 1000
+    check(f"calls per picture, {fidelity}, {steps} steps", frozen, round(depth * (1 + run.renoise_steps), 3))
+
+
+def test_a_step_calls_the_networks_no_more_than_the_method_asks() -> None:
+    """Pictures put through each network in one step: what the paths ask for, and one policy and reference call each."""
+    trainer = ours.make_trainer(SDXL_TOY, META, WINDOW)
+    pictures = {"policy": 0, "reference": 0}
+    calls = {"policy": 0, "reference": 0}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            pictures[name] += args[0].shape[0]
+            calls[name] += 1
+
+        return hook
+
+    trainer.policy.unet.register_forward_pre_hook(note("policy"))
+    with trainer.reference() as reference:
+        reference.unet.register_forward_pre_hook(note("reference"))
+    with counting.fused_attention(), counting.DeviceSpy():
+        trainer.step(0)
+    paths, active = trainer.paths(0, range(3))
+    pairs, renoise = len(paths), 1 + trainer.config.inversion.renoise_steps
+    assert pictures["policy"] == 2 * renoise * sum(p.depth for p in paths) + 2 * pairs
+    assert pictures["reference"] == 2 * pairs
+    assert calls["policy"] == renoise * len(active) + pairs, "one call a round: the window fits one chunk"
+
+
+# --- FLOPs and bytes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdxl_pair() -> dict[str, float]:
+    return counting.pair_flops(SDXL, 12.764)
+
+
+def test_flops_of_a_pair(sdxl_pair: dict[str, float]) -> None:
+    """SDXL at 1024 px, nothing recomputed, encoders cached: the arithmetic that the exact method cannot avoid."""
+    tera = {name: value / 1e12 for name, value in sdxl_pair.items()}
+    check("TFLOP of a forward pass of one picture", 6.7613, round(tera["reference"] / 2, 4))
+    check("TFLOP of a backward pass of one picture", 13.8616, round(tera["policy backward"] / 2, 4))
+    check("TFLOP of a pair", 227.37, round(tera["total"], 2))
+    assert tera["inversion"] / tera["total"] == pytest.approx(0.759, abs=1e-3)
+
+
+def test_flops_of_sd15() -> None:
+    with torch.no_grad():
+        found = counting.flops(counting.unet_call(SD15, 1)) / 1e12
+    check("TFLOP of a forward pass of one picture, SD1.5 at 512 px", 0.8035, round(found, 4))
+
+
+def test_parameters() -> None:
+    unets = {a.name: architectures.make_unet(a, META, torch.float32) for a in (SDXL, SD15)}
+    found = {name: sum(p.numel() for p in unet.parameters()) for name, unet in unets.items()}
+    assert found == {"sdxl": 2_567_463_684, "sd15": 859_520_964}
+
+
+OPS = {  # calls of an SDXL forward pass; least GB they move for two pictures in half precision
+    "group_norm_silu": (46, 1.237),
+    "layer_norm": (210, 2.517),
+    "geglu": (70, 5.033),
+}
+
+
+def test_bytes_that_the_fusible_operations_must_move() -> None:
+    table = counting.op_shapes(SDXL, images=2)
+    for op, (calls, gigabytes) in OPS.items():
+        assert sum(table[op].values()) == calls, op
+        moved = sum(counting.least_bytes(op, shape, 2) * n for shape, n in table[op].items()) / 1e9
+        check(f"least GB moved by {op} in a call", gigabytes, round(moved, 3))
+
+
+@pytest.mark.parametrize(("op", "frozen"), [("pair_loss", 1_572_864), ("renoise_step", 2_097_152)])
+def test_bytes_that_the_pair_operations_must_move(op: str, frozen: int) -> None:
+    check(f"bytes of {op} for one pair in fp32", frozen, counting.least_bytes(op, (1, 2, 4, 128, 128), 4))
+
+
+# --- launches and host syncs ----------------------------------------------------------------------------------
+
+
+def test_launches_of_a_no_gradient_call() -> None:
+    """The bare UNet in half precision; the released script's autocast adds about 1,800 casts to it."""
+    call = counting.unet_call(SDXL, 2)
+    with torch.no_grad(), counting.fused_attention(), counting.DeviceSpy() as spy:
+        call()
+    check("launches of an SDXL no-gradient call", 1866, sum(spy.launches.values()))
+    check("host syncs of an SDXL no-gradient call", 0, spy.reads + spy.uploads)
+
+
+WINDOW = {"batch": {"pairs_per_step": 3, "micro_pairs": 1}, "inversion": {"steps": 5}}
+# A window of 3 pairs in 3 micro-steps on the miniature SDXL; uploads are copies from pageable memory, and the host
+# waits for the device at each of them as it does at a read. (launches, uploads, reads)
+PHASES = {
+    "inversion round": (895.6, 0.4, 0),
+    "reference, a micro-step": (470.34, 0, 0),
+    "policy, a micro-step": (1606, 0, 0),
+    "optimizer": (4086, 0, 2),
+    "flush": (2, 1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def phases() -> dict[str, tuple[float, float, float]]:
+    """Launches, uploads and reads of each part of the second step, per round and per micro-step."""
+    trainer = ours.make_trainer(SDXL_TOY, META, {**WINDOW, "model": {"precision": "bf16"}, "optim": {"name": "adamw"}})
+    told: dict[str, list[int]] = {}
+    spy = counting.DeviceSpy()
+
+    def watch(owner: Any, method: str, name: str) -> None:
+        inner = getattr(owner, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before = (sum(spy.launches.values()), spy.uploads, spy.reads)
+            out = inner(*args, **kwargs)
+            after = (sum(spy.launches.values()), spy.uploads, spy.reads)
+            sums = told.setdefault(name, [0, 0, 0])
+            told[name] = [s + a - b for s, a, b in zip(sums, after, before, strict=True)]
+            return out
+
+        setattr(owner, method, watched)
+
+    with counting.fused_attention(), spy:
+        trainer.step(0)
+        watch(trainer, "examples", "inversion round")
+        watch(trainer, "reference_errors", "reference, a micro-step")
+        watch(trainer, "backward", "policy, a micro-step")
+        watch(trainer.engine, "step", "optimizer")
+        watch(trainer.meter, "flush", "flush")
+        trainer.step(1)
+    paths, active = trainer.paths(1, range(3))
+    micro = len(paths)
+    times = {"inversion round": len(active), "reference, a micro-step": micro, "policy, a micro-step": micro}
+    return {name: tuple(n / times.get(name, 1) for n in sums) for name, sums in told.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_launches_and_host_syncs(phase: str, phases: dict[str, tuple[float, float, float]]) -> None:
+    for what, frozen, found in zip(("launches", "uploads", "reads"), PHASES[phase], phases[phase], strict=True):
+        check(f"{what} per {phase}", frozen, round(found, 2))
+
+
+def test_nothing_is_read_back_inside_a_step() -> None:
+    """Up to the optimizer the host never asks the device for a number, however many micro-steps there are."""
+    assert all(PHASES[name][2] == 0 for name in ("inversion round", "reference, a micro-step", "policy, a micro-step"))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("checkpointing", "frozen"), [(False, 13.78), (True, 1.176)])
+def test_saved_activations_of_a_pair(checkpointing: bool, frozen: float) -> None:
+    """GB that autograd keeps for one SDXL pair at 1024 px in half precision."""
+    found = counting.saved_bytes_of_a_pair(SDXL, checkpointing) / 1e9
+    check(f"GB saved for the backward pass, checkpointing {checkpointing}", frozen, round(found, 3))
+
+
+@pytest.mark.parametrize(("checkpointing", "frozen"), [(False, 0.0291), (True, 0.028)])
+def test_planned_peak_of_a_miniature(checkpointing: bool, frozen: float) -> None:
+    found = ours.planned_peak(SDXL_TOY, checkpointing) / 1e9
+    check("GB at the peak of a toy step", frozen, round(found, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpointing", "frozen"), [(False, 44.66), (True, 32.27)])
+def test_planned_peak_of_sdxl(checkpointing: bool, frozen: float) -> None:
+    """Full fine-tuning with Adafactor: fp32 masters and gradients, half-precision policy and reference, one pair."""
+    check("GB at the peak of an SDXL step", frozen, round(ours.planned_peak(SDXL, checkpointing) / 1e9, 2))

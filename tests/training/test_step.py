@@ -1,0 +1,145 @@
+"""The step in phases: shared trajectories, several timesteps a pair, equal errors, and a bar that moves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from helpers.small_run import SMALL, numbers, run, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smpo_fast import cli
+from smpo_fast.config import schema
+from smpo_fast.method.inversion import evaluations
+from smpo_fast.training.metrics import read_metrics
+from smpo_fast.training.progress import StepProgress
+from smpo_fast.training.step import Trainer
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("prepared") / "cache"
+    assert cli.main(["prepare", *SMALL, f"data.cache={folder}", f"run.dir={folder.parent}"]) == 0
+    return f"data.cache={folder}"
+
+
+def calls_of(run_dir: Path, *words: str) -> dict[str, int]:
+    """Run, and count the pictures that went through a network, by whether gradients were kept."""
+    from diffusers import UNet2DConditionModel
+
+    counted = {"inversion or reference": 0, "policy": 0}
+    inner = UNet2DConditionModel.forward
+
+    def counting(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counted["policy" if torch.is_grad_enabled() else "inversion or reference"] += len(sample)
+        return inner(self, sample, *args, **kwargs)
+
+    with mock.patch.object(UNet2DConditionModel, "forward", counting):
+        assert run(run_dir, *words) == 0
+    return counted
+
+
+@pytest.mark.parametrize("how", [["inversion.network=reference", "inversion.steps=4"], ["objective.name=dpo"]])
+def test_a_store_spares_later_runs_the_inversion_and_the_reference(how: list[str], cache: str, tmp_path: Path) -> None:
+    """Bit for bit the run that wrote it, also at another beta and learning rate than it was written at."""
+    words = [cache, *how, f"inversion.store={tmp_path / 'store'}"]
+    first = calls_of(tmp_path / "first", *words)
+    again = calls_of(tmp_path / "again", *words)
+    assert numbers(tmp_path / "first") == numbers(tmp_path / "again")
+    assert all(torch.equal(v, weights(tmp_path / "again")[n]) for n, v in weights(tmp_path / "first").items())
+    assert first["inversion or reference"] > 0 and again["inversion or reference"] == 0
+    assert again["policy"] == first["policy"] == 4 * 6 * 2
+    swept = calls_of(tmp_path / "swept", *words, "objective.beta=500", "optim.lr=2e-4", "labels.gamma=4")
+    assert swept["inversion or reference"] == 0 and numbers(tmp_path / "swept") != numbers(tmp_path / "first")
+    assert run(tmp_path / "other", *words, "run.seed=1") == 2, "another run's trajectories are refused"
+
+
+def test_a_store_changes_a_run_by_the_rounding_of_tau_alone(cache: str, tmp_path: Path) -> None:
+    words = [cache, "inversion.network=reference", "inversion.steps=4"]
+    assert run(tmp_path / "plain", *words) == 0
+    assert run(tmp_path / "stored", *words, f"inversion.store={tmp_path / 'store'}") == 0
+    plain, stored = (read_metrics(tmp_path / name) for name in ("plain", "stored"))
+    assert plain[0]["model_mse"] != stored[0]["model_mse"]
+    assert plain[0]["model_mse"] == pytest.approx(stored[0]["model_mse"], rel=2e-3)
+
+
+def test_several_timesteps_of_one_trajectory(cache: str, tmp_path: Path) -> None:
+    """As many examples from a third of the pairs; the reference still agrees exactly at step 0."""
+    one = calls_of(tmp_path / "one", cache, "inversion.steps=4")
+    three = calls_of(tmp_path / "three", cache, "inversion.steps=4", "inversion.per_trajectory=3")
+    assert three["policy"] == one["policy"] and three["inversion or reference"] < 0.75 * one["inversion or reference"]
+    rows = read_metrics(tmp_path / "three")
+    assert rows[0]["logit_max"] == 0 and rows[1]["logit_max"] > 0 and rows[-1]["pairs_seen"] == 4 * 6
+
+
+@pytest.mark.parametrize("solver", ["pec", "ab2", "heun"])
+def test_solvers_train(solver: str, cache: str, tmp_path: Path) -> None:
+    words = [cache, f"inversion.solver={solver}", "inversion.steps=4", "run.steps=2"]
+    counted = calls_of(tmp_path / "run", *words)
+    settings = schema.Config.model_validate(json.loads(json.dumps(_settings(tmp_path / "run"))))
+    schedule = _schedule(settings)
+    paths = [p for step in range(2) for p in schedule.paths(6, settings.inversion, settings.run.seed, step)]
+    asked = sum(evaluations(p.depth, settings.inversion) for p in paths)
+    assert counted["inversion or reference"] == 2 * (asked + 2 * 6), (
+        "what the paths ask for, and the reference's errors"
+    )
+    assert read_metrics(tmp_path / "run")[0]["logit_max"] == 0
+
+
+def _settings(run_dir: Path) -> dict[str, Any]:
+    from smpo_fast.config import loading
+
+    return loading.load(run_dir / "config.toml").model_dump()
+
+
+def _schedule(settings: Any) -> Any:
+    from smpo_fast.models.locate import find, schedule_of
+
+    return schedule_of(find(settings.model), settings.inversion)
+
+
+class _NothingRead(TorchDispatchMode):
+    """Fails when a number or a tensor leaves the device; the CPU plays the device, so copies are not seen here."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_back_before_the_optimizer(cache: str, tmp_path: Path) -> None:
+    phases = []
+
+    def watched(name: str) -> Any:
+        inner = getattr(Trainer, name)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            phases.append(name)
+            with _NothingRead():
+                return inner(self, *args, **kwargs)
+
+        return mock.patch.object(Trainer, name, call)
+
+    with watched("examples"), watched("reference_errors"), watched("backward"):
+        assert run(tmp_path / "run", cache, "run.steps=2") == 0
+    assert phases == ["examples", "reference_errors", "backward"] * 2
+
+
+def test_the_bar_moves_with_every_network_call_and_ends_at_the_steps_pairs() -> None:
+    class Bar:
+        n, moves = 0, 0
+
+        def update(self, count: int) -> None:
+            self.n, self.moves = self.n + count, self.moves + (count > 0)
+
+    bar = Bar()
+    work = StepProgress(bar, pairs=64, calls=64 * 15)  # type: ignore[arg-type]
+    for _ in range(11 * 8):
+        work.advance(8)  # the inversion of 64 pairs, 8 at a time
+    assert 40 < bar.n < 64 and bar.moves > 40
+    work.advance(64)
+    work.advance(64 * 3)
+    assert bar.n == 64

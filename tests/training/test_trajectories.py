@@ -1,0 +1,59 @@
+"""Stored trajectories: read as written by any number of ranks, and refused for another run's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from smpo_fast.common.errors import UserError
+from smpo_fast.common.runtime import World
+from smpo_fast.training.trajectories import TrajectoryStore
+
+FACTS = {"seed": 3, "inversion": {"steps": 10}}
+DRAWN, LANDINGS = 12, 2
+
+
+def of_rank(folder: Path, rank: int, size: int, facts: dict[str, object] = FACTS) -> TrajectoryStore:
+    return TrajectoryStore(folder, facts, DRAWN, World(rank, size))
+
+
+def tau_of(step: int, position: int) -> torch.Tensor:
+    return torch.randn(LANDINGS, 2, 4, 3, 5, generator=torch.Generator().manual_seed(1000 * step + position))
+
+
+def write(folder: Path, step: int, size: int, ranks: range | None = None) -> None:
+    for rank in ranks or range(size):
+        mine = range(DRAWN // size)
+        tau = torch.stack([tau_of(step, rank + size * place) for place in mine], dim=1)
+        split = len(mine) // 2  # two groups of pairs, as buckets make them
+        groups = [(mine[:split], tau[:, :split]), (mine[split:], tau[:, split:])]
+        of_rank(folder, rank, size).write(step, [(p, t, t.mean((3, 4, 5))) for p, t in groups])
+
+
+@pytest.mark.parametrize("written_by", [1, 2, 3])
+@pytest.mark.parametrize("read_by", [1, 2, 4])
+def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path: Path, written_by: int, read_by: int) -> None:
+    write(tmp_path, 5, written_by)
+    for rank in range(read_by):
+        store, places = of_rank(tmp_path, rank, read_by), list(range(DRAWN // read_by))[::-1]
+        tau, errors = store.tau(5, places), store.errors(5, places)
+        wanted = torch.stack([tau_of(5, rank + read_by * place) for place in places], dim=1)
+        assert tau is not None and torch.equal(tau, store.round(wanted)) and (tau - wanted).abs().max() < 2e-3
+        assert errors is not None and torch.equal(errors, wanted.mean((3, 4, 5)))
+
+
+def test_a_step_counts_when_all_its_ranks_have_written(tmp_path: Path) -> None:
+    write(tmp_path, 0, 2)
+    write(tmp_path, 1, 2, ranks=range(1))
+    (tmp_path / "step-000002.0-of-1.building").write_bytes(b"half a file")
+    store = of_rank(tmp_path, 0, 1)
+    assert store.tau(0, [0]) is not None and store.tau(1, [0]) is None and store.tau(2, [0]) is None
+    assert store.complete(0, 1) and not store.complete(0, 2)
+
+
+def test_another_runs_folder_is_refused_with_what_differs(tmp_path: Path) -> None:
+    of_rank(tmp_path, 0, 1)
+    with pytest.raises(UserError, match=r"seed = 3, this run has 4"):
+        of_rank(tmp_path, 0, 1, {**FACTS, "seed": 4})
