@@ -1,15 +1,21 @@
-"""Folders in a bucket (``s3://``, ``gs://`` and whatever else fsspec opens): copies of their files on this machine."""
+"""Files of other machines: repositories of the Hugging Face hub, and folders behind a URL that fsspec opens.
+
+Whatever is fetched is a copy on this machine; nothing in it is executed.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import EnvironmentProblem
 
 
 def is_url(place: str) -> bool:
@@ -17,15 +23,46 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
+def is_hub_id(place: str) -> bool:
+    """Whether a name has the form of a hub repository, ``owner/name``."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place) is not None
+
+
+def fetch_repository(
+    name: str, *, revision: str = "", kind: str = "model", only: Sequence[str] = (), never: Sequence[str] = ()
+) -> Path:
+    """The folder of a hub repository's snapshot, with the files that match the patterns ``only`` but not ``never``.
+
+    kind: 'model' or 'dataset'. Raises EnvironmentProblem with the hub's answer where it cannot be fetched.
+    """
+    try:
+        return Path(snapshot_download(
+            name, repo_type=kind, revision=revision or None, allow_patterns=list(only), ignore_patterns=list(never)
+        ))  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise EnvironmentProblem(f"'{name}' is no folder here, and the hub gave: {error}") from error
+
+
+def fetch_file(repository: str, names: Sequence[str]) -> Path:
+    """The first of the files ``names`` that a hub repository has. Raises EnvironmentProblem with the hub's answers."""
+    errors = []
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            errors.append(f"{name}: {error}")
+    raise EnvironmentProblem(f"'{repository}' is no folder here, and the hub gave: {'; '.join(errors)}")
+
+
 class RemoteFolder:
-    """A folder named by a URL. Raises SettingsError where it cannot be reached or its package is missing."""
+    """A folder named by a URL. Raises EnvironmentProblem where it cannot be reached or its package is missing."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         try:
             self._system, self._path = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
-            raise UserError(f"{url}: {error} (s3:// needs the package s3fs, gs:// gcsfs)") from error
+            raise EnvironmentProblem(f"{url}: {error} (s3:// needs the package s3fs, gs:// gcsfs)") from error
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
@@ -62,5 +99,5 @@ class RemoteFolder:
                 sent += 1
         return sent
 
-    def _unreachable(self, name: str, error: Any) -> UserError:
-        return UserError(f"{self.url}/{name}: {type(error).__name__}: {error}")
+    def _unreachable(self, name: str, error: Any) -> EnvironmentProblem:
+        return EnvironmentProblem(f"{self.url}/{name}: {type(error).__name__}: {error}")

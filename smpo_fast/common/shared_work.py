@@ -7,8 +7,6 @@ finished of it is in its draft: ``NAME.log`` has a line a record, ``NAME.data`` 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import mmap
 import os
@@ -18,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from smpo_fast.common.errors import UserError
-from smpo_fast.common.storage import sync, write_text
+from smpo_fast.common.storage import canonical_json, sync, take_lock, write_json, write_text
 
 MARK = "work.json"  # what the work in the folder is
 _LOCK, _LAST = "all.lock", "last.lock"
@@ -40,10 +38,10 @@ def agree(folder: Path, find_out: Callable[[dict[str, Any]], dict[str, Any]]) ->
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with (folder / f"{_AGREED}.lock").open("w") as lock:
-            _take(lock, wait=True)
+            take_lock(lock, wait=True)
             file = folder / f"{_AGREED}.json"
             values = find_out(json.loads(file.read_text()) if file.is_file() else {})
-            write_text(file, json.dumps(values))
+            write_json(file, values)
             return values
     except FileNotFoundError as error:
         if folder.is_dir():
@@ -61,7 +59,7 @@ class SharedWork:
 
     def __init__(self, folder: Path, work: Mapping[str, Any], intact: Callable[[dict[str, Any]], bool]) -> None:
         self.folder, self._intact = folder, intact
-        self._work = json.dumps(work, sort_keys=True)
+        self._work = canonical_json(work)
 
     def __enter__(self) -> SharedWork:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +97,7 @@ class SharedWork:
                     continue
                 with self.claim(name, wait=wait) as mine:
                     if mine and not self.is_done(name):
-                        write_text(self.folder / f"{name}.json", json.dumps(do(name)))
+                        write_json(self.folder / f"{name}.json", do(name))
                         Draft(self.folder, name).remove()
 
     @contextmanager
@@ -110,7 +108,7 @@ class SharedWork:
         except FileNotFoundError as error:
             raise Finished from error
         with file:
-            mine = _take(file, wait=wait)
+            mine = take_lock(file, wait=wait)
             if mine and not (self.folder / MARK).is_file():
                 raise Finished
             yield mine
@@ -134,13 +132,13 @@ class SharedWork:
         here = (self.folder / _LOCK).is_file() and os.path.samestat(
             (self.folder / _LOCK).stat(), os.fstat(self._lock.fileno())
         )
-        if here and _take(self._lock, wait=False):
+        if here and take_lock(self._lock, wait=False):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _join(self) -> None:
-        if _take(self._lock, wait=False):
+        if take_lock(self._lock, wait=False):
             self._take_up()
-        _take(self._lock, wait=True, shared=True)
+        take_lock(self._lock, wait=True, shared=True)
         try:
             work = (self.folder / MARK).read_text()
         except FileNotFoundError as error:
@@ -174,7 +172,7 @@ def settle(folder: Path, target: Path, proof: str) -> None:
     """
     try:
         with (folder / _LAST).open("w") as last:
-            _take(last, wait=True)
+            take_lock(last, wait=True)
             if not (folder / proof).is_file():
                 return
             (folder / MARK).unlink(missing_ok=True)  # first: from here on no part can be claimed
@@ -250,17 +248,3 @@ def _files(folder: Path) -> list[Path]:
 def _serves_the_work(file: Path) -> bool:
     is_note = file.suffix == ".json" and ("-" in file.stem or file.stem == _AGREED)
     return is_note or file.suffix in (".lock", ".log", ".data", ".tmp")
-
-
-def _take(file: IO[str], *, wait: bool, shared: bool = False) -> bool:
-    """Lock an open file; False where another process holds it and ``wait`` is not given."""
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        return True
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise UserError(
-            f"{file.name} cannot be locked ({error.strerror}), so processes cannot share the work: name a folder on a "
-            "file system that has locks, and copy the result afterwards"
-        ) from error

@@ -1,18 +1,49 @@
-"""Files that are there whole or not at all, and stay what they are."""
+"""Durable files: published whole or not at all, hashed, locked, and JSON in one canonical form.
+
+A file that is being written has the suffix ``.tmp``; whoever cleans up after a killed process may remove such files.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+from smpo_fast.common.errors import EnvironmentProblem
+
+
+@contextmanager
+def atomic_write(file: Path) -> Iterator[Path]:
+    """Yield a path to write to; on success it is synced and renamed to ``file``, which is thus whole or not there."""
+    draft = file.with_name(f"{file.name}.tmp")
+    yield draft
+    sync(draft)
+    os.replace(draft, file)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(text)
-    sync(draft)
-    os.replace(draft, file)
+    """Write a text file atomically."""
+    with atomic_write(file) as draft:
+        draft.write_text(text)
+
+
+def write_json(file: Path, value: Any, indent: int | None = None) -> None:
+    """Write a JSON file atomically."""
+    write_text(file, json.dumps(value, indent=indent))
+
+
+def publish_folder(building: Path, target: Path) -> None:
+    """Give a finished folder its name. Its files must have been synced; its folders are synced here."""
+    for folder in [p for p in building.rglob("*") if p.is_dir()] + [building]:
+        sync(folder)
+    os.rename(building, target)
+    sync(target.parent)
 
 
 def sync(path: Path) -> None:
@@ -25,6 +56,34 @@ def sync(path: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """The hash of a file's content."""
+    """The hash of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal for equal values: keys sorted, tuples as lists."""
+    return json.dumps(value, sort_keys=True)
+
+
+def as_json(value: Any) -> Any:
+    """A value as it reads back from JSON: tuples become lists, keys become strings."""
+    return json.loads(json.dumps(value))
+
+
+def take_lock(file: IO[str], *, wait: bool, shared: bool = False) -> bool:
+    """Lock an open file until it is closed or its process ends, however it ends.
+
+    Returns False where another process holds the lock and ``wait`` is not given. Raises EnvironmentProblem where the
+    file system has no locks.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise EnvironmentProblem(
+            f"{file.name} cannot be locked ({error.strerror}), so processes cannot share the work: name a folder on a "
+            "file system that has locks, and copy the result afterwards"
+        ) from error

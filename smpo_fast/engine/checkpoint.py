@@ -25,18 +25,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import CheckpointError
 from smpo_fast.common.runtime import World, print0
-from smpo_fast.common.storage import sha256, sync
+from smpo_fast.common.storage import as_json, publish_folder, sha256, sync
 from smpo_fast.engine.protocol import Engine
 
 FORMAT = 2  # 1 held DeepSpeed's own files
 _LIBRARIES = ("smpo_fast", "torch", "deepspeed", "bitsandbytes")
 _T = TypeVar("_T")
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used: says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +124,9 @@ def _publish(root: Path, building: Path, final: Path, manifest: dict[str, Any], 
     path = building / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1, sort_keys=True))
     sync(path)
-    for folder in [p for p in building.rglob("*") if p.is_dir()] + [building]:
-        sync(folder)
     if final.exists():  # an incomplete one: it is in the way
         _remove(final)
-    os.rename(building, final)
-    sync(root)
+    publish_folder(building, final)
     _prune(root, keep)
 
 
@@ -265,7 +258,7 @@ def _advice(folders: list[Path], wanted: Mapping[str, Any]) -> str:
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     """``facts`` as they come back from JSON (tuples are lists there)."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(facts)))
+    plain: dict[str, Any] = as_json(dict(facts))
     return plain
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers.utils import logging as transformers_logging
 
 from smpo_fast import embedded
-from smpo_fast.common.errors import UserError
+from smpo_fast.common import remote
+from smpo_fast.common.errors import EnvironmentProblem, UserError
 from smpo_fast.config import schema
 from smpo_fast.config.schema import Inversion, Model
 from smpo_fast.method.schedule import NoiseSchedule
@@ -120,14 +119,13 @@ def weights_identity(part: Path) -> str:
 def _folder(where: str, key: str, model: Model) -> Path:
     if Path(where).is_dir():
         return Path(where)
-    if where.startswith((".", "/", "~")) or where.count("/") != 1:
+    if not remote.is_hub_id(where):
         raise UserError(f"{key}: '{where}' is neither a folder nor a hub id (owner/name)")
+    wanted, unwanted = _wanted_files(model.variant)
     try:
-        wanted, unwanted = _wanted_files(model.variant)
-        revision = model.revision or None
-        return Path(snapshot_download(where, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{key}: '{where}' is no folder here, and the hub gave: {error}") from error
+        return remote.fetch_repository(where, revision=model.revision, only=wanted, never=unwanted)
+    except EnvironmentProblem as error:
+        raise EnvironmentProblem(f"{key}: {error}") from error
 
 
 def _wanted_files(variant: str) -> tuple[list[str], list[str]]:

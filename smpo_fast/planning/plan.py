@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common import remote
+from smpo_fast.common.errors import EnvironmentProblem, UserError
 from smpo_fast.common.runtime import World, print0
-from smpo_fast.config import loading, schema
+from smpo_fast.config import loading
 from smpo_fast.config.schema import Config, Model
 from smpo_fast.engine import ds_config, protocol
 from smpo_fast.method.schedule import NoiseSchedule
@@ -30,12 +29,12 @@ def look(model: Model) -> ModelSource:
     """Where the networks are; of a hub id only the configurations are fetched. Raises SettingsError like ``find``."""
 
     def small(where: str) -> str:
-        if not where or where == schema.EMBEDDED or Path(where).is_dir() or where.count("/") != 1:
+        if Path(where).is_dir() or not remote.is_hub_id(where):
             return where
         try:
-            return snapshot_download(where, revision=model.revision or None, allow_patterns=["*.json", "*/*.json"])
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise UserError(f"model.path: '{where}' is no folder here, and the hub gave: {error}") from error
+            return str(remote.fetch_repository(where, revision=model.revision, only=["*.json", "*/*.json"]))
+        except EnvironmentProblem as error:
+            raise EnvironmentProblem(f"model.path: {error}") from error
 
     return find(model.model_copy(update={key: small(getattr(model, key)) for key in ("path", "vae", "unet")}))
 

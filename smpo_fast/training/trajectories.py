@@ -21,7 +21,7 @@ from torch import Tensor
 
 from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import World
-from smpo_fast.common.storage import sync, write_text
+from smpo_fast.common.storage import as_json, atomic_write, write_json
 
 _INFO = "trajectories.json"
 
@@ -35,7 +35,7 @@ class TrajectoryStore:
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], drawn_per_step: int, world: World) -> None:
         self.folder, self.world, self._drawn = folder, world, drawn_per_step
-        self._agree(json.loads(json.dumps(facts)))
+        self._agree(as_json(facts))
         # Looked up once: all ranks must agree on what is there, and their files appear one by one.
         self._stored = self._complete_steps()
 
@@ -68,10 +68,8 @@ class TrajectoryStore:
                 position = self._position(step, place)
                 values |= {f"{position}.tau": t.contiguous(), f"{position}.errors": e.contiguous()}
         file = self.folder / f"step-{step:06d}.{self.world.rank}-of-{self.world.size}.safetensors"
-        building = file.with_suffix(".building")
-        save_file(values, building)
-        sync(building)
-        building.replace(file)
+        with atomic_write(file) as draft:
+            save_file(values, draft)
 
     def _read(self, what: str, step: int, places: Sequence[int]) -> Tensor | None:
         if step not in self._stored:
@@ -100,7 +98,7 @@ class TrajectoryStore:
         file = self.folder / _INFO
         if not file.exists() and self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(facts, indent=2))
+            write_json(file, facts, indent=2)
         if not file.exists():
             return  # another rank is writing what this one would compare with
         before = json.loads(file.read_text())

@@ -19,9 +19,10 @@ from helpers import toy
 from helpers.ranks import end_ranks, run_ranks
 from torch import Tensor, nn
 
+from smpo_fast.common.errors import CheckpointError
 from smpo_fast.common.runtime import World
 from smpo_fast.engine import checkpoint, protocol, shards
-from smpo_fast.engine.checkpoint import CheckpointError, Progress
+from smpo_fast.engine.checkpoint import Progress
 from smpo_fast.engine.protocol import StepResult
 from smpo_fast.engine.shards import Reader
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from smpo_fast.common import shared_work
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import DataError, UserError
 from smpo_fast.common.storage import sha256
 
 FORMAT = 2
@@ -48,7 +48,7 @@ SETTING_OF = {
 }
 
 
-class CacheError(UserError):
+class CacheError(DataError):
     """A cache that is damaged, foreign, or made with other settings: the message says which and what to do."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from smpo_fast.common.shared_work import Finished, SharedWork
-from smpo_fast.common.storage import sync, write_text
+from smpo_fast.common.storage import atomic_write, sync, write_json
 from smpo_fast.data.cache.format import (
     FORMAT,
     INFO,
@@ -136,12 +135,10 @@ class CacheWriter:
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Write a file of arrays; returns its size and hash."""
-        draft = self.folder / f"{name}.tmp"
-        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, draft)
-        draft.chmod(self.parts.mode)  # safetensors gives its files to their owner alone
-        sync(draft)
-        facts = file_facts(draft)
-        draft.replace(self.folder / name)
+        with atomic_write(self.folder / name) as draft:
+            save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, draft)
+            draft.chmod(self.parts.mode)  # safetensors gives its files to their owner alone
+            facts = file_facts(draft)
         return facts
 
     def _describe(self, scorers: Sequence[str]) -> None:
@@ -181,7 +178,7 @@ class CacheWriter:
             versions={name: version(name) for name in ("torch", "numpy", "pillow", "diffusers", "transformers")},
         )
         facts = {key: value for key, value in asdict(info).items() if key != "root"}
-        write_text(self.folder / INFO, json.dumps({"format": FORMAT, **facts}, indent=1))
+        write_json(self.folder / INFO, {"format": FORMAT, **facts}, indent=1)
 
     def _save_tables(self, texts: list[str], sizes: Sequence[int], rejected: Sequence[tuple[int, str, str]]) -> None:
         place = [(shard, i) for shard, count in enumerate(sizes) for i in range(count)]

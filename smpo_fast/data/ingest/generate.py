@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -174,10 +173,8 @@ class _Generating:
             draft.append({"items": items}, contents)
             self._progress.update(len(items))
         content, file = draft.data(), _kept(self.shared.folder, name)
-        building = file.with_suffix(".tmp")
-        building.write_bytes(content)
-        storage.sync(building)
-        os.replace(building, file)
+        with storage.atomic_write(file) as building:
+            building.write_bytes(content)
         items = [item for record in draft.records for item in record["items"]]
         return {"items": items, "kept": {file.name: len(content)}}
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from smpo_fast.common.errors import UserError
+from smpo_fast.common.pools import map_ahead
 from smpo_fast.data import images
 from smpo_fast.data.images import BadImage
 from smpo_fast.data.ingest import columns as ingest_columns
@@ -210,17 +210,7 @@ def _listed(reasons: Counter[str]) -> str:
 def _checked(units: Iterable[Unit], check: bool) -> Iterator[list[Pair | Rejected]]:
     """Units whose pictures were read and looked at, in order, in threads, a bounded number ahead."""
     look = partial(_look_at, check=check)
-    waiting: deque[Future[list[Pair | Rejected]]] = deque()
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        try:
-            for unit in units:
-                waiting.append(pool.submit(look, unit))
-                if len(waiting) > 2 * _WORKERS:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return map_ahead(look, units, _WORKERS, ahead=2 * _WORKERS)
 
 
 def _look_at(unit: Unit, *, check: bool) -> list[Pair | Rejected]:

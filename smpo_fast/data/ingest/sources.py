@@ -14,9 +14,8 @@ from typing import Any
 
 import fsspec
 from fsspec.core import url_to_fs
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from smpo_fast.common import remote
 from smpo_fast.common.errors import UserError
 from smpo_fast.data.ingest import containers
 from smpo_fast.data.ingest.folders import FOLDERS, is_rejected, picture_stem
@@ -33,7 +32,6 @@ SUFFIXES = {
 CONTAINERS = (*containers.FILES, *FOLDERS)
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", reader.IMPORT_INFO)
 _SPLIT = re.compile(r"^(train|test|validation|valid|val|dev|(?!(?:data|part|pairs|shard)-)[a-z_]+(?=-\d{5}))(?=[-.]|$)")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -119,15 +117,12 @@ def _on_disk(given: str, revision: str, split: str) -> tuple[str, str]:
     path = Path(given).expanduser()
     if path.exists():
         return str(path.absolute()), ""
-    if given.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(given):
+    if not remote.is_hub_id(given):
         raise UserError(f"{given} is not there: give a file, a folder, an address such as s3://, or a hub id")
     tables = [f"*{split}*{suffix}" if split else f"*{suffix}" for kind in SUFFIXES.values() for suffix in kind]
     wanted = [*tables, *(f"*{suffix}" for suffix in (*PICTURES, ".txt"))]
-    try:
-        folder = snapshot_download(given, repo_type="dataset", revision=revision or None, allow_patterns=wanted)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{given} is no file or folder here, and the hub gave: {error}") from error
-    return folder, str(Path(folder).parent.parent)  # a snapshot holds links to blobs/ beside snapshots/
+    folder = remote.fetch_repository(given, kind="dataset", revision=revision, only=wanted)
+    return str(folder), str(folder.parent.parent)  # a snapshot holds links to blobs/ beside snapshots/
 
 
 def _facts(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:

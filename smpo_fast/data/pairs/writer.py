@@ -10,7 +10,6 @@ how far it goes; an import that was interrupted is taken up after the last one.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_fast.common.errors import UserError
-from smpo_fast.common.storage import sync, write_text
+from smpo_fast.common.storage import as_json, publish_folder, sync, take_lock, write_json
 from smpo_fast.data.pairs import reader
 from smpo_fast.data.pairs import schema as pairs_schema
 from smpo_fast.data.pairs.schema import Candidate, Rejected
@@ -109,7 +108,7 @@ class TableWriter:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already and is no import: remove it, or name another folder")
         self.out, self.folder = out.absolute(), out.absolute().parent / f".{out.name}.partial"
-        self.identity, self.schema, self.part_bytes = json.loads(json.dumps(identity)), schema, part_bytes
+        self.identity, self.schema, self.part_bytes = as_json(identity), schema, part_bytes
         self.reasons: Counter[str] = Counter()
         self.example = ""
         self._parts: list[dict[str, Any]] = []
@@ -122,11 +121,9 @@ class TableWriter:
     def __enter__(self) -> TableWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not take_lock(self._lock, wait=False):
             self._lock.close()
-            raise UserError(f"another process is importing to {self.out}: wait for it or end it") from error
+            raise UserError(f"another process is importing to {self.out}: wait for it or end it")
         self._take_up()
         return self
 
@@ -183,10 +180,8 @@ class TableWriter:
     def publish(self, summary: Mapping[str, Any]) -> None:
         """Give the finished folder its name."""
         sync(self.folder / reader.REJECTED_FILE)
-        write_text(self.folder / reader.IMPORT_INFO, json.dumps(summary, indent=2))
-        sync(self.folder)
-        os.rename(self.folder, self.out)
-        sync(self.out.parent)
+        write_json(self.folder / reader.IMPORT_INFO, summary, indent=2)
+        publish_folder(self.folder, self.out)
         for notes in ("rejected-*", "pairs-*.json", _MARK, "lock"):
             for file in self.out.glob(notes):
                 file.unlink()
@@ -217,7 +212,7 @@ class TableWriter:
         for file in self.folder.iterdir():
             if file.name not in {*known, "lock"}:
                 file.unlink()
-        write_text(mark, json.dumps(self.identity))
+        write_json(mark, self.identity)
 
     def _write_group(self) -> None:
         if self._writer is None:
@@ -261,7 +256,7 @@ class TableWriter:
             "reasons": Counter(what(item.reason) for item in self._rejected),
             "next_unit": self._unit,
         }
-        write_text(self.folder / f"{name}.json", json.dumps(part))  # from here on the part is believed
+        write_json(self.folder / f"{name}.json", part)  # from here on the part is believed
         sync(self.folder)
         self._parts.append(part)
         self._rejected, self._part_rows, self._part_bytes = [], 0, 0

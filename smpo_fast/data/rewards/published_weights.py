@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from smpo_fast.common import remote
 from smpo_fast.common.errors import UserError
 
 
@@ -26,15 +25,9 @@ def checkpoint(place: str, names: Sequence[str]) -> Path:
         return found[0]
     if path.is_file():
         return path if path.suffix in {Path(name).suffix for name in names} else checkpoint(str(path.parent), names)
-    if place.startswith((".", "/", "~")) or place.count("/") != 1:
+    if not remote.is_hub_id(place):
         raise UserError(f"'{place}' is neither a file or folder here nor a hub id (owner/name)")
-    errors = []
-    for name in names:
-        try:
-            return Path(hf_hub_download(place, name))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            errors.append(f"{name}: {error}")
-    raise UserError(f"'{place}' is no folder here, and the hub gave: {'; '.join(errors)}")
+    return remote.fetch_file(place, names)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

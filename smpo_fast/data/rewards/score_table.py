@@ -118,7 +118,7 @@ def write(
     with (folder / SCORES).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     size = (folder / SCORES).stat().st_size
-    storage.write_text(folder / FACTS, json.dumps({**facts, "bytes": size, "sha256": digest}, indent=2))
+    storage.write_json(folder / FACTS, {**facts, "bytes": size, "sha256": digest}, indent=2)
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:

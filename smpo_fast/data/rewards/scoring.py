@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from smpo_fast.common import plots, shared_work, storage
 from smpo_fast.common.errors import UserError
+from smpo_fast.common.pools import map_ahead
 from smpo_fast.common.runtime import World, print0, warn0
 from smpo_fast.common.shared_work import Finished, SharedWork
 from smpo_fast.config.schema import Labels
@@ -105,7 +105,7 @@ def report_labels(out: Path, settings: Labels) -> None:
         "report": {key: None if value != value else value for key, value in asdict(weighted.report).items()},
         "calibration": [asdict(b) for b in bins],
     }
-    storage.write_text(out / "labels.json", json.dumps(facts, indent=2))
+    storage.write_json(out / "labels.json", facts, indent=2)
     plots.draw_labels(
         weighted.weight[weighted.used], [(b.predicted, b.human, b.error) for b in bins], out / "labels.png"
     )
@@ -254,7 +254,8 @@ class _Scoring:
                 if not wanted:
                     return
 
-        return _ahead(lambda one: (_decoded(one[0]), one[1]), encoded())
+        workers = min(8, os.cpu_count() or 1)
+        return map_ahead(lambda one: (_decoded(one[0]), one[1]), encoded(), workers, ahead=4 * workers)
 
     # --- half precision -----------------------------------------------------------------------------------------
 
@@ -393,10 +394,8 @@ def _summary(out: Path, facts: dict[str, Any]) -> str:
 def _keep(shared: SharedWork, name: str, array: np.ndarray) -> dict[str, Any]:
     """Write a part's array whole or not at all; returns the note of it."""
     file = _kept(shared.folder, name)
-    draft = file.with_suffix(".tmp")
-    array.tofile(draft)
-    storage.sync(draft)
-    os.replace(draft, file)
+    with storage.atomic_write(file) as draft:
+        array.tofile(draft)
     return {"kept": {file.name: array.nbytes}}
 
 
@@ -424,19 +423,3 @@ def _batches(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
             batch = []
     if batch:
         yield batch
-
-
-def _ahead(do: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-    """What ``do`` makes of the items, in order, done in threads a bounded number ahead."""
-    workers = min(8, os.cpu_count() or 1)
-    waiting: deque[Future[_R]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(do, item))
-                if len(waiting) > 4 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
