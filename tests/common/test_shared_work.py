@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smpo_fast.common import shared_work
+from smpo_fast.common import storage
 from smpo_fast.common.errors import UserError
 from smpo_fast.common.shared_work import Draft, Finished, SharedWork, agree, settle
 
@@ -100,6 +100,6 @@ def test_a_file_system_without_locks_is_a_clear_error(tmp_path: Path, monkeypatc
     def refuse(file: object, how: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(shared_work.fcntl, "flock", refuse)
+    monkeypatch.setattr(storage.fcntl, "flock", refuse)
     with pytest.raises(UserError, match=r"cannot be locked \(Function not implemented\)"), work(tmp_path / "w"):
         pass

@@ -27,9 +27,10 @@ from helpers.paths import SAMPLES, needs_samples
 from PIL import Image
 
 from smpo_fast import cli
+from smpo_fast.common import remote
 from smpo_fast.common.errors import UserError
 from smpo_fast.data.ingest import columns as ingest_columns
-from smpo_fast.data.ingest import importer, pairing, sources
+from smpo_fast.data.ingest import importer, pairing
 from smpo_fast.data.ingest.importer import ImportOptions, dry_run, import_pairs
 from smpo_fast.data.ingest.pairing import pairings
 from smpo_fast.data.pairs import reader
@@ -511,7 +512,7 @@ def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         asked.update(name=name, **options)
         return str(snapshot)
 
-    monkeypatch.setattr(sources, "snapshot_download", download)
+    monkeypatch.setattr(remote, "snapshot_download", download)
     import_pairs("someone/pairs", tmp_path / "out", ImportOptions(revision="v2"))
     assert [p for p, _, _ in pairs_of(tmp_path / "out")] == ["p0", "p1", "p3"]
     assert (asked["name"], asked["repo_type"], asked["revision"]) == ("someone/pairs", "dataset", "v2")
@@ -533,17 +534,17 @@ def test_of_the_hub_only_the_wanted_split_is_fetched(tmp_path: Path, monkeypatch
                 file.unlink()
         return str(folder)
 
-    monkeypatch.setattr(sources, "snapshot_download", download)
+    monkeypatch.setattr(remote, "snapshot_download", download)
     assert "split test" in dry_run("someone/pairs", ImportOptions(split="test"))
     assert [file.name for file in folder.iterdir()] == ["test-00000-of-00001.parquet"]
 
 
 def test_the_hub_s_refusal_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str, **options: Any) -> str:
-        raise sources.LocalEntryNotFoundError("no connection")
+        raise remote.LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(sources, "snapshot_download", refuse)
-    with pytest.raises(UserError, match="someone/gone is no file or folder here, and the hub gave: no connection"):
+    monkeypatch.setattr(remote, "snapshot_download", refuse)
+    with pytest.raises(UserError, match="'someone/gone' is no folder here, and the hub gave: no connection"):
         dry_run("someone/gone", ImportOptions())
 
 
