@@ -14,8 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from helpers.golden import (
+    SMPO_STEPS,
+    Run,
+    assert_golden,
+    beta_of,
+    find_runs,
+    gradients_of,
+    load_case,
+    load_unet,
+    name_of,
+    outputs_of,
+)
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -31,8 +41,6 @@ import report  # noqa: E402
 
 CPU = torch.device("cpu")
 NOT_INTERPRETED = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-GOLDEN = Path(os.environ.get("SMPO_GOLDEN", ROOT / "../shared/golden"))
-STEPS = {"sdxl": 10, "sd15": 5}
 
 
 # --- baselines ------------------------------------------------------------------------------------------------
@@ -40,49 +48,33 @@ STEPS = {"sdxl": 10, "sd15": 5}
 
 @cache
 def golden_trainer(kind: str, which: str) -> Any:
-    policy, reference = (
-        UNet2DConditionModel.from_pretrained(GOLDEN / kind / name, use_safetensors=True)
-        for name in ("policy", "reference")
-    )
-    recipe = reference_trainer.Recipe(STEPS[kind], beta=2.0, checkpointing=kind == "sdxl")
+    policy, reference = (load_unet(kind, name) for name in ("policy", "reference"))
+    recipe = reference_trainer.Recipe(SMPO_STEPS[kind], beta=beta_of(kind), checkpointing=kind == "sdxl")
     made = {"reference": reference_trainer.ReferenceTrainer, "best_eager": reference_trainer.BestEager}[which]
     return made(policy, reference.requires_grad_(False).eval(), recipe, CPU)
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values at {GOLDEN} (set SMPO_GOLDEN)")
-@pytest.mark.parametrize("case", range(12))
-@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+@pytest.mark.parametrize("run", [run for run in find_runs() if run.method == "smpo"], ids=name_of)
 @pytest.mark.parametrize("which", ["reference", "best_eager"])
-def test_golden_baselines(which: str, kind: str, case: int) -> None:
+def test_golden_baselines(which: str, run: Run) -> None:
     """Both baselines compute what the released script's own lines computed."""
-    trainer = golden_trainer(kind, which)
-    values = load_file(GOLDEN / kind / "cases.safetensors")
-    case_in = {n[6:]: v for n, v in values.items() if n.startswith(f"{case:02d}.in.")}
-    wanted = {n[8:]: v for n, v in values.items() if n.startswith(f"{case:02d}.smpo.")}
+    trainer, values = golden_trainer(run.kind, which), load_case(run)
     added = None
-    if kind == "sdxl":
-        added = {"text_embeds": case_in["pooled"].repeat(2, 1), "time_ids": case_in["time_ids"].repeat(2, 1)}
-    condition = reference_trainer.Condition(case_in["prompt_embeds"].repeat(2, 1, 1), added)
-    time = case_in["t"].repeat(2) if which == "reference" else int(case_in["t"])
+    if "in.pooled" in values:
+        added = {"text_embeds": values["in.pooled"].repeat(2, 1), "time_ids": values["in.time_ids"].repeat(2, 1)}
+    condition = reference_trainer.Condition(values["in.prompt_embeds"].repeat(2, 1, 1), added)
+    time = values["in.t"].repeat(2) if which == "reference" else int(values["in.t"])
     with torch.no_grad():
-        x_t, tau = trainer.invert(case_in["x0"], condition, time)
-    result = trainer.losses(x_t, tau, condition, time, case_in["p"])
+        x_t, tau = trainer.invert(values["in.x0"], condition, time)
+    result = trainer.losses(x_t, tau, condition, time, values["in.p"])
     trainer.unet.zero_grad()
     result.loss.backward()
-    gradients = [p.grad for p in trainer.unet.parameters() if p.grad is not None]
     found = {
         "x_t": x_t, "tau": tau, "policy_pred": result.policy_prediction, "ref_pred": result.reference_prediction,
-        "model_mse": result.policy_errors, "ref_mse": result.reference_errors, "loss": result.loss,
-        "grad_norm": torch.stack([g.norm() for g in gradients]).norm(),
-        "grad_conv_out": trainer.unet.conv_out.weight.grad,
+        "model_mse": result.policy_errors, "ref_mse": result.reference_errors, "inside": result.inside,
+        "loss": result.loss, **gradients_of(trainer.unet),
     }  # fmt: skip
-    errors = {name: relative(value.detach(), wanted[name]) for name, value in found.items()}
-    assert max(errors.values()) < 1e-4, errors
-    assert abs(result.inside.item() - wanted["inside"].item()) < 2e-5
+    assert_golden(found, outputs_of(run, values))
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])

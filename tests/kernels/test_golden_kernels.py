@@ -4,77 +4,81 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_golden import (
-    BETA,
-    CASES,
-    GAMMA,
-    GOLDEN,
+from helpers.golden import (
+    KINDS,
+    METHODS,
     SCHEDULER,
+    Run,
     as_network,
-    assert_close,
+    assert_golden,
+    beta_of,
+    conditioning_of,
+    find_runs,
+    gradients_of,
     load_case,
     load_denoiser,
+    name_of,
+    outputs_of,
     settings_for,
+    weight_of,
 )
 
 from smpo_fast.config import loading
-from smpo_fast.method.batch import Conditioning
 from smpo_fast.method.inversion import invert
 from smpo_fast.method.objective import OBJECTIVES
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models import kernel_patch
 
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values at {GOLDEN} (set SMPO_GOLDEN)")
+
+def every_third() -> list[Run]:
+    """Of each kind and method."""
+    runs = find_runs()
+    return [r for kind in KINDS for method in METHODS for r in [r for r in runs if r[:2] == (kind, method)][::3]]
 
 
-def check(kind: str, method: str, case: int) -> None:
-    run, values = settings_for(kind, method), load_case(kind, case)
-    run = loading.from_dict({**run.model_dump(), "kernels": {"enabled": ["pair_loss", "renoise_step"]}})
-    ops, schedule = kernel_patch.select_ops(run), NoiseSchedule.from_config(SCHEDULER)
-    policy, reference = (load_denoiser(kind, which) for which in ("policy", "reference"))
-    extra = {k: values[f"in.{k}"][None] for k in ("pooled", "time_ids") if f"in.{k}" in values}
-    cond = Conditioning(values["in.prompt_embeds"][None], **extra)
-    path, x_0 = schedule.path(int(values["in.t"]), run.inversion), values["in.x0"][None]
-    network = as_network(policy, cond)
-    x_t, tau = invert(network, x_0, [path], run.inversion, chunk=1, solver=ops.solver)
-    assert_close(x_t[0, 0], values[f"{method}.x_t"])
-    assert_close(tau[0, 0], values[f"{method}.tau"])
+def check(run: Run) -> None:
+    settings, values = settings_for(run), load_case(run)
+    settings = loading.from_dict({**settings.model_dump(), "kernels": {"enabled": ["pair_loss", "renoise_step"]}})
+    ops = kernel_patch.select_ops(settings)
+    policy, reference = (load_denoiser(run.kind, which) for which in ("policy", "reference"))
+    cond = conditioning_of(values)
+    path = NoiseSchedule.from_config(SCHEDULER).path(int(values["in.t"]), settings.inversion)
+    network, x_0 = as_network(policy, cond), values["in.x0"][None]
+    x_t, tau = invert(network, x_0, [path], settings.inversion, chunk=1, solver=ops.solver)
 
-    x_t, tau = x_t[0], tau[0]
-    time = torch.tensor([path.at.time])
+    x_t, tau, time = x_t[0], tau[0], torch.tensor([path.at.time])
     with torch.no_grad():
-        frozen = ops.pair_errors(reference(x_t, time, cond), tau)
-    weight = GAMMA * (2 * values["in.p"][None] - 1) if method == "smpo" else torch.ones(1)
-    weight = OBJECTIVES[run.objective.name].weigh(weight)
-    out = ops.pair_loss(policy(x_t, time, cond), frozen, tau, weight, BETA)
-    assert_close(out.policy[0], values[f"{method}.model_mse"])
-    assert_close(out.reference[0], values[f"{method}.ref_mse"])
-    assert abs(out.logit.item() - values[f"{method}.inside"].item()) < 2e-5
-    assert_close(out.loss.mean(), values[f"{method}.loss"])
+        frozen = reference(x_t, time, cond)
+    weight = OBJECTIVES[settings.objective.name].weigh(weight_of(run, values))
+    prediction = policy(x_t, time, cond)
+    out = ops.pair_loss(prediction, ops.pair_errors(frozen, tau), tau, weight, beta_of(run.kind))
+    loss = out.loss.mean()
     policy.unet.zero_grad()
-    out.loss.mean().backward()
-    gradients = [p.grad for p in policy.unet.parameters() if p.grad is not None]
-    assert_close(torch.stack([g.norm() for g in gradients]).norm(), values[f"{method}.grad_norm"])
-    assert_close(policy.unet.conv_out.weight.grad, values[f"{method}.grad_conv_out"])
+    loss.backward()
+    found = {
+        "x_t": x_t[0], "tau": tau[0], "policy_pred": prediction[0], "ref_pred": frozen[0],
+        "model_mse": out.policy[0], "ref_mse": out.reference[0], "inside": out.logit, "loss": loss,
+        **gradients_of(policy.unet),
+    }  # fmt: skip
+    assert_golden(found, outputs_of(run, values))
 
 
-@pytest.mark.parametrize("case", CASES[::3])
-@pytest.mark.parametrize("method", ["smpo", "ddiminpo"])
-@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
-def test_golden_release_through_the_kernels_of_the_step(kind: str, method: str, case: int) -> None:
-    check(kind, method, case)
+@pytest.mark.parametrize("run", every_third(), ids=name_of)
+def test_golden_release_through_the_kernels_of_the_step(run: Run) -> None:
+    check(run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+@pytest.mark.parametrize("kind", sorted({run.kind for run in find_runs()}))
 def test_golden_release_through_all_kernels(kind: str) -> None:
     """The shortest trajectory: each network call takes the interpreter seconds."""
-    case = min(CASES, key=lambda c: int(load_case(kind, c)["in.t"]))
+    runs = [run for run in find_runs() if run[:2] == (kind, "smpo")]
+    shortest = min(runs, key=lambda run: int(load_case(run)["in.t"]))
     networks = [load_denoiser(kind, which).unet for which in ("policy", "reference")]
     try:
         for unet in networks:
             kernel_patch.patch(unet, kernel_patch.MODULES)
-        check(kind, "smpo", case)
+        check(shortest)
     finally:
         for unet in networks:
             kernel_patch.unpatch(unet)

@@ -1,124 +1,113 @@
 """The `release` fidelity reproduces what the authors' script computed, run in float32 with diffusers 0.20.0.
 
-The values are read from the folder in SMPO_GOLDEN; users do not have it, and the tests skip there.
+The values ship with the project (tests/golden/README.md); SMPO_GOLDEN names a larger set in their place.
 """
 
 from __future__ import annotations
 
-import os
-from functools import cache
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from helpers import drawn
+from helpers.golden import (
+    KINDS,
+    SCHEDULER,
+    SHIPPED,
+    Run,
+    as_network,
+    assert_golden,
+    beta_of,
+    chosen_folder,
+    conditioning_of,
+    find_runs,
+    gradients_of,
+    load_case,
+    load_denoiser,
+    name_of,
+    outputs_of,
+    relative_error,
+    settings_for,
+    weight_of,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from smpo_fast.config import loading
-from smpo_fast.config.schema import Config, Inversion, Model
-from smpo_fast.method.batch import Conditioning
-from smpo_fast.method.inversion import NetworkOf, invert
+from smpo_fast.method.inversion import invert
 from smpo_fast.method.objective import OBJECTIVES, logit, pair_errors
 from smpo_fast.method.schedule import NoiseSchedule
-from smpo_fast.models.attention import set_attention
-from smpo_fast.models.denoiser import Denoiser
-from smpo_fast.models.inference.caller import Caller
-from smpo_fast.models.locate import ModelSource
-
-GOLDEN = Path(os.environ.get("SMPO_GOLDEN", Path(__file__).parents[2] / "../shared/golden"))
-SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-CASES = range(12)
-BETA, GAMMA = 2.0, 10.0
-
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values at {GOLDEN} (set SMPO_GOLDEN)")
 
 
-def load_case(kind: str, case: int) -> dict[str, torch.Tensor]:
-    values = load_file(GOLDEN / kind / "cases.safetensors")
-    return {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{case:02d}.")}
+@pytest.mark.parametrize("run", find_runs(), ids=name_of)
+def test_golden_release(run: Run) -> None:
+    settings, values = settings_for(run), load_case(run)
+    policy, reference = (load_denoiser(run.kind, which) for which in ("policy", "reference"))
+    cond, weight, beta = conditioning_of(values), weight_of(run, values), beta_of(run.kind)
+    path = NoiseSchedule.from_config(SCHEDULER).path(int(values["in.t"]), settings.inversion)
 
-
-@cache
-def load_denoiser(kind: str, which: str) -> Denoiser:
-    folder = GOLDEN / kind / which
-    unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).eval()
-    set_attention([unet], "sdpa", torch.device("cpu"))
-    source = ModelSource(folder, folder, folder, kind, "epsilon", SCHEDULER, None)
-    return Denoiser(unet, source, NoiseSchedule.from_config(SCHEDULER), "fp32", torch.device("cpu"))
-
-
-def as_network(denoiser: Denoiser, cond: Conditioning) -> NetworkOf:
-    """The network as the trainer's inversion asks it."""
-    caller = Caller(denoiser, Model(), Inversion(), chunk=1)
-    caller.begin()
-    return lambda rows: caller.pairs(cond.take(rows))
-
-
-def settings_for(kind: str, method: str) -> Config:
-    inversion = {"fidelity": "release", "steps": 10}
-    if method == "smpo":
-        inversion["steps"] = 10 if kind == "sdxl" else 5
-    else:
-        inversion["noise"] = 0.0
-    return loading.from_dict({"objective": {"name": "smpo" if method == "smpo" else "inpo"}, "inversion": inversion})
-
-
-def assert_close(found: torch.Tensor, wanted: torch.Tensor, relative: float = 1e-4) -> None:
-    error = (found.double() - wanted.double()).norm() / wanted.double().norm()
-    assert error < relative, f"relative error {error:.2e}"
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("method", ["smpo", "ddiminpo"])
-@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
-def test_golden_release(kind: str, method: str, case: int) -> None:
-    run, values = settings_for(kind, method), load_case(kind, case)
-    schedule = NoiseSchedule.from_config(SCHEDULER)
-    policy, reference = (load_denoiser(kind, which) for which in ("policy", "reference"))
-    extra = {k: values[f"in.{k}"][None] for k in ("pooled", "time_ids") if f"in.{k}" in values}
-    cond = Conditioning(values["in.prompt_embeds"][None], **extra)
-    path = schedule.path(int(values["in.t"]), run.inversion)
-    x_0 = values["in.x0"][None]
-    weight = torch.ones(1)
-    if method == "smpo":
-        weight = GAMMA * (2 * values["in.p"][None] - 1)
-
-    network = as_network(policy, cond)
-    x_t, tau = invert(network, x_0, [path], run.inversion, chunk=1)
-    assert_close(x_t[0, 0], values[f"{method}.x_t"])
-    assert_close(tau[0, 0], values[f"{method}.tau"])
-
-    x_t, tau = x_t[0], tau[0]
-    time = torch.tensor([path.at.time])
+    x_t, tau = invert(as_network(policy, cond), values["in.x0"][None], [path], settings.inversion, chunk=1)
+    x_t, tau, time = x_t[0], tau[0], torch.tensor([path.at.time])
     prediction = policy(x_t, time, cond)
     with torch.no_grad():
-        reference_prediction = reference(x_t, time, cond)
-    assert_close(prediction[0], values[f"{method}.policy_pred"])
-    assert_close(reference_prediction[0], values[f"{method}.ref_pred"])
-
-    errors, reference_errors = pair_errors(prediction, tau), pair_errors(reference_prediction, tau)
-    assert_close(errors[0], values[f"{method}.model_mse"])
-    assert_close(reference_errors[0], values[f"{method}.ref_mse"])
-    inside = logit(errors, reference_errors, weight, BETA)
-    assert abs(inside.item() - values[f"{method}.inside"].item()) < 2e-5
-
-    loss = OBJECTIVES[run.objective.name].pair_loss(errors, reference_errors, weight, BETA).mean()
-    assert_close(loss, values[f"{method}.loss"])
+        frozen = reference(x_t, time, cond)
+    errors, reference_errors = pair_errors(prediction, tau), pair_errors(frozen, tau)
+    loss = OBJECTIVES[settings.objective.name].pair_loss(errors, reference_errors, weight, beta).mean()
     policy.unet.zero_grad()
     loss.backward()
-    gradients = [p.grad for p in policy.unet.parameters() if p.grad is not None]
-    assert_close(torch.stack([g.norm() for g in gradients]).norm(), values[f"{method}.grad_norm"])
-    assert_close(policy.unet.conv_out.weight.grad, values[f"{method}.grad_conv_out"])
+    found = {
+        "x_t": x_t[0], "tau": tau[0], "policy_pred": prediction[0], "ref_pred": frozen[0],
+        "model_mse": errors[0], "ref_mse": reference_errors[0],
+        "inside": logit(errors, reference_errors, weight, beta), "loss": loss, **gradients_of(policy.unet),
+    }  # fmt: skip
+    assert_golden(found, outputs_of(run, values))
 
 
 def test_golden_values_tell_the_fidelities_apart() -> None:
     """The comparison above can fail: the paper's fidelity gives another x_t for the same pair."""
-    run, values = loading.from_dict({"inversion": {"steps": 10}}), load_case("sdxl", 7)
-    schedule = NoiseSchedule.from_config(SCHEDULER)
-    policy = load_denoiser("sdxl", "policy")
-    cond = Conditioning(*(values[f"in.{k}"][None] for k in ("prompt_embeds", "pooled", "time_ids")))
-    path = schedule.path(433, run.inversion)
-    network = as_network(policy, cond)
-    x_t, _ = invert(network, values["in.x0"][None], [path], run.inversion, chunk=1)
-    error = (x_t[0, 0] - values["smpo.x_t"]).norm() / values["smpo.x_t"].norm()
-    assert error > 1e-2
+    run, settings = Run("sdxl", "smpo", "07"), loading.from_dict({"inversion": {"steps": 10}})
+    values, policy = load_case(run, SHIPPED), load_denoiser("sdxl", "policy", SHIPPED)
+    path = NoiseSchedule.from_config(SCHEDULER).path(int(values["in.t"]), settings.inversion)
+    network = as_network(policy, conditioning_of(values))
+    x_t, _ = invert(network, values["in.x0"][None], [path], settings.inversion, chunk=1)
+    assert relative_error(x_t[0, 0], values["smpo.x_t"]) > 1e-2
+
+
+def test_golden_set_that_ships_is_whole() -> None:
+    """Both kinds and methods, both ends of time, a grid point and its neighbours; about a megabyte."""
+    for kind in KINDS:
+        for method in ("smpo", "ddiminpo"):
+            runs = [run for run in find_runs(SHIPPED) if run[:2] == (kind, method)]
+            assert {int(load_case(run, SHIPPED)["in.t"]) for run in runs} >= {0, 1, 100, 101, 102, 433, 801, 999}
+    assert sum(f.stat().st_size for f in SHIPPED.rglob("*.safetensors")) < 1.2e6
+
+
+@pytest.mark.parametrize("damage", ["none", "a correction less", "another seed"])
+def test_golden_weights_are_drawn_to_the_bit_or_refused(tmp_path: Path, damage: str) -> None:
+    """Whatever the installed torch draws: one wrong bit in a network is an error."""
+    base = drawn.read(SHIPPED / "sd15" / "reference" / "drawn.safetensors")
+    file = tmp_path / "drawn.safetensors"
+    shutil.copyfile(SHIPPED / "sd15" / "policy" / "drawn.safetensors", file)
+    if damage == "none":
+        assert drawn.read(file, base).keys() == base.keys()
+        return
+    kept = load_file(file)
+    with safe_open(file, "pt") as stored:
+        facts = stored.metadata()
+    if damage == "another seed":
+        facts["draw"] = facts["draw"].replace('"seed":1', '"seed":2')
+    else:
+        kept["fix.index"], kept["fix.value"] = kept["fix.index"][1:].clone(), kept["fix.value"][1:].clone()
+    save_file(kept, file, facts)
+    with pytest.raises(RuntimeError, match="not those of the golden values"):
+        drawn.read(file, base)
+
+
+def test_golden_folder_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a skip: whoever names a set wants it used."""
+    monkeypatch.setenv("SMPO_GOLDEN", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere: no golden values there"):
+        chosen_folder()
+    monkeypatch.delenv("SMPO_GOLDEN")
+    assert chosen_folder() == SHIPPED
