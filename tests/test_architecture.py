@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,14 @@ def test_optional_libraries_are_imported_where_they_are_used() -> None:
 def test_no_test_imports_another() -> None:
     for file in (ROOT / "tests").rglob("*.py"):
         assert not any(package(n).startswith("test_") for n in imports(file)), f"{file}: move it to tests/helpers/"
+
+
+def test_the_map_in_the_docs_is_true() -> None:
+    """docs/architecture.md names every package, and every path in it exists."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for folder in PACKAGE.iterdir():
+        if (folder / "__init__.py").is_file():
+            assert f"`{folder.name}`" in text, f"docs/architecture.md does not mention {folder.name}"
+    for path in re.findall(r"`([\w/.-]*/[\w/.-]+)`", text):
+        places = (ROOT / path, PACKAGE / path, (PACKAGE / path).with_suffix(".py"))
+        assert any(place.exists() for place in places), f"docs/architecture.md names {path}, which does not exist"
