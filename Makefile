@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CONFIG ?=
+JOBS ?= 2
+# make slow MINUTES=30: tests that would start later are skipped, and counted
+MINUTES ?=
 # idle worker threads sleep instead of spinning: on few cores they only steal time
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -12,11 +14,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 quickstart: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed smpo_fast/train.py --ds_config configs/ds_zero2.json
 
+# One thread a process and a process a core; a file's tests stay together because they share what its fixtures make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	$(PYTEST)
 
 slow: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	$(PYTEST) -m slow $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/mypy

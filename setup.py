@@ -52,6 +52,7 @@ setup(
             "pytest",
             "pytest-benchmark",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "triton>=3.6,<3.10; platform_system == 'Linux'",
         ],
