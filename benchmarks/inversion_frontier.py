@@ -32,10 +32,10 @@ from smpo_fast.config.schema import Config, Inversion
 from smpo_fast.method import inversion
 from smpo_fast.method.batch import Pairs
 from smpo_fast.method.objective import OBJECTIVES, pair_errors
-from smpo_fast.method.schedule import Path as NoisePath
+from smpo_fast.method.schedule import NoisePath
 from smpo_fast.models import load, locate
 from smpo_fast.models.denoiser import Denoiser
-from smpo_fast.models.inference.caller import Caller
+from smpo_fast.models.inference.caller import InferenceCaller
 from smpo_fast.training import loop
 from smpo_fast.training.job import Job
 from smpo_fast.training.loader import Loader
@@ -95,7 +95,7 @@ class Study:
         harness.synchronize(self.device)
         seconds = time.perf_counter() - began
         _, fine, gradient = self.fine(landings)
-        calls = sum(inversion.evaluations(p.depth, settings) for p in paths)
+        calls = sum(inversion.network_calls(p.depth, settings) for p in paths)
         return {
             "calls": calls / (len(paths) * landings),
             "tau_error": float((tau - fine).norm() / fine.norm()),
@@ -110,14 +110,14 @@ class Study:
         # the timesteps are drawn alike for all ways: from the plain schedule
         plain = settings.model_copy(update={"landing": "exact"})
         drawn = schedule.paths(len(pairs) * settings.per_trajectory, plain, self.config.run.seed, 0)
-        times = sorted((tuple(x.at.time for x in p.landings) for p in drawn), reverse=True)
+        times = sorted((tuple(x.level.timestep for x in p.landings) for p in drawn), reverse=True)
         paths = sorted((schedule.path(t, settings) for t in times), key=lambda p: -p.depth)
         denoiser = Denoiser(self.unet.eval(), self.source, schedule, self.precision, self.device)
         chunk = self.config.batch.inversion_pairs
-        caller = Caller(denoiser, self.config.model, settings, chunk=chunk)
-        caller.begin()
+        caller = InferenceCaller(denoiser, self.config.model, settings, chunk=chunk)
+        caller.weights_changed()
         x_t, tau = inversion.invert(
-            lambda rows: caller.pairs(pairs.cond.take(rows)), pairs.latents, paths, settings, chunk=chunk,
+            lambda rows: caller.predictor(pairs.cond.take(rows)), pairs.latents, paths, settings, chunk=chunk,
             dtype=caller.input_dtype,
         )  # fmt: skip
         return x_t, tau, paths
@@ -138,7 +138,7 @@ class Study:
         for m in range(len(x_t)):
             for first in range(0, len(pairs), size):
                 rows = slice(first, first + size)
-                times = [p.landings[m].at.time for p in paths[rows]]
+                times = [p.landings[m].level.timestep for p in paths[rows]]
                 yield m, rows, torch.tensor(times, device=self.device), times
 
     @torch.no_grad()
@@ -205,7 +205,7 @@ def train_and_score(way: Mapping[str, Any], steps: int, seed: int, folder: Path,
         rows.append(
             {
                 "steps": done,
-                "calls": 2 * sum(inversion.evaluations(p.depth, settings.inversion) for p in paths),
+                "calls": 2 * sum(inversion.network_calls(p.depth, settings.inversion) for p in paths),
                 "seconds": sum(row["seconds"] for row in log),
                 **{f"{name}_gain": told[name]["gain"] for name in ("reward", "shape")},
                 "reward_error": (told["reward"]["gain_high"] - told["reward"]["gain_low"]) / 3.92,

@@ -102,7 +102,7 @@ def make_trainer(architecture: Architecture, device: torch.device, overrides: Ov
 
     schedule = locate.schedule_of(source, run.inversion)
     as_denoiser = partial(Denoiser, source=source, schedule=schedule, precision=precision, device=device)
-    with mock.patch.object(load, "_load", random_weights):
+    with mock.patch.object(load, "load_network", random_weights):
         policy = reference.load_policy(run, source, precision, device)
         engine_ = create.make_engine(policy, run, world, precision, None)
         where = reference.resolve(run, None)

@@ -109,7 +109,7 @@ def make_ours(
         values[section] = {**values.get(section, {}), **given}
     trainer: Any = ours.make_trainer(architecture, device, values)
     paths = [trainer.schedule.path(t, trainer.config.inversion) for t in even_times(pairs)]
-    trainer.paths = lambda step, places: (paths, inversion.rounds(paths))
+    trainer.paths = lambda step, places: (paths, inversion.active_counts(paths))
     number = iter(range(1 << 30))
 
     def step() -> Mapping[str, float]:
@@ -125,7 +125,7 @@ def make_ours(
         )
         window = Pairs((0,), pair.mean[None], cond, torch.ones(1, device=device), (0,))
         path = [trainer.schedule.path(pair.time, trainer.config.inversion)]
-        return trainer.trajectory(window, path, inversion.rounds(path), 0)[0][0, 0]
+        return trainer.trajectory(window, path, inversion.active_counts(path), 0)[0][0, 0]
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return Contender(name, pairs, step, invert, dtype, step)

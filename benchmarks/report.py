@@ -107,7 +107,7 @@ def _calls(fidelity: str, steps: int) -> float:
         {"inversion": {**INVERSIONS[fidelity], "steps": steps, "timesteps": "stratified"}}
     ).inversion
     paths = schedule.paths(len(schedule), run, 0, 0)  # so many stratified draws are each timestep once
-    return sum(inversion.evaluations(p.depth, run) for p in paths) / len(schedule)
+    return sum(inversion.network_calls(p.depth, run) for p in paths) / len(schedule)
 
 
 # --- rendering ------------------------------------------------------------------------------------------------

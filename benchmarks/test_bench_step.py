@@ -98,7 +98,9 @@ def test_inversion_arithmetic(bench: Any, device: torch.device, count: int, impl
         return inversion.invert(lambda rows: _tenth, clean, paths, settings, chunk=count)[0][0]
 
     def released() -> torch.Tensor:
-        return torch.stack([_released(scheduler, clean[i], path.at.time, device) for i, path in enumerate(paths)])
+        return torch.stack(
+            [_released(scheduler, clean[i], path.final_level.timestep, device) for i, path in enumerate(paths)]
+        )
 
     bench(
         "inversion arithmetic", f"{count} pairs", implementation, ours_ if implementation == "ours" else released,
@@ -106,7 +108,7 @@ def test_inversion_arithmetic(bench: Any, device: torch.device, count: int, impl
     )  # fmt: skip
 
 
-def _tenth(x: torch.Tensor, timesteps: torch.Tensor, *, again: bool = False) -> torch.Tensor:
+def _tenth(x: torch.Tensor, timesteps: torch.Tensor, *, refinement: bool = False) -> torch.Tensor:
     return 0.1 * x
 
 

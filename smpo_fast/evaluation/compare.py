@@ -22,7 +22,7 @@ from smpo_fast.config.schema import EMBEDDED, Config
 from smpo_fast.data.rewards.scorers import check_scorer, load_scorer
 from smpo_fast.embedded import shapes
 from smpo_fast.models import lora
-from smpo_fast.models.load import pipeline
+from smpo_fast.models.load import load_pipeline
 from smpo_fast.models.locate import ModelSource, find
 
 GRID_ROWS = 12
@@ -100,7 +100,7 @@ def evaluate(config: Config, source: ModelSource, export: Path, out: Path, devic
     words = prompts(config)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     make: dict[str, Callable[[ModelSource, torch.dtype], Any]] = {
-        "base": pipeline,
+        "base": load_pipeline,
         "aligned": partial(aligned_pipeline, config, export),
     }
     pictures = {
@@ -121,8 +121,8 @@ def aligned_pipeline(config: Config, export: Path, source: ModelSource, dtype: t
     """What a run exported: a pipeline of its own, or the base with the run's adapters."""
     if not (export / lora.FILE).is_file():
         here = config.model.model_copy(update={"path": str(export), "vae": "", "unet": "", "variant": ""})
-        return pipeline(find(here), dtype)
-    pipe = pipeline(source, dtype)
+        return load_pipeline(find(here), dtype)
+    pipe = load_pipeline(source, dtype)
     pipe.load_lora_weights(export, weight_name=lora.FILE)
     return pipe
 

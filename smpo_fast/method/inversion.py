@@ -17,8 +17,8 @@ pec      predict with the previous step's last estimate, evaluate once at the de
 =======  ==========================================================================================================
 
 A chunk of pairs goes through all its steps before the next one begins, so that what depends on its prompts alone is
-computed once. The arithmetic between two network calls is a ``Solver``: ``EAGER`` below, or the kernel of the same
-two functions.
+computed once. The arithmetic between two network calls is a ``SolverOps``: ``EAGER_OPS`` below, or the kernel of the
+same two functions.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ import torch
 from torch import Tensor
 
 from smpo_fast.config.schema import Inversion
-from smpo_fast.method.schedule import Level, Path
+from smpo_fast.method.schedule import Level, NoisePath
 
 
-class Eps(Protocol):
+class NoisePredictor(Protocol):
     """The network for a chunk of pairs: the noise prediction of the first n of them.
 
     x: [n, 2, C, H, W], timesteps: [n] on the device; returns a new float32 tensor like x. ``again``: the call follows
     one at nearly the same x in the same step.
     """
 
-    def __call__(self, x: Tensor, timesteps: Tensor, *, again: bool = False) -> Tensor: ...
+    def __call__(self, x: Tensor, timesteps: Tensor, *, refinement: bool = False) -> Tensor: ...
 
 
-NetworkOf = Callable[[slice], Eps]
+PredictorFactory = Callable[[slice], NoisePredictor]
 """From the rows of a chunk in its window to the network for them."""
 
 
-class Solver(NamedTuple):
+class SolverOps(NamedTuple):
     """What happens between two network calls; both functions write in place and return nothing.
 
     predict(x, x_0, S, signal, inverse_start[, estimate, h[, rest]]):
@@ -84,10 +84,10 @@ def _correct(
     x.copy_(signal * (x_0 * inverse_start + total))
 
 
-EAGER = Solver(_predict, _correct)
+EAGER_OPS = SolverOps(_predict, _correct)
 
 
-def rounds(paths: Sequence[Path]) -> list[int]:
+def active_counts(paths: Sequence[NoisePath]) -> list[int]:
     """How many pairs move in round k: the window's pairs whose path is deeper than k.
 
     Raises ValueError when the paths are not sorted deepest first.
@@ -98,7 +98,7 @@ def rounds(paths: Sequence[Path]) -> list[int]:
     return [sum(d > k for d in depths) for k in range(max(depths, default=0))]
 
 
-def evaluations(depth: int, settings: Inversion) -> int:
+def network_calls(depth: int, settings: Inversion) -> int:
     """Network calls on the way of a picture."""
     return (
         depth + (settings.solver == "pec")
@@ -109,15 +109,15 @@ def evaluations(depth: int, settings: Inversion) -> int:
 
 @torch.no_grad()
 def invert(
-    network: NetworkOf,
+    network: PredictorFactory,
     x_0: Tensor,
-    paths: Sequence[Path],
+    paths: Sequence[NoisePath],
     settings: Inversion,
     *,
     chunk: int,
     active: Sequence[int] = (),
     noise: Callable[[slice], Tensor] | None = None,
-    solver: Solver = EAGER,
+    solver: SolverOps = EAGER_OPS,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Noisy latents and targets of a window.
@@ -129,7 +129,7 @@ def invert(
     state is fp32. Returns x_t and tau, both [M, B, 2, C, H, W], lowest timestep first, with
     ``x_t = signal_t x_0 + noise_t tau`` for every one.
     """
-    own = rounds(paths)
+    own = active_counts(paths)
     counts = [max(a, b) for a, b in zip_longest(own, active, fillvalue=0)]
     table = _Table(paths, len(counts), settings, x_0.device)
     x_t, tau = (torch.empty(len(paths[0].landings), *x_0.shape, device=x_0.device) for _ in range(2))
@@ -143,9 +143,9 @@ def invert(
     return x_t, tau
 
 
-def forward_noise(x_0: Tensor, tau: Tensor, paths: Sequence[Path]) -> Tensor:
+def forward_noise(x_0: Tensor, tau: Tensor, paths: Sequence[NoisePath]) -> Tensor:
     """x_t for given noise: Diffusion-DPO's way. Shapes as in ``invert``'s first landing."""
-    levels = np.array([[p.at.signal, p.at.noise] for p in paths], dtype=np.float32).T
+    levels = np.array([[p.final_level.signal, p.final_level.noise] for p in paths], dtype=np.float32).T
     signal, noise = (_column(row) for row in to_device(torch.from_numpy(levels.copy()), x_0.device))
     return signal * x_0 + noise * tau
 
@@ -164,7 +164,14 @@ class _Climb:
     """A chunk of pairs on their way up; in a step its first n pairs move."""
 
     def __init__(
-        self, eps: Eps, solver: Solver, x_0: Tensor, table: _Table, rows: slice, settings: Inversion, dtype: torch.dtype
+        self,
+        eps: NoisePredictor,
+        solver: SolverOps,
+        x_0: Tensor,
+        table: _Table,
+        rows: slice,
+        settings: Inversion,
+        dtype: torch.dtype,
     ) -> None:
         self.eps, self.solver, self.x_0, self.settings, self.table, self.rows = eps, solver, x_0, settings, table, rows
         self.total = torch.zeros(x_0.shape, device=x_0.device)
@@ -186,7 +193,7 @@ class _Climb:
         for evaluated in range(self.settings.renoise_steps):
             self.solver.predict(*clean, estimate, c.h, earlier)
             earlier = estimate if earlier is None else earlier
-            estimate = self.eps(x, c.renoise_time, again=evaluated > 0 or carried is None)
+            estimate = self.eps(x, c.renoise_time, refinement=evaluated > 0 or carried is None)
         if self.settings.solver == "ab2":
             earlier = before
         self.solver.correct(*clean, estimate, c.h, *(() if earlier is None else (earlier, (c.last, c.earlier))))
@@ -238,7 +245,7 @@ class _Landing(NamedTuple):
 class _Table:
     """The coefficients of a window, computed in float64 on the host and copied to the device at once."""
 
-    def __init__(self, paths: Sequence[Path], count: int, settings: Inversion, device: torch.device) -> None:
+    def __init__(self, paths: Sequence[NoisePath], count: int, settings: Inversion, device: torch.device) -> None:
         self._paths, self.landings = paths, len(paths[0].landings)
         pairs = [(p.levels[0].signal, 1.0 / p.levels[0].signal) for p in paths]
         steps = [[_step_of(p, k, settings) for p in paths] for k in range(count)]
@@ -278,25 +285,25 @@ class _Table:
         return runs
 
 
-def _step_of(path: Path, k: int, settings: Inversion) -> tuple[float, ...]:
+def _step_of(path: NoisePath, k: int, settings: Inversion) -> tuple[float, ...]:
     """One pair's values of a _Round."""
     source, destination = (path.levels[min(i, path.depth)] for i in (k, k + 1))
     h = destination.sigma - source.sigma
-    averaged = {"mean": True, "last": False, "renoise": destination.time < settings.average_below}[settings.average]
+    averaged = {"mean": True, "last": False, "renoise": destination.timestep < settings.average_below}[settings.average]
     share = averaged / (settings.renoise_steps + 1)
     last = 1.0 - settings.renoise_steps * share
     if settings.solver == "ab2" and 0 < k < path.depth:
         share = -0.5 * h / (source.sigma - path.levels[k - 1].sigma)
         last = 1.0 - share
     noise = settings.noise * _ddim_deviation(source, destination) / destination.signal
-    times = {"source": source.time, "destination": destination.time}
+    times = {"source": source.timestep, "destination": destination.timestep}
     return h, destination.signal, last, share, noise, times[settings.first_time], times[settings.renoise_time]
 
 
-def _landing_of(path: Path, m: int) -> tuple[float, ...]:
+def _landing_of(path: NoisePath, m: int) -> tuple[float, ...]:
     """One pair's values of a _Landing; the terms in x_0 cancel here, in float64."""
     start, landing = path.levels[0], path.landings[m]
-    land, at = path.levels[landing.step], landing.at
+    land, at = path.levels[landing.step], landing.level
     ratio = land.signal / start.signal
     return ratio, land.signal, (ratio - at.signal) / at.noise, land.signal / at.noise
 

@@ -20,9 +20,9 @@ from smpo_fast.config.schema import Inversion
 
 
 class Level(NamedTuple):
-    """A noise level and the timestep the network is told there."""
+    """A noise level and its timestep, the network's input there."""
 
-    time: int
+    timestep: int
     signal: float
     noise: float
 
@@ -34,21 +34,21 @@ class Level(NamedTuple):
 _CLEAN = Level(0, 1.0, 0.0)
 
 
-class Landing(NamedTuple):
-    """Where a path is left for training: after ``step`` solver steps, to be trained ``at`` a level."""
+class LandingPoint(NamedTuple):
+    """Where a path is left for training: after ``step`` solver steps, to be trained at ``level``."""
 
     step: int
-    at: Level
+    level: Level
 
 
-class Path(NamedTuple):
+class NoisePath(NamedTuple):
     """The levels from the clean latent upwards, and the landings on the way, the last of them at the end.
 
-    ``levels[landing.step]`` differs from ``landing.at`` only in the released script's mismatch.
+    ``levels[landing.step]`` differs from ``landing.level`` only in the released script's mismatch.
     """
 
     levels: tuple[Level, ...]
-    landings: tuple[Landing, ...]
+    landings: tuple[LandingPoint, ...]
 
     @property
     def depth(self) -> int:
@@ -56,9 +56,9 @@ class Path(NamedTuple):
         return len(self.levels) - 1
 
     @property
-    def at(self) -> Level:
+    def final_level(self) -> Level:
         """The level of the last landing."""
-        return self.landings[-1].at
+        return self.landings[-1].level
 
 
 class NoiseSchedule:
@@ -94,23 +94,23 @@ class NoiseSchedule:
         alpha = self.alphas_cumprod[max(time, 0)]
         return Level(time, math.sqrt(alpha), math.sqrt(1.0 - alpha))
 
-    def path(self, times: int | Sequence[int], settings: Inversion) -> Path:
+    def path(self, times: int | Sequence[int], settings: Inversion) -> NoisePath:
         """The path of a pair trained at one timestep, or at several (ascending; docs/method.md has the options)."""
         times = (times,) if isinstance(times, int) else tuple(times)
         if settings.source == "noise":
-            return Path((_CLEAN,), tuple(Landing(0, self.level(t)) for t in times))
+            return NoisePath((_CLEAN,), tuple(LandingPoint(0, self.level(t)) for t in times))
         if settings.grid == "release":
             return self._released_path(times[-1], settings)
         levels: list[Level] = [_CLEAN]
-        landings: list[Landing] = []
+        landings: list[LandingPoint] = []
         for time in times:
-            below = levels[-1].time if landings else 0
+            below = levels[-1].timestep if landings else 0
             count = math.ceil((time - below) * settings.steps / len(self) - 1e-9)
             if not landings:
                 count = max(1, count)
             levels += [self.level(t) for t in self._between(below, time, count, settings)]
-            landings.append(Landing(len(levels) - 1, self.level(time)))
-        return Path(tuple(levels), tuple(landings))
+            landings.append(LandingPoint(len(levels) - 1, self.level(time)))
+        return NoisePath(tuple(levels), tuple(landings))
 
     def _between(self, below: int, time: int, count: int, settings: Inversion) -> list[int]:
         """``count`` ascending timesteps above ``below``, the last one ``time``."""
@@ -127,14 +127,14 @@ class NoiseSchedule:
     def _sigmas(self) -> np.ndarray:
         return np.sqrt(1.0 / self.alphas_cumprod - 1.0)
 
-    def _released_path(self, time: int, settings: Inversion) -> Path:
+    def _released_path(self, time: int, settings: Inversion) -> NoisePath:
         spacing = len(self) // settings.steps
         first = 1 if settings.first_step == "skip" else 1 - spacing
         sources = [s for s in _released_grid(len(self), settings.steps) if first <= s < time] or [first]
         last = sources[-1] + spacing if settings.landing == "mismatch" else time
         start = self.level(first) if first < 0 else Level(first, 1.0, 0.0)
         levels = (start, *(self.level(t) for t in (*sources[1:], last)))
-        return Path(levels, (Landing(len(levels) - 1, self.level(time)),))
+        return NoisePath(levels, (LandingPoint(len(levels) - 1, self.level(time)),))
 
     def timesteps(self, count: int, settings: Inversion, seed: int, step: int) -> tuple[int, ...]:
         """The ``count`` timesteps of a whole optimizer step (all ranks), descending; a function of (seed, step).
@@ -152,7 +152,7 @@ class NoiseSchedule:
             places = [int(u * len(support)) for u in rng(seed, "timestep", step).random(count)]
         return tuple(sorted((support[min(p, len(support) - 1)] for p in places), reverse=True))
 
-    def paths(self, count: int, settings: Inversion, seed: int, step: int) -> list[Path]:
+    def paths(self, count: int, settings: Inversion, seed: int, step: int) -> list[NoisePath]:
         """The paths of an optimizer step's pairs (all ranks), deepest first, with ``count`` landings together.
 
         A pair with M landings gets timesteps count/M apart in the descending list, so that its landings spread over

@@ -35,13 +35,13 @@ class Denoiser:
 
     def __call__(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """What the network predicts (eps or v): x [B, 2, C, H, W], time [B], cond of B rows -> like x, float32."""
-        return self.predict(x, time, self.told(cond))
+        return self.predict(x, time, self.unet_inputs(cond))
 
     def eps(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """The noise prediction, also of a network that predicts v = signal eps - noise x_0."""
         return self.as_eps(self(x, time, cond), x, time)
 
-    def told(self, cond: Conditioning) -> dict[str, Any]:
+    def unet_inputs(self, cond: Conditioning) -> dict[str, Any]:
         """What the UNet is given beside x and the timestep, a row a picture: 2 B rows in its dtype."""
 
         told: dict[str, Any] = {"encoder_hidden_states": cond.prompt.to(self.dtype).repeat_interleave(2, dim=0)}

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from smpo_fast.models.load import _load
+from smpo_fast.models.load import load_network
 from smpo_fast.models.locate import TEXT_PARTS, ModelSource, encoders_identity
 
 
@@ -20,14 +20,14 @@ class Encoders:
     def __init__(self, source: ModelSource, device: torch.device) -> None:
         self.kind, self.device = source.kind, device
         self.identity = encoders_identity(source)
-        self.vae = _load(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
+        self.vae = load_network(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # px of a picture to one of its latent
         encoders = (CLIPTextModel, CLIPTextModelWithProjection)
         self.text = [
             (
                 CLIPTokenizer.from_pretrained(source.folder / tokenizer),
-                _load(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval(),
+                load_network(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval(),
             )
             for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], encoders, strict=False)
         ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smpo_fast.models.load import empty_unet
-from smpo_fast.models.locate import _OPTIONAL_PARTS, _PARTS, ModelSource
+from smpo_fast.models.locate import OPTIONAL_PARTS, PARTS, ModelSource
 
 
 def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
@@ -24,7 +24,7 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
     unet.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source.folder / "model_index.json", folder / "model_index.json")
-    for part in (*_PARTS[2:], *_OPTIONAL_PARTS):
+    for part in (*PARTS[2:], *OPTIONAL_PARTS):
         if (source.folder / part).is_dir():
             _copy_part(source.folder / part, folder / part, source.variant)
     _copy_part(source.vae_folder, folder / "vae", source.variant)

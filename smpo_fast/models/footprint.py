@@ -33,7 +33,7 @@ from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.lora import add_adapters
 
 META = torch.device("meta")
-PICTURES = 2  # of a pair
+IMAGES_PER_PAIR = 2  # of a pair
 _TIME_IDS = 6  # SDXL's sizes and crop, each embedded
 
 
@@ -216,14 +216,16 @@ class NetworkSpec:
         """Arguments and keywords of a call; on the meta device they have shapes only, elsewhere zeros."""
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(PICTURES * pairs, *shape, dtype=dtype, device=device)
+            return torch.zeros(IMAGES_PER_PAIR * pairs, *shape, dtype=dtype, device=device)
 
         added = {"text_embeds": zeros(self.pooled), "time_ids": zeros(_TIME_IDS)} if self.kind == "sdxl" else None
-        times = torch.zeros(PICTURES * pairs, dtype=torch.long, device=device)
+        times = torch.zeros(IMAGES_PER_PAIR * pairs, dtype=torch.long, device=device)
         return (zeros(*self.latent), times, zeros(*self.prompt)), {"added_cond_kwargs": added, "return_dict": False}
 
 
-def network_of(source: ModelSource, resolution: int, attention: str = "sdpa", lora: Lora | None = None) -> NetworkSpec:
+def network_spec(
+    source: ModelSource, resolution: int, attention: str = "sdpa", lora: Lora | None = None
+) -> NetworkSpec:
     """The UNet of a pipeline at a resolution in px, from its configuration files alone."""
 
     def read(file: str, default: str = "{}") -> dict[str, Any]:
@@ -241,21 +243,21 @@ def network_of(source: ModelSource, resolution: int, attention: str = "sdpa", lo
 # --- counts ---------------------------------------------------------------------------------------------------
 
 
-class Line(NamedTuple):
+class LinearBytes(NamedTuple):
     """Bytes as a function of the pairs in a call."""
 
     fixed: int
-    each: int
+    per_pair: int
 
     def at(self, pairs: int) -> int:
         """Bytes for so many pairs."""
-        return self.fixed + self.each * pairs
+        return self.fixed + self.per_pair * pairs
 
 
 class Cost(NamedTuple):
     """Of a call: bytes at its worst moment beside weights and gradients; FLOPs of a picture."""
 
-    peak: Line
+    peak: LinearBytes
     flops: int
 
 
@@ -267,29 +269,29 @@ class Parameters(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def parameters(network: NetworkSpec) -> Parameters:
+def parameter_shapes(network: NetworkSpec) -> Parameters:
     """What the network has learnt, and what of it is trained (all of it without LoRA)."""
     found = list(network.build().parameters())
     return Parameters(*(tuple(p.shape for p in found if p.requires_grad is trained) for trained in (True, False)))
 
 
-def count(shapes: Iterable[torch.Size]) -> int:
+def numel(shapes: Iterable[torch.Size]) -> int:
     """Numbers in tensors of these shapes."""
     return sum(shape.numel() for shape in shapes)
 
 
 @lru_cache(maxsize=64)
-def call(network: NetworkSpec, precision: str, trained: bool = True) -> Cost:
+def inference_cost(network: NetworkSpec, precision: str, trained: bool = True) -> Cost:
     """A call without gradients. trained: the weights have ``requires_grad``, so that autocast keeps its casts."""
     if not trained and precision != "bf16-autocast":
-        return call(network, precision)
+        return inference_cost(network, precision)
     ones, counted = _no_gradient(network, precision, 1, trained)
     twos, _ = _no_gradient(network, precision, 2, trained)
-    return Cost(Line(2 * ones - twos, twos - ones), counted // PICTURES)
+    return Cost(LinearBytes(2 * ones - twos, twos - ones), counted // IMAGES_PER_PAIR)
 
 
 @lru_cache(maxsize=64)
-def training(network: NetworkSpec, precision: str, checkpointing: bool) -> Cost:
+def training_cost(network: NetworkSpec, precision: str, checkpointing: bool) -> Cost:
     """A forward and backward pass whose gradients are added elsewhere as soon as they are there.
 
     All but autocast's copies of the weights grows with the pairs, so one trace tells the line.
@@ -307,13 +309,13 @@ def training(network: NetworkSpec, precision: str, checkpointing: bool) -> Cost:
             loss = unet(*args, **kwargs)[0].float().square().sum()
             fixed = autocast.forward_done() if autocast else 0
             loss.backward()
-    return Cost(Line(fixed, live.peak - held - fixed), counted.total // PICTURES)
+    return Cost(LinearBytes(fixed, live.peak - held - fixed), counted.total // IMAGES_PER_PAIR)
 
 
 def pairs_within(budget_bytes: float, network: NetworkSpec, precision: str, trained: bool = True) -> int:
     """The most pairs whose no-gradient call stays within a memory budget beside the weights; 1 if none does."""
-    peak = call(network, precision, trained).peak
-    return max(1, int((budget_bytes - peak.fixed) // peak.each))
+    peak = inference_cost(network, precision, trained).peak
+    return max(1, int((budget_bytes - peak.fixed) // peak.per_pair))
 
 
 def inversion_pairs_within(

@@ -25,7 +25,7 @@ from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import warn0
 from smpo_fast.config.schema import Config
 from smpo_fast.method import inversion, objective
-from smpo_fast.method.inversion import Solver
+from smpo_fast.method.inversion import SolverOps
 from smpo_fast.method.objective import Losses
 
 MODULES = ("group_norm_silu", "layer_norm", "geglu", "geglu_linear")
@@ -38,7 +38,7 @@ class StepOps(NamedTuple):
     """Prediction and target [B, 2, C, H, W] -> mean squared errors [B, 2]; called without gradients."""
     pair_loss: Callable[[Tensor, Tensor | None, Tensor, Tensor, float], Losses]
     """Prediction, the reference's errors, target, weight [B], beta -> the pairs' losses; see Objective.losses."""
-    solver: Solver
+    solver: SolverOps
 
 
 def check(config: Config, device: torch.device) -> None:
@@ -68,7 +68,7 @@ def check(config: Config, device: torch.device) -> None:
 def select_ops(config: Config) -> StepOps:
     """The functions of a run's training step: kernels where they are enabled, eager code elsewhere."""
     chosen = objective.OBJECTIVES[config.objective.name]
-    ops = StepOps(objective.pair_errors, chosen.losses, inversion.EAGER)
+    ops = StepOps(objective.pair_errors, chosen.losses, inversion.EAGER_OPS)
     if "pair_loss" in config.kernels.enabled:
         from smpo_fast.kernels import pair_loss
 
@@ -76,7 +76,7 @@ def select_ops(config: Config) -> StepOps:
     if "renoise_step" in config.kernels.enabled:
         from smpo_fast.kernels import renoise_step
 
-        ops = ops._replace(solver=Solver(renoise_step.predict_, renoise_step.correct_))
+        ops = ops._replace(solver=SolverOps(renoise_step.predict_, renoise_step.correct_))
     return ops
 
 

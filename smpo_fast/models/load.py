@@ -20,7 +20,7 @@ def load_unet(source: ModelSource, model: Model, dtype: torch.dtype, device: tor
 
     Two of them with equal weights give bitwise equal predictions.
     """
-    unet = _load(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
+    unet = load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
     set_attention([unet], model.attention, device)
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -38,11 +38,11 @@ def pipeline_class(source: ModelSource) -> Any:
     return StableDiffusionXLPipeline if source.kind == "sdxl" else StableDiffusionPipeline
 
 
-def pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
+def load_pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
     """The diffusers pipeline of a source, with the UNet and the VAE that training takes."""
     own = {"unet": (UNet2DConditionModel, source.unet_folder), "vae": (AutoencoderKL, source.vae_folder)}
     parts = {
-        name: _load(cls, folder, source.variant, dtype)
+        name: load_network(cls, folder, source.variant, dtype)
         for name, (cls, folder) in own.items()
         if folder != source.folder / name
     }
@@ -51,7 +51,7 @@ def pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
     )
 
 
-def _load(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+def load_network(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
     if variant and not list(folder.glob(f"*.{variant}*.safetensors")):
         warn0(f"{folder} has no '{variant}' weights; its plain ones are taken")
         variant = None

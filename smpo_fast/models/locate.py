@@ -33,8 +33,8 @@ TEXT_PARTS = {
     "sd15": (("tokenizer", "text_encoder"),),
 }
 _FILES = ("*.json", "*.txt", "*.safetensors")
-_PARTS = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-_OPTIONAL_PARTS = ("feature_extractor", "safety_checker")
+PARTS = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+OPTIONAL_PARTS = ("feature_extractor", "safety_checker")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _folder(where: str, key: str, model: Model) -> Path:
 def _wanted_files(variant: str) -> tuple[list[str], list[str]]:
     """Patterns of a hub repository's files to fetch, and not: configurations and one variant of the weights."""
     weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-    inside = [f"{part}/{p}" for part in (*_PARTS, *_OPTIONAL_PARTS) for p in ("*.json", "*.txt", weights)]
+    inside = [f"{part}/{p}" for part in (*PARTS, *OPTIONAL_PARTS) for p in ("*.json", "*.txt", weights)]
     alone = ["config.json", "model_index.json", "diffusion_pytorch_model.safetensors"]
     others = [] if variant else ["*.fp16.safetensors", "*.bf16.safetensors", "*non_ema*"]
     return [*inside, *alone, f"diffusion_pytorch_model{weights[1:]}"], others

@@ -36,9 +36,9 @@ PAGED = "paged_adamw8bit"  # its states lie where the driver likes, outside torc
 @lru_cache(maxsize=64)
 def state_bytes(optimizer: str, network: NetworkSpec) -> float:
     """Bytes of an optimizer's states: so many a parameter, or Adafactor's means over rows and over columns."""
-    shapes = footprint.parameters(network).trained
+    shapes = footprint.parameter_shapes(network).trained
     if optimizer != "adafactor":
-        return STATE_BYTES[optimizer] * footprint.count(shapes)
+        return STATE_BYTES[optimizer] * footprint.numel(shapes)
     return 4 * sum(s.numel() / s[-1] + s.numel() / s[-2] if len(s) > 1 else s.numel() for s in shapes)
 
 
@@ -120,8 +120,8 @@ class Subject:
     @cached_property
     def counts(self) -> tuple[int, int]:
         """Trained and frozen parameters of the policy."""
-        found = footprint.parameters(self.network)
-        return footprint.count(found.trained), footprint.count(found.frozen)
+        found = footprint.parameter_shapes(self.network)
+        return footprint.numel(found.trained), footprint.numel(found.frozen)
 
     def choice(self) -> Choice:
         """What the settings say."""
@@ -213,11 +213,11 @@ def _parts(s: Subject, choice: Choice) -> dict[str, float]:
     gradients = GRADIENT_BYTES[choice.accumulate] * p * (share if zero.gradients_shared else 1.0)
     spread = {"sharded": share, "replicated": 1.0, "streamed": 1.0}
     backward = max(
-        footprint.training(s.network, choice.precision, choice.checkpointing).peak.at(choice.micro_pairs),
+        footprint.training_cost(s.network, choice.precision, choice.checkpointing).peak.at(choice.micro_pairs),
         p * size * (share if zero.gradients_shared else 0.0),  # what a micro-batch leaves before it is added
     )
-    call = footprint.call(s.network, choice.precision).peak
-    frozen_call = footprint.call(s.network, choice.precision, trained=False).peak
+    call = footprint.inference_cost(s.network, choice.precision).peak
+    frozen_call = footprint.inference_cost(s.network, choice.precision, trained=False).peak
     gathers = choice.offload_weights or (s.ranks > 1 and (zero.weights_shared or choice.reference == "sharded"))
     # DeepSpeed releases nothing that is used again within the second of these, however much is live
     live = max(s.ds_number("stage3_max_live_parameters"), s.ds_number("stage3_max_reuse_distance"))
@@ -252,7 +252,7 @@ def _bucket_bytes(s: Subject, choice: Choice) -> float:
 
 def _window_bytes(s: Subject) -> float:
     """The step's pairs: latents and prompts of this step and the next, x_t and tau at every timestep of a pair."""
-    latent = footprint.PICTURES * math.prod(s.network.latent)
+    latent = footprint.IMAGES_PER_PAIR * math.prod(s.network.latent)
     prompt = math.prod(s.network.prompt)
     return 4 * s.pairs_of_rank * (2 * (latent + prompt) + 2 * latent * s.config.inversion.per_trajectory)
 
@@ -287,9 +287,9 @@ def disk(s: Subject, source: ModelSource) -> dict[str, float]:
     checkpoint = stepped * p + state_bytes(choice.optimizer, s.network)
     others = sum(f.stat().st_size for part in ("vae", "text_encoder", "text_encoder_2")
                  for f in (source.folder / part).glob("*.safetensors"))  # fmt: skip
-    example = FILE_BYTES * footprint.PICTURES * latent
+    example = FILE_BYTES * footprint.IMAGES_PER_PAIR * latent
     return {
-        "cache": pairs * FILE_BYTES * (footprint.PICTURES * flips * moments * latent + prompt + pooled),
+        "cache": pairs * FILE_BYTES * (footprint.IMAGES_PER_PAIR * flips * moments * latent + prompt + pooled),
         "checkpoints": (c.run.keep + 1) * checkpoint,  # one more while the next is written
         "export": (p + frozen) * getattr(torch, c.model.export_dtype).itemsize + others,
         "trajectories": c.run.steps * c.batch.pairs_per_step * example if c.inversion.store else 0.0,

@@ -17,7 +17,7 @@ from smpo_fast.config import loading
 from smpo_fast.config.schema import Config, Model
 from smpo_fast.engine import ds_config, protocol
 from smpo_fast.method.schedule import NoiseSchedule
-from smpo_fast.models.footprint import network_of
+from smpo_fast.models.footprint import network_spec
 from smpo_fast.models.locate import ModelSource, find, schedule_of
 from smpo_fast.planning.gpus import CPU, Gpu, gpu_of, link_gb
 from smpo_fast.planning.memory import Choice, Subject, _offloaded, disk, memory, pairs_in
@@ -73,7 +73,7 @@ def plan(c: Config, request: Request) -> dict[str, Any]:
     gpu, source = gpu_of(request.gpu, request.gpu_memory), look(c.model)
     ds = None if request.ds_file is None else ds_config.read_ds_file(request.ds_file)
     ds_file = "" if request.ds_file is None else str(request.ds_file)
-    network = network_of(source, c.data.resolution, c.model.attention, c.lora)
+    network = network_spec(source, c.data.resolution, c.model.attention, c.lora)
     s = Subject(c, network, precision_of(c, ds, gpu), request.gpus, request.per_node, ds)
     protocol.pairs_per_rank(c, s.ranks)
     schedule, choice = schedule_of(source, c.inversion), s.choice()

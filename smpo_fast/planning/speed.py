@@ -43,7 +43,7 @@ def _calls(schedule: NoiseSchedule, how: Inversion, pairs: int) -> float:
     """Inversion calls of a picture for each pair that is trained, over the whole of a step."""
     if how.source != "inversion":
         return 0.0
-    return sum(inversion.evaluations(path.depth, how) for path in schedule.paths(pairs, how, 0, 0)) / pairs
+    return sum(inversion.network_calls(path.depth, how) for path in schedule.paths(pairs, how, 0, 0)) / pairs
 
 
 def work(s: Subject, schedule: NoiseSchedule, checkpointing: bool) -> Workload:
@@ -53,8 +53,8 @@ def work(s: Subject, schedule: NoiseSchedule, checkpointing: bool) -> Workload:
         "reference": float(_asks_reference(s.config)),
         "policy": 1.0,
     }
-    forward = footprint.PICTURES * footprint.call(s.network, s.precision).flops
-    both = footprint.PICTURES * footprint.training(s.network, s.precision, checkpointing).flops
+    forward = footprint.IMAGES_PER_PAIR * footprint.inference_cost(s.network, s.precision).flops
+    both = footprint.IMAGES_PER_PAIR * footprint.training_cost(s.network, s.precision, checkpointing).flops
     each = {"inversion": forward, "reference": forward, "policy": both}
     return Workload(calls, {phase: calls[phase] * each[phase] for phase in calls})
 
@@ -145,7 +145,7 @@ def _random(network: NetworkSpec, dtype: torch.dtype, device: torch.device) -> A
 
 
 def _inputs(s: Subject, pairs: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
-    x = torch.randn(pairs, footprint.PICTURES, *s.network.latent, device=device)
+    x = torch.randn(pairs, footprint.IMAGES_PER_PAIR, *s.network.latent, device=device)
     prompt, sdxl = torch.randn(pairs, *s.network.prompt, device=device), s.network.kind == "sdxl"
     pooled = torch.randn(pairs, s.network.pooled, device=device) if sdxl else None
     sizes = torch.full((pairs, 6), float(s.config.data.resolution), device=device) if sdxl else None

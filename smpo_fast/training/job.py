@@ -73,7 +73,7 @@ class Job:
         c, per_rank = self.config, protocol.pairs_per_rank(self.config, self.world.size)
         schedule = schedule_of(self.source, c.inversion)
         depths = [schedule.path(t, c.inversion).depth for t in range(len(schedule))]
-        asked = sum(inversion.evaluations(d, c.inversion) for d in depths) / len(depths)
+        asked = sum(inversion.network_calls(d, c.inversion) for d in depths) / len(depths)
         return "\n".join(
             [
                 f"model      {self.source.kind}, {self.source.prediction_type}, {self.source.folder}",

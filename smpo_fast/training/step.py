@@ -24,14 +24,13 @@ from smpo_fast.config.schema import Config, Optim
 from smpo_fast.engine.protocol import Engine, StepResult
 from smpo_fast.method import inversion
 from smpo_fast.method.batch import Pairs
-from smpo_fast.method.inversion import Eps
+from smpo_fast.method.inversion import NoisePredictor
 from smpo_fast.method.objective import OBJECTIVES
-from smpo_fast.method.schedule import NoiseSchedule
-from smpo_fast.method.schedule import Path as NoisePath
+from smpo_fast.method.schedule import NoisePath, NoiseSchedule
 from smpo_fast.models import footprint, kernel_patch
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference import compilation
-from smpo_fast.models.inference.caller import Caller
+from smpo_fast.models.inference.caller import InferenceCaller
 from smpo_fast.training.loader import Loader
 from smpo_fast.training.metrics import Meter, StepTable
 from smpo_fast.training.prefetch import Prefetcher
@@ -88,7 +87,7 @@ class Trainer:
         self.meter = Meter(self.world)
         self._step_paths = lru_cache(maxsize=1)(self._drawn_paths)
         self.draw = Prefetcher(self.loader.window, self.world.device, self.config.run.steps)
-        self._callers: dict[tuple[nn.Module, int], Caller] = {}
+        self._callers: dict[tuple[nn.Module, int], InferenceCaller] = {}
         self._work = StepProgress(self.bar, 0, 1)
 
     def step(self, step: int) -> tuple[StepResult, StepTable, dict[str, float]]:
@@ -120,7 +119,7 @@ class Trainer:
         """What pairs of one shape are trained on: a set of examples for each landing of their trajectories."""
         paths, active = self.paths(step, pairs.places)
         x_t, tau = self.trajectory(pairs, paths, active, step)
-        times = [tuple(p.landings[m].at.time for p in paths) for m in range(len(x_t))]
+        times = [tuple(p.landings[m].level.timestep for p in paths) for m in range(len(x_t))]
         on_device = inversion.to_device(torch.tensor(times), self.world.device)
         return [Examples(pairs, *landing) for landing in zip(x_t, tau, on_device, times, strict=True)]
 
@@ -128,7 +127,7 @@ class Trainer:
         """Noise paths of this rank's pairs at ``places`` of a step, deepest first, and pairs per round of any rank."""
         world, paths = self.world, self._step_paths(step)
         by_rank = [[paths[rank + world.size * place] for place in places] for rank in range(world.size)]
-        moving = zip_longest(*(inversion.rounds(p) for p in by_rank), fillvalue=0)
+        moving = zip_longest(*(inversion.active_counts(p) for p in by_rank), fillvalue=0)
         return by_rank[world.rank], [max(n) for n in moving]
 
     def _drawn_paths(self, step: int) -> list[NoisePath]:
@@ -146,7 +145,7 @@ class Trainer:
             if tau is None:
                 tau = self.store.round(self._noise_of(pairs, paths, active, step)[1])
             else:
-                self._work.advance(sum(inversion.evaluations(p.depth, self.config.inversion) for p in paths))
+                self._work.advance(sum(inversion.network_calls(p.depth, self.config.inversion) for p in paths))
             return inversion.forward_noise(pairs.latents, tau, paths), tau
         return self._noise_of(pairs, paths, active, step)
 
@@ -170,15 +169,15 @@ class Trainer:
 
         chunk = self._chunk(pairs)
         with self._inverter(chunk) as caller:
-            caller.begin()
+            caller.weights_changed()
 
-            def network(rows: slice) -> Eps:
-                eps = caller.pairs(pairs.cond.take(rows))
+            def network(rows: slice) -> NoisePredictor:
+                eps = caller.predictor(pairs.cond.take(rows))
 
-                def observed(x: Tensor, timesteps: Tensor, *, again: bool = False) -> Tensor:
+                def observed(x: Tensor, timesteps: Tensor, *, refinement: bool = False) -> Tensor:
                     self.stop.check()
                     self._work.advance(len(x))
-                    return eps(x, timesteps, again=again)
+                    return eps(x, timesteps, refinement=refinement)
 
                 return observed
 
@@ -188,7 +187,7 @@ class Trainer:
             )  # fmt: skip
 
     @contextmanager
-    def _inverter(self, chunk: int) -> Iterator[Caller]:
+    def _inverter(self, chunk: int) -> Iterator[InferenceCaller]:
         if self.config.inversion.network == "reference":
             with self.reference() as reference:
                 yield self._caller(reference, chunk)
@@ -196,10 +195,10 @@ class Trainer:
             self.policy.unet.eval()
             yield self._caller(self.policy, chunk)
 
-    def _caller(self, denoiser: Denoiser, chunk: int) -> Caller:
+    def _caller(self, denoiser: Denoiser, chunk: int) -> InferenceCaller:
         key = (denoiser.unet, chunk)
         if key not in self._callers:
-            self._callers[key] = Caller(denoiser, self.config.model, self.config.inversion, chunk=chunk)
+            self._callers[key] = InferenceCaller(denoiser, self.config.model, self.config.inversion, chunk=chunk)
         return self._callers[key]
 
     def _chunk(self, pairs: Pairs) -> int:
@@ -245,7 +244,7 @@ class Trainer:
     def _errors(self, reference: Denoiser, e: Examples) -> Tensor:
         self.stop.check()
         self._work.advance(len(e))
-        with compilation.as_in_training(self.config.model):
+        with compilation.through_policy_code(self.config.model):
             prediction = reference(e.x_t, e.time, e.pairs.cond).detach()
         return self.ops.pair_errors(prediction, self._target(e))
 
@@ -282,7 +281,7 @@ class Trainer:
     def _calls(self, step: int, window: Sequence[Pairs]) -> int:
         """A step's work in forward passes of a pair, for the bar."""
         paths = [p for pairs in window for p in self.paths(step, pairs.places)[0]]
-        inverted = sum(inversion.evaluations(p.depth, self.config.inversion) for p in paths)
+        inverted = sum(inversion.network_calls(p.depth, self.config.inversion) for p in paths)
         return inverted + (TRAINING_COST + self.objective.needs_reference) * sum(len(p.landings) for p in paths)
 
 

@@ -18,7 +18,7 @@ from smpo_fast.config import loading
 from smpo_fast.embedded import pipeline_path, shapes
 from smpo_fast.evaluation import compare as evaluation_compare
 from smpo_fast.evaluation.compare import compare, prompts
-from smpo_fast.models.load import pipeline
+from smpo_fast.models.load import load_pipeline
 from smpo_fast.models.locate import find
 
 SMALL = {"eval": {"prompts": "embedded", "scorer": "embedded", "count": 6, "steps": 3, "guidance": 1.5, "batch": 4}}
@@ -66,7 +66,7 @@ def test_a_picture_depends_on_its_prompt_and_noise_not_on_the_batch() -> None:
     pictures = []
     for batch in (4, 2):
         settings = loading.from_dict({"eval": {**SMALL["eval"], "batch": batch}})
-        pipe = pipeline(source, torch.float32)
+        pipe = load_pipeline(source, torch.float32)
         pictures.append(evaluation_compare.sample(pipe, prompts(settings), settings, "test"))
     for a, b in zip(*pictures, strict=True):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1

@@ -20,11 +20,11 @@ from helpers import drawn
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config, Inversion, Model
 from smpo_fast.method.batch import Conditioning
-from smpo_fast.method.inversion import NetworkOf
+from smpo_fast.method.inversion import PredictorFactory
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models.attention import set_attention
 from smpo_fast.models.denoiser import Denoiser
-from smpo_fast.models.inference.caller import Caller
+from smpo_fast.models.inference.caller import InferenceCaller
 from smpo_fast.models.locate import ModelSource
 
 SHIPPED = Path(__file__).parents[1] / "golden"
@@ -123,11 +123,11 @@ def load_denoiser(kind: str, which: str, folder: Path = GOLDEN) -> Denoiser:
     return Denoiser(unet, source, NoiseSchedule.from_config(SCHEDULER), "fp32", torch.device("cpu"))
 
 
-def as_network(denoiser: Denoiser, cond: Conditioning) -> NetworkOf:
+def as_network(denoiser: Denoiser, cond: Conditioning) -> PredictorFactory:
     """The network as the trainer's inversion asks it."""
-    caller = Caller(denoiser, Model(), Inversion(), chunk=1)
-    caller.begin()
-    return lambda rows: caller.pairs(cond.take(rows))
+    caller = InferenceCaller(denoiser, Model(), Inversion(), chunk=1)
+    caller.weights_changed()
+    return lambda rows: caller.predictor(cond.take(rows))
 
 
 def settings_for(run: Run) -> Config:

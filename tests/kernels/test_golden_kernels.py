@@ -46,7 +46,7 @@ def check(run: Run) -> None:
     network, x_0 = as_network(policy, cond), values["in.x0"][None]
     x_t, tau = invert(network, x_0, [path], settings.inversion, chunk=1, solver=ops.solver)
 
-    x_t, tau, time = x_t[0], tau[0], torch.tensor([path.at.time])
+    x_t, tau, time = x_t[0], tau[0], torch.tensor([path.final_level.timestep])
     with torch.no_grad():
         frozen = reference(x_t, time, cond)
     weight = OBJECTIVES[settings.objective.name].weigh(weight_of(run, values))

@@ -48,7 +48,7 @@ def test_golden_release(run: Run) -> None:
     path = NoiseSchedule.from_config(SCHEDULER).path(int(values["in.t"]), settings.inversion)
 
     x_t, tau = invert(as_network(policy, cond), values["in.x0"][None], [path], settings.inversion, chunk=1)
-    x_t, tau, time = x_t[0], tau[0], torch.tensor([path.at.time])
+    x_t, tau, time = x_t[0], tau[0], torch.tensor([path.final_level.timestep])
     prediction = policy(x_t, time, cond)
     with torch.no_grad():
         frozen = reference(x_t, time, cond)

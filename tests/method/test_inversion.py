@@ -10,8 +10,8 @@ from torch import Tensor
 
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Inversion
-from smpo_fast.method.inversion import Eps, evaluations, forward_noise, invert, rounds
-from smpo_fast.method.schedule import NoiseSchedule, Path
+from smpo_fast.method.inversion import NoisePredictor, active_counts, forward_noise, invert, network_calls
+from smpo_fast.method.schedule import NoisePath, NoiseSchedule
 
 SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 SCHEDULE = NoiseSchedule.from_config(SDXL)
@@ -23,7 +23,7 @@ def settings(**values: object) -> Inversion:
     return loading.from_dict({"inversion": values}).inversion
 
 
-def paths(chosen: Inversion, times: tuple[int, ...] = TIMES) -> list[Path]:
+def paths(chosen: Inversion, times: tuple[int, ...] = TIMES) -> list[NoisePath]:
     return [SCHEDULE.path(t, chosen) for t in times]
 
 
@@ -31,19 +31,21 @@ def latents(count: int = len(TIMES), dtype: torch.dtype = torch.float32) -> Tens
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def network(x: Tensor, time: Tensor, *, again: bool = False) -> Tensor:
+def network(x: Tensor, time: Tensor, *, refinement: bool = False) -> Tensor:
     """A smooth nonlinear function of latent and time; each picture for itself."""
     t = (time.to(x.dtype) / 1000)[:, None, None, None, None]
     return torch.tanh(x * (0.5 + t)) + 0.3 * torch.roll(x, 1, dims=-1) * t
 
 
-def lift(eps: Eps, x_0: Tensor, mine: list[Path], chosen: Inversion, **options: Any) -> tuple[Tensor, Tensor]:
+def lift(
+    eps: NoisePredictor, x_0: Tensor, mine: list[NoisePath], chosen: Inversion, **options: Any
+) -> tuple[Tensor, Tensor]:
     """x_t and tau of the only landing, by one network for all chunks."""
     x_t, tau = invert(lambda rows: eps, x_0, mine, chosen, **options)
     return x_t[-1], tau[-1]
 
 
-def gaussian_eps(x: Tensor, time: Tensor, *, again: bool = False, variance: float = 0.25) -> Tensor:
+def gaussian_eps(x: Tensor, time: Tensor, *, refinement: bool = False, variance: float = 0.25) -> Tensor:
     """The exact noise prediction for data N(0, variance): eps = noise * x / (signal^2 variance + noise^2)."""
     alpha = torch.tensor([SCHEDULE.alphas_cumprod[max(int(t), 0)] for t in time], dtype=x.dtype)
     alpha = alpha[:, None, None, None, None]
@@ -60,7 +62,7 @@ def test_agrees_with_a_plain_loop_in_float64(fidelity: str, renoise_steps: int) 
         x_0 = latents(dtype=torch.float64)[i : i + 1]
         x = x_0 * 1.0
         for here, there in zip(path.levels, path.levels[1:], strict=False):
-            times = {"source": torch.tensor([here.time]), "destination": torch.tensor([there.time])}
+            times = {"source": torch.tensor([here.timestep]), "destination": torch.tensor([there.timestep])}
 
             def ddim(eps: Tensor, x: Tensor = x, here=here, there=there) -> Tensor:
                 clean = (x - here.noise * eps) / here.signal
@@ -69,9 +71,11 @@ def test_agrees_with_a_plain_loop_in_float64(fidelity: str, renoise_steps: int) 
             estimates = [network(x, times[chosen.first_time])]
             for _ in range(renoise_steps):
                 estimates.append(network(ddim(estimates[-1]), times[chosen.renoise_time]))
-            averaged = chosen.average == "mean" or (chosen.average == "renoise" and there.time < chosen.average_below)
+            averaged = chosen.average == "mean" or (
+                chosen.average == "renoise" and there.timestep < chosen.average_below
+            )
             x = ddim(sum(estimates) / len(estimates) if averaged else estimates[-1])
-        target = (x - path.at.signal * x_0) / path.at.noise
+        target = (x - path.final_level.signal * x_0) / path.final_level.noise
         assert (x_t[i] - x[0]).norm() / x.norm() < 1e-5
         assert (tau[i] - target[0]).norm() / target.norm() < 1e-4
 
@@ -98,7 +102,7 @@ def test_extra_calls_for_other_ranks_change_nothing() -> None:
     chosen = settings(steps=10)
     x_0, calls = latents(3), []
 
-    def counted(x: Tensor, time: Tensor, *, again: bool = False) -> Tensor:
+    def counted(x: Tensor, time: Tensor, *, refinement: bool = False) -> Tensor:
         calls.append(len(x))
         return network(x, time)
 
@@ -114,7 +118,7 @@ def test_network_calls_per_pair() -> None:
     """What the paper's fidelity costs: two calls per step, ceil(t / D) steps."""
     chosen, pictures = settings(steps=10), 0
 
-    def counted(x: Tensor, time: Tensor, *, again: bool = False) -> Tensor:
+    def counted(x: Tensor, time: Tensor, *, refinement: bool = False) -> Tensor:
         nonlocal pictures
         pictures += x.shape[0]
         return torch.zeros_like(x)
@@ -154,7 +158,7 @@ def test_a_round_trip_returns_to_the_clean_latent_as_steps_grow() -> None:
         path = SCHEDULE.path(time, chosen)
         x = lift(gaussian_eps, x_0, [path], chosen, chunk=1)[0]
         for here, there in zip(path.levels[:0:-1], path.levels[-2::-1], strict=True):
-            eps = gaussian_eps(x, torch.tensor([here.time]))
+            eps = gaussian_eps(x, torch.tensor([here.timestep]))
             x = there.signal * (x - here.noise * eps) / here.signal + there.noise * eps
         errors.append(((x - x_0).norm() / x_0.norm()).item())
     assert errors[1] < 0.05 and errors[0] / errors[1] > 0.8 * 4, errors
@@ -166,7 +170,7 @@ def test_inpo_noise_has_the_ddim_deviation() -> None:
     noise = torch.randn(path[0].depth, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
     x_0 = latents(1)
 
-    def silent(x: Tensor, time: Tensor, *, again: bool = False) -> Tensor:
+    def silent(x: Tensor, time: Tensor, *, refinement: bool = False) -> Tensor:
         return torch.zeros_like(x)
 
     x_t, _ = lift(silent, x_0, path, chosen, chunk=1, noise=lambda rows: noise)
@@ -189,20 +193,20 @@ def test_noise_source_is_diffusion_dpo() -> None:
 
 def test_unsorted_paths_are_our_bug_and_said_so() -> None:
     with pytest.raises(ValueError, match="deepest first"):
-        rounds(paths(settings(), (57, 999)))
+        active_counts(paths(settings(), (57, 999)))
 
 
 # --- solvers --------------------------------------------------------------------------------------------------
 
 
-def by_hand(solver: str, path: Path, x_0: Tensor) -> Tensor:
+def by_hand(solver: str, path: NoisePath, x_0: Tensor) -> Tensor:
     """A solver in y = x / signal and float64, written as its textbook has it; returns x at the last level."""
     y, before, h_before = x_0.double() / path.levels[0].signal, None, 0.0
     for here, there in zip(path.levels, path.levels[1:], strict=False):
         h = there.sigma - here.sigma
 
         def slope(y: Tensor, level=here) -> Tensor:
-            return network(y * level.signal, torch.tensor([level.time]))
+            return network(y * level.signal, torch.tensor([level.timestep]))
 
         if solver == "heun":
             first = slope(y)
@@ -228,7 +232,7 @@ def test_solvers_agree_with_their_textbooks(solver: str, spacing: str) -> None:
     x_t, tau = lift(network, x_0, paths(chosen), chosen, chunk=4)
     for i, path in enumerate(paths(chosen)):
         x = by_hand(solver, path, x_0[i : i + 1])
-        target = (x - path.at.signal * x_0[i].double()) / path.at.noise
+        target = (x - path.final_level.signal * x_0[i].double()) / path.final_level.noise
         assert (x_t[i] - x[0]).norm() / x.norm() < 1e-5
         assert (tau[i] - target[0]).norm() / target.norm() < 2e-4
 
@@ -237,13 +241,13 @@ def test_solvers_agree_with_their_textbooks(solver: str, spacing: str) -> None:
 def test_solvers_make_the_calls_they_promise_in_any_chunks(solver: str) -> None:
     chosen, counted = settings(solver=solver), []
 
-    def eps(x: Tensor, time: Tensor, *, again: bool = False) -> Tensor:
-        counted.append((len(x), again))
+    def eps(x: Tensor, time: Tensor, *, refinement: bool = False) -> Tensor:
+        counted.append((len(x), refinement))
         return network(x, time)
 
     whole = lift(eps, latents(), paths(chosen), chosen, chunk=len(TIMES))
-    assert sum(n for n, _ in counted) == sum(evaluations(p.depth, chosen) for p in paths(chosen))
-    twice = sum(n for n, again in counted if again)
+    assert sum(n for n, _ in counted) == sum(network_calls(p.depth, chosen) for p in paths(chosen))
+    twice = sum(n for n, refinement in counted if refinement)
     moves = sum(p.depth for p in paths(chosen))
     # calls that follow one at nearly the same x: none, one a step, or the first step's
     assert twice == {"ddim": 0, "ab2": 0, "renoise": moves, "heun": moves, "pec": len(TIMES)}[solver]
@@ -278,10 +282,10 @@ def test_landings_of_a_trajectory_are_its_states_on_the_way() -> None:
     assert x_t.shape == (3, *x_0.shape)
     for i, path in enumerate(mine):
         for m, landing in enumerate(path.landings):
-            short = Path(path.levels[: landing.step + 1], (landing,))
+            short = NoisePath(path.levels[: landing.step + 1], (landing,))
             alone = invert(lambda rows: network, x_0[i : i + 1], [short], settings(steps=10), chunk=1)
             assert torch.equal(x_t[m, i], alone[0][0, 0]) and torch.equal(tau[m, i], alone[1][0, 0])
-            consistent = landing.at.signal * x_0[i] + landing.at.noise * tau[m, i]
+            consistent = landing.level.signal * x_0[i] + landing.level.noise * tau[m, i]
             assert torch.allclose(x_t[m, i], consistent, atol=2e-5)
 
 

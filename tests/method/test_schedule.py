@@ -41,8 +41,8 @@ def test_levels_preserve_variance(schedule: NoiseSchedule) -> None:
 @pytest.mark.parametrize("steps", [1, 5, 10, 7])
 def test_anchored_path_lands_on_t_in_ceil_steps(schedule: NoiseSchedule, time: int, steps: int) -> None:
     path = schedule.path(time, settings(steps=steps))
-    times = [level.time for level in path.levels]
-    assert times[-1] == time == path.at.time
+    times = [level.timestep for level in path.levels]
+    assert times[-1] == time == path.final_level.timestep
     assert path.depth == max(1, math.ceil(time * steps / 1000))
     assert path.levels[0].sigma == 0.0
     assert all(a.sigma < b.sigma for a, b in zip(path.levels, path.levels[1:], strict=False))
@@ -54,7 +54,7 @@ def test_released_path_by_hand(schedule: NoiseSchedule) -> None:
     release = settings(fidelity="release", steps=10)
 
     def times(t: int) -> list[int]:
-        return [level.time for level in schedule.path(t, release).levels]
+        return [level.timestep for level in schedule.path(t, release).levels]
 
     assert times(0) == [-99, 1]
     assert times(1) == [-99, 1]
@@ -62,7 +62,9 @@ def test_released_path_by_hand(schedule: NoiseSchedule) -> None:
     assert times(101) == [-99, 1, 101]
     assert times(102) == [-99, 1, 101, 201]
     assert times(999) == [-99, 1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
-    assert schedule.path(433, release).at.time == 433 and times(433)[-1] == 501, "the mismatch is the point"
+    assert schedule.path(433, release).final_level.timestep == 433 and times(433)[-1] == 501, (
+        "the mismatch is the point"
+    )
 
 
 def test_mean_depth_of_the_release(schedule: NoiseSchedule) -> None:
@@ -75,9 +77,9 @@ def test_mean_depth_of_the_release(schedule: NoiseSchedule) -> None:
 
 def test_rows_of_the_method_are_options_of_their_own(schedule: NoiseSchedule) -> None:
     exact = schedule.path(433, settings(fidelity="release", landing="exact"))
-    assert [x.time for x in exact.levels] == [-99, 1, 101, 201, 301, 401, 433]
+    assert [x.timestep for x in exact.levels] == [-99, 1, 101, 201, 301, 401, 433]
     skipped = schedule.path(433, settings(fidelity="release", first_step="skip"))
-    assert [x.time for x in skipped.levels] == [1, 101, 201, 301, 401, 501]
+    assert [x.timestep for x in skipped.levels] == [1, 101, 201, 301, 401, 501]
     assert skipped.levels[0].sigma == 0.0
 
 
@@ -109,7 +111,7 @@ def test_on_grid_timesteps_have_no_mismatch(schedule: NoiseSchedule) -> None:
     chosen = settings(fidelity="release", landing="on-grid")
     for t in set(schedule.timesteps(500, chosen, 0, 0)):
         path = schedule.path(t, chosen)
-        assert path.levels[-1] == path.at and (t - 1) % 100 == 0
+        assert path.levels[-1] == path.final_level and (t - 1) % 100 == 0
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_sigma_spacing_is_even_in_a_root_of_sigma(schedule: NoiseSchedule, rho: 
     for time in (999, 433, 57, 1, 0):
         path = schedule.path(time, chosen)
         assert path.depth == schedule.path(time, uniform).depth, "as many steps as the uniform grid"
-        times = [level.time for level in path.levels]
+        times = [level.timestep for level in path.levels]
         assert times[-1] == time and all(a < b for a, b in zip(times[1:], times[2:], strict=False))
     if steps == 5:
         roots = [level.sigma ** (1 / rho) for level in schedule.path(999, chosen).levels]
@@ -144,12 +146,12 @@ def test_a_pairs_landings_spread_and_the_steps_stay_uniform(schedule: NoiseSched
     chosen = settings(per_trajectory=4, steps=10)
     paths = schedule.paths(64, chosen, 0, 3)
     assert len(paths) == 16 and all(len(p.landings) == 4 for p in paths)
-    assert sorted(x.at.time for p in paths for x in p.landings) == sorted(schedule.timesteps(64, chosen, 0, 3))
+    assert sorted(x.level.timestep for p in paths for x in p.landings) == sorted(schedule.timesteps(64, chosen, 0, 3))
     assert [p.depth for p in paths] == sorted((p.depth for p in paths), reverse=True)
     for path in paths:
-        times = [x.at.time for x in path.landings]
+        times = [x.level.timestep for x in path.landings]
         assert np.diff(times).min() > 200 and path.landings[-1].step == path.depth
-        assert [path.levels[x.step].time for x in path.landings] == times
+        assert [path.levels[x.step].timestep for x in path.landings] == times
     alone = sum(p.depth for p in schedule.paths(64, settings(steps=10), 0, 3))
     assert sum(p.depth for p in paths) < 0.5 * alone, "that is what it is for"
 

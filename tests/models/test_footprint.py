@@ -25,17 +25,17 @@ def network(a: Architecture, **more: Any) -> NetworkSpec:
 
 @pytest.mark.parametrize(("which", "wanted"), [(SDXL, 2_567_463_684), (SD15, 859_520_964)], ids=["sdxl", "sd15"])
 def test_parameters_of_the_true_networks(which: Architecture, wanted: int) -> None:
-    found = footprint.parameters(network(which))
-    assert footprint.count(found.trained) == wanted and found.frozen == ()
+    found = footprint.parameter_shapes(network(which))
+    assert footprint.numel(found.trained) == wanted and found.frozen == ()
 
 
 def test_a_call_of_sdxl_in_seconds_and_once() -> None:
     """6.7613 TFLOP a picture (frozen in test_counts.py), and less than a third of a GB a pair beside the weights."""
-    cost = footprint.call(network(SDXL), "bf16")
+    cost = footprint.inference_cost(network(SDXL), "bf16")
     assert round(cost.flops / 1e12, 4) == 6.7612 and cost.peak.fixed == 0
-    assert cost.peak.each / 1e9 == pytest.approx(0.331, abs=1e-3)
+    assert cost.peak.per_pair / 1e9 == pytest.approx(0.331, abs=1e-3)
     began = time.perf_counter()
-    assert footprint.call(network(SDXL), "bf16") is cost and time.perf_counter() - began < 0.1
+    assert footprint.inference_cost(network(SDXL), "bf16") is cost and time.perf_counter() - began < 0.1
 
 
 def test_pairs_that_a_budget_allows() -> None:
@@ -51,17 +51,17 @@ def test_pairs_that_a_budget_allows() -> None:
 @pytest.mark.parametrize(("precision", "checkpointing"), [("bf16", False), ("bf16", True), ("bf16-autocast", False)])
 def test_the_line_holds_for_more_pairs(precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     small = network(SDXL_TOY)
-    line = footprint.training(small, precision, checkpointing).peak
+    line = footprint.training_cost(small, precision, checkpointing).peak
     inputs = NetworkSpec.inputs
     monkeypatch.setattr(NetworkSpec, "inputs", lambda self, pairs, *rest: inputs(self, 5 * pairs, *rest))
-    five = footprint.training.__wrapped__(small, precision, checkpointing).peak
+    five = footprint.training_cost.__wrapped__(small, precision, checkpointing).peak
     assert line.at(5) == pytest.approx(five.at(1), rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_plan_of_a_backward_pass_is_what_a_real_one_takes(checkpointing: bool) -> None:
     """The same pass with real tensors on the CPU, every storage followed from its making to its end."""
-    line = footprint.training(network(SDXL_TOY), "fp32", checkpointing).peak
+    line = footprint.training_cost(network(SDXL_TOY), "fp32", checkpointing).peak
     unet: Any = make_unet(SDXL_TOY, torch.device("cpu"), torch.float32).train()
     if checkpointing:
         unet.enable_gradient_checkpointing()
@@ -75,25 +75,25 @@ def test_the_plan_of_a_backward_pass_is_what_a_real_one_takes(checkpointing: boo
 
 
 def test_checkpointing_saves_memory_and_costs_a_forward_pass() -> None:
-    plain, again = (footprint.training(network(SDXL_TOY), "bf16", c) for c in (False, True))
-    forward = footprint.call(network(SDXL_TOY), "bf16").flops
-    assert again.peak.each < plain.peak.each / 2
+    plain, again = (footprint.training_cost(network(SDXL_TOY), "bf16", c) for c in (False, True))
+    forward = footprint.inference_cost(network(SDXL_TOY), "bf16").flops
+    assert again.peak.per_pair < plain.peak.per_pair / 2
     assert plain.flops < again.flops <= plain.flops + forward
 
 
 def test_autocast_keeps_its_casts_of_trained_weights_only() -> None:
     small = network(SDXL_TOY)
-    halves = 2 * footprint.count(s for s in footprint.parameters(small).trained if len(s) > 1)
-    assert footprint.training(small, "bf16-autocast", False).peak.fixed == pytest.approx(halves, rel=0.02)
-    assert footprint.call(small, "bf16-autocast", trained=True).peak.fixed > 0.9 * halves
-    assert footprint.call(small, "bf16-autocast", trained=False).peak.fixed == 0
+    halves = 2 * footprint.numel(s for s in footprint.parameter_shapes(small).trained if len(s) > 1)
+    assert footprint.training_cost(small, "bf16-autocast", False).peak.fixed == pytest.approx(halves, rel=0.02)
+    assert footprint.inference_cost(small, "bf16-autocast", trained=True).peak.fixed > 0.9 * halves
+    assert footprint.inference_cost(small, "bf16-autocast", trained=False).peak.fixed == 0
     assert torch.nn.functional.linear.__module__ != footprint.__name__, "torch is left as it was"
 
 
 def test_eager_attention_takes_more() -> None:
     """The backward pass needs the softmax of every head."""
     fused, eager = (
-        footprint.training(network(SDXL_TOY, attention=a), "bf16", False).peak.each for a in ("sdpa", "eager")
+        footprint.training_cost(network(SDXL_TOY, attention=a), "bf16", False).peak.per_pair for a in ("sdpa", "eager")
     )
     assert eager > fused
 
@@ -103,9 +103,12 @@ def test_adapters() -> None:
     plain, small = network(SDXL_TOY), network(SDXL_TOY, lora=Lora(rank=4))
     ends = ("to_q", "to_k", "to_v", "to_out.0")
     layers = [m for name, m in plain.build().named_modules() if name.endswith(ends)]
-    found = footprint.parameters(small)
-    assert footprint.count(found.trained) == sum(4 * (m.in_features + m.out_features) for m in layers) > 0
-    assert footprint.count(found.frozen) == footprint.count(footprint.parameters(plain).trained)
-    assert footprint.training(small, "bf16", False).flops < footprint.training(network(SDXL_TOY), "bf16", False).flops
+    found = footprint.parameter_shapes(small)
+    assert footprint.numel(found.trained) == sum(4 * (m.in_features + m.out_features) for m in layers) > 0
+    assert footprint.numel(found.frozen) == footprint.numel(footprint.parameter_shapes(plain).trained)
+    assert (
+        footprint.training_cost(small, "bf16", False).flops
+        < footprint.training_cost(network(SDXL_TOY), "bf16", False).flops
+    )
     with pytest.raises(UserError, match="attn9"):
-        footprint.parameters(network(SDXL_TOY, lora=Lora(rank=4, targets=["attn9"])))
+        footprint.parameter_shapes(network(SDXL_TOY, lora=Lora(rank=4, targets=["attn9"])))

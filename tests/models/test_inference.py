@@ -21,7 +21,7 @@ from smpo_fast.models.attention import Attention
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference import caller as inference_caller
 from smpo_fast.models.inference import compilation
-from smpo_fast.models.inference.caller import Caller
+from smpo_fast.models.inference.caller import InferenceCaller
 from smpo_fast.models.locate import ModelSource
 
 CPU = torch.device("cpu")
@@ -46,13 +46,13 @@ def inputs(count: int = PAIRS, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     return x, time, cond
 
 
-def caller(denoiser: Denoiser, chunk: int = PAIRS, **words: Any) -> Caller:
+def caller(denoiser: Denoiser, chunk: int = PAIRS, **words: Any) -> InferenceCaller:
     values: dict[str, dict[str, Any]] = {"model": {}, "inversion": {}}
     for key, value in words.items():
         values["inversion" if key in ("fp8", "reuse_deep") else "model"][key] = value
     settings = loading.from_dict(values)
-    made = Caller(denoiser, settings.model, settings.inversion, chunk=chunk)
-    made.begin()
+    made = InferenceCaller(denoiser, settings.model, settings.inversion, chunk=chunk)
+    made.weights_changed()
     return made
 
 
@@ -63,7 +63,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @torch.no_grad()
 def test_predicts_what_the_plain_call_predicts_for_any_prefix(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
-    eps = caller(denoiser).pairs(cond)
+    eps = caller(denoiser).predictor(cond)
     for n in (PAIRS, 3, 1):
         wanted = denoiser.eps(x[:n], time[:n], cond.take(slice(0, n)))
         assert relative(eps(x[:n], time[:n]), wanted) < 1e-5
@@ -78,7 +78,7 @@ def test_keys_and_values_are_computed_once_for_a_chunk_and_pair(denoiser: Denois
         for n, m in denoiser.unet.named_modules() if n.endswith("attn2") for name in ("to_k", "to_v")
     ]  # fmt: skip
     try:
-        eps = caller(denoiser).pairs(cond)
+        eps = caller(denoiser).predictor(cond)
         for _ in range(3):
             eps(x, time)
     finally:
@@ -91,8 +91,8 @@ def test_keys_and_values_are_computed_once_for_a_chunk_and_pair(denoiser: Denois
 def test_leaves_the_network_as_it_was(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
     before = denoiser.eps(x, time, cond)
-    eps = caller(denoiser, fp8=True, reuse_deep=True).pairs(cond)
-    eps(x, time), eps(x, time, again=True)
+    eps = caller(denoiser, fp8=True, reuse_deep=True).predictor(cond)
+    eps(x, time), eps(x, time, refinement=True)
     assert torch.equal(denoiser.eps(x, time, cond), before)
     assert not any("forward" in vars(m) or getattr(m, "held", None) for m in denoiser.unet.modules())
 
@@ -101,7 +101,7 @@ def test_leaves_the_network_as_it_was(denoiser: Denoiser) -> None:
 def test_chunks_of_other_prompts_do_not_see_each_other(denoiser: Denoiser) -> None:
     made = caller(denoiser)
     (x, time, cond), (_, _, other) = inputs(), inputs(seed=1)
-    first, second = made.pairs(cond), made.pairs(other)
+    first, second = made.predictor(cond), made.predictor(other)
     assert relative(first(x, time), denoiser.eps(x, time, cond)) < 1e-5
     assert relative(second(x, time), denoiser.eps(x, time, other)) < 1e-5
 
@@ -113,13 +113,13 @@ def test_weights_updated_in_place_are_seen(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
     made = caller(mine, fp8=True)
     exact = caller(mine)
-    before = made.pairs(cond)(x, time), exact.pairs(cond)(x, time)
+    before = made.predictor(cond)(x, time), exact.predictor(cond)(x, time)
     for p in mine.unet.parameters():
         p.mul_(1.05)
-    made.begin()
+    made.weights_changed()
     wanted = mine.eps(x, time, cond)
-    assert relative(exact.pairs(cond)(x, time), wanted) < 1e-5 < relative(before[1], wanted)
-    assert relative(made.pairs(cond)(x, time), wanted) < 0.5 * relative(before[0], wanted)
+    assert relative(exact.predictor(cond)(x, time), wanted) < 1e-5 < relative(before[1], wanted)
+    assert relative(made.predictor(cond)(x, time), wanted) < 0.5 * relative(before[0], wanted)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "velocity"])
@@ -138,28 +138,28 @@ def test_other_networks(kind: str) -> None:
     made = Denoiser(unet, source, NoiseSchedule.from_config({"num_train_timesteps": 1000}), "fp32", CPU)
     x, time, cond = inputs()
     cond = Conditioning(cond.prompt[..., :24])
-    assert relative(caller(made).pairs(cond)(x, time), made.eps(x, time, cond)) < 1e-5
-    eps = caller(made, reuse_deep=True).pairs(cond)
+    assert relative(caller(made).predictor(cond)(x, time), made.eps(x, time, cond)) < 1e-5
+    eps = caller(made, reuse_deep=True).predictor(cond)
     full = eps(x, time)
-    assert relative(eps(x, time, again=True), full) < 1e-5, "at the same x the deep features are the true ones"
+    assert relative(eps(x, time, refinement=True), full) < 1e-5, "at the same x the deep features are the true ones"
 
 
 @torch.no_grad()
 def test_float8_is_near_and_not_equal(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
-    error = relative(caller(denoiser, fp8=True).pairs(cond)(x, time), denoiser.eps(x, time, cond))
+    error = relative(caller(denoiser, fp8=True).predictor(cond)(x, time), denoiser.eps(x, time, cond))
     assert 1e-4 < error < 0.1
 
 
 @torch.no_grad()
 def test_shallow_calls_do_little_work_and_stay_near(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
-    eps = caller(denoiser, reuse_deep=True).pairs(cond)
+    eps = caller(denoiser, reuse_deep=True).predictor(cond)
     with FlopCounterMode(display=False) as whole:
         eps(x, time)
     near = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     with FlopCounterMode(display=False) as shallow:
-        found = eps(near[:3], time[:3], again=True)
+        found = eps(near[:3], time[:3], refinement=True)
     assert shallow.get_total_flops() < 0.6 * whole.get_total_flops() * 3 / PAIRS
     wanted = denoiser.eps(near[:3], time[:3], cond.take(slice(0, 3)))
     stale = denoiser.eps(x[:3], time[:3], cond.take(slice(0, 3)))
@@ -173,9 +173,9 @@ def test_lora_and_unknown_processors_work(denoiser: Denoiser) -> None:
     mine.unet = copy.deepcopy(denoiser.unet)
     mine.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
     x, time, cond = inputs()
-    assert relative(caller(mine).pairs(cond)(x, time), mine.eps(x, time, cond)) < 1e-5
+    assert relative(caller(mine).predictor(cond)(x, time), mine.eps(x, time, cond)) < 1e-5
     attention.set_attention([mine.unet], "eager", CPU)
-    assert relative(caller(mine).pairs(cond)(x, time), mine.eps(x, time, cond)) < 1e-5
+    assert relative(caller(mine).predictor(cond)(x, time), mine.eps(x, time, cond)) < 1e-5
 
 
 def test_sizes_are_few_and_reach_the_chunk() -> None:
@@ -196,16 +196,16 @@ def test_compiled_calls_agree_are_padded_and_see_new_weights(
     mine = copy.copy(denoiser)
     mine.unet = copy.deepcopy(denoiser.unet)
     x, time, cond = inputs()
-    eager = caller(mine).pairs(cond)
+    eager = caller(mine).predictor(cond)
     made = caller(mine, compile="inversion")
-    eps = made.pairs(cond)
+    eps = made.predictor(cond)
     for n in (5, 4, 5):
         assert relative(eps(x[:n], time[:n]), eager(x[:n], time[:n])) < 1e-4
     compiled = len(graphs)
     for p in mine.unet.parameters():
         p.mul_(1.02)
-    changed = made.pairs(cond)(x, time)
-    assert relative(changed, caller(mine).pairs(cond)(x, time)) < 1e-4
+    changed = made.predictor(cond)(x, time)
+    assert relative(changed, caller(mine).predictor(cond)(x, time)) < 1e-4
     assert len(graphs) == compiled, "new weights in place need no new code"
     assert (compiled > 0) == (backend == "eager") and all(m._compiled_call_impl is None for m in mine.unet.modules())
 
@@ -232,14 +232,14 @@ def test_approximations_are_compiled_once(denoiser: Denoiser, monkeypatch: pytes
     mine.unet = copy.deepcopy(denoiser.unet)
     x, time, cond = inputs()
     made = caller(mine, compile="inversion", fp8=True, reuse_deep=True)
-    eps = made.pairs(cond)
-    first = eps(x, time), eps(x, time, again=True)
+    eps = made.predictor(cond)
+    first = eps(x, time), eps(x, time, refinement=True)
     compiled = len(graphs)
-    made.begin()
-    eps = made.pairs(cond)
-    assert torch.equal(eps(x, time), first[0]) and torch.equal(eps(x, time, again=True), first[1])
+    made.weights_changed()
+    eps = made.predictor(cond)
+    assert torch.equal(eps(x, time), first[0]) and torch.equal(eps(x, time, refinement=True), first[1])
     assert len(graphs) == compiled > 0
-    assert relative(first[0], caller(mine, fp8=True).pairs(cond)(x, time)) < 1e-4
+    assert relative(first[0], caller(mine, fp8=True).predictor(cond)(x, time)) < 1e-4
 
 
 @torch.no_grad()
@@ -259,12 +259,12 @@ def test_equal_blocks_share_their_code_and_all_variants_have_room(monkeypatch: p
     made = Denoiser(unet, source, NoiseSchedule.from_config({"num_train_timesteps": 1000}), "fp32", CPU)
     x, time, cond = inputs(4)
     cond = Conditioning(cond.prompt[..., :24])
-    eps = caller(made, chunk=4, compile="inversion").pairs(cond)
+    eps = caller(made, chunk=4, compile="inversion").predictor(cond)
     found = []
     for n in (4, 1, 4):
         eps(x[:n], time[:n])
         found.append(len(graphs))
-    assert found == [15, 30, 30] and len(compilation._blocks(unet)) == 87
+    assert found == [15, 30, 30] and len(compilation.compiled_blocks(unet)) == 87
     assert torch._dynamo.config.recompile_limit >= 8 * found[0] * len(inference_caller.sizes(32))
 
 
@@ -278,7 +278,7 @@ def test_compiled_for_training_equal_weights_predict_equally(denoiser: Denoiser,
     compilation.compile_training(policy.unet, reference.unet)
     policy.unet.train()
     predicted = policy(x, time, cond)
-    with torch.no_grad(), compilation.as_in_training(loading.from_dict({"model": {"compile": "all"}}).model):
+    with torch.no_grad(), compilation.through_policy_code(loading.from_dict({"model": {"compile": "all"}}).model):
         frozen = reference(x, time, cond).detach()
     assert torch.equal(predicted, frozen)
     predicted.square().mean().backward()
@@ -319,7 +319,7 @@ def test_where_the_chosen_kernel_cannot_serve_another_does(denoiser: Denoiser) -
     mine.unet = copy.deepcopy(denoiser.unet)
     mine.unet.set_attn_processor(Attention(SDPBackend.EFFICIENT_ATTENTION))
     x, time, cond = inputs()
-    assert relative(caller(mine).pairs(cond)(x, time), denoiser.eps(x, time, cond)) < 1e-5
+    assert relative(caller(mine).predictor(cond)(x, time), denoiser.eps(x, time, cond)) < 1e-5
 
 
 @pytest.mark.gpu
@@ -338,7 +338,12 @@ def test_replayed_graphs_agree_and_see_new_weights(denoiser: Denoiser, reuse: bo
     for scale in (1.0, 1.02):
         for p in unet.parameters():
             p.mul_(scale)
-        eps, wanted = made.pairs(cond), plain.pairs(cond)
+        eps, wanted = made.predictor(cond), plain.predictor(cond)
         for n in (5, 4, 2):
-            for again in (False, True):
-                assert relative(eps(x[:n], time[:n], again=again), wanted(x[:n], time[:n], again=again)) < 1e-4
+            for refinement in (False, True):
+                assert (
+                    relative(
+                        eps(x[:n], time[:n], refinement=refinement), wanted(x[:n], time[:n], refinement=refinement)
+                    )
+                    < 1e-4
+                )

@@ -333,7 +333,7 @@ def test_on_a_cpu_one_notice_says_that_eager_code_serves(
 def test_no_kernel_is_enabled_by_default() -> None:
     ops = kernel_patch.select_ops(settings())
     assert loading.load().kernels.enabled == []
-    assert ops.pair_errors is objective.pair_errors and ops.solver is inversion.EAGER
+    assert ops.pair_errors is objective.pair_errors and ops.solver is inversion.EAGER_OPS
 
 
 def test_kernels_are_arguments_of_a_run(tmp_path: Path) -> None:

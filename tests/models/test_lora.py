@@ -218,7 +218,7 @@ def test_what_diffusers_loads_predicts_as_what_was_trained(words: dict[str, Any]
     unet, source = trained_like(settings), find(settings.model)
     lora.save(settings, source, unet.state_dict(), tmp_path / "export")
     lora.merge(settings, source, tmp_path / "export", tmp_path / "merged")
-    loaded = load.pipeline(source, torch.float32)
+    loaded = load.load_pipeline(source, torch.float32)
     loaded.load_lora_weights(tmp_path / "export")
     merged = StableDiffusionXLPipeline.from_pretrained(tmp_path / "merged")
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -302,7 +302,7 @@ def test_a_merged_run_starts_the_next_one(plain: Path, cache: str, tmp_path: Pat
     assert run(tmp_path / "next", cache, merged, "run.steps=1", "lora.rank=2")[0]["logit_max"] == 0.0
     settings = loading.load(tmp_path / "next" / "config.toml")
     weights = load_file(next((plain / "merged" / "unet").glob("*.safetensors")))
-    pipe = load.pipeline(find(settings.model), torch.float32)
+    pipe = load.load_pipeline(find(settings.model), torch.float32)
     assert all(torch.equal(p, weights[name]) for name, p in pipe.unet.named_parameters())
 
 
@@ -323,7 +323,7 @@ def test_a_merged_run_starts_the_next_one(plain: Path, cache: str, tmp_path: Pat
 def test_mistakes_are_named_before_anything_is_loaded(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_load", lambda *_: pytest.fail("something heavy was loaded"))
+    monkeypatch.setattr(load, "load_network", lambda *_: pytest.fail("something heavy was loaded"))
     assert train.main([*SMALL, f"run.dir={tmp_path / 'run'}", *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

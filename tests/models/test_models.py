@@ -128,10 +128,10 @@ def test_v_prediction_is_converted(sd15_pipeline: Maker) -> None:
         v, eps = denoise(x, time, cond), denoise.eps(x, time, cond)
     x_0 = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     for i, path in enumerate(paths):
-        assert torch.allclose(eps[i], path.at.signal * v[i] + path.at.noise * x[i], atol=1e-5)
-        tau = (x[i] - path.at.signal * x_0[i]) / path.at.noise
-        target = denoise.target(x_0[i : i + 1], tau[None], torch.tensor([path.at.time]))[0]
-        recovered = path.at.signal * target + path.at.noise * x[i]
+        assert torch.allclose(eps[i], path.final_level.signal * v[i] + path.final_level.noise * x[i], atol=1e-5)
+        tau = (x[i] - path.final_level.signal * x_0[i]) / path.final_level.noise
+        target = denoise.target(x_0[i : i + 1], tau[None], torch.tensor([path.final_level.timestep]))[0]
+        recovered = path.final_level.signal * target + path.final_level.noise * x[i]
         assert torch.allclose(recovered, tau, atol=1e-3 * max(1.0, tau.abs().max().item()))
 
 
@@ -208,9 +208,9 @@ def test_a_pipeline_has_the_networks_of_the_run(tmp_path: Path) -> None:
         file = next((tmp_path / "p" / part).glob("*.safetensors"))
         weights = load_file(file)
         save_file({name: value + 1 for name, value in weights.items()}, file)
-    own = load.pipeline(find(settings("embedded")), torch.float32)
+    own = load.load_pipeline(find(settings("embedded")), torch.float32)
     source = find(settings("embedded", unet=str(tmp_path / "p"), vae=str(tmp_path / "p" / "vae")))
-    pipe = load.pipeline(source, torch.float32)
+    pipe = load.load_pipeline(source, torch.float32)
     for part in ("unet", "vae"):
         here, there = (dict(getattr(p, part).named_parameters()) for p in (pipe, own))
         assert all(torch.allclose(here[name], there[name] + 1, atol=1e-2) for name in there)

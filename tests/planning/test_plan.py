@@ -133,7 +133,7 @@ def test_every_optimizer_and_precision_of_the_settings_has_its_bytes() -> None:
 def test_states_by_optimizer() -> None:
     """Bytes for SDXL: two fp32 moments, two bytes, and row and column means (0.98 GB in transformers' Adafactor)."""
     network = subject(SDXL, settings()).network
-    count = footprint.count(footprint.parameters(network).trained)
+    count = footprint.numel(footprint.parameter_shapes(network).trained)
     found = {name: memory.state_bytes(name, network) for name in optimizers.STATE_BYTES}
     assert found["adamw"] == 8 * count
     assert found["adamw8bit"] == pytest.approx(2.03 * count, rel=0.01)

@@ -109,7 +109,7 @@ def test_where_a_run_keeps_it(given: dict[str, Any], ds: dict[str, Any] | None, 
 def test_places_that_a_run_does_not_have_are_refused_before_anything_is_loaded(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_load", lambda *_: pytest.fail("something heavy was loaded"))
+    monkeypatch.setattr(load, "load_network", lambda *_: pytest.fail("something heavy was loaded"))
     assert train.main([*SMALL, f"run.dir={tmp_path / 'run'}", *words]) == 2
     assert message in capsys.readouterr().err
 
@@ -214,13 +214,13 @@ def test_two_ranks_share_a_reference(stage: int, plain: list[dict[str, Any]], ca
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
     """Class and dtype of every network that is loaded."""
     seen: list[tuple[str, torch.dtype]] = []
-    really: Callable[..., Any] = load._load
+    really: Callable[..., Any] = load.load_network
 
     def spy(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         seen.append((cls.__name__, dtype))
         return really(cls, folder, variant, dtype)
 
-    monkeypatch.setattr(load, "_load", spy)
+    monkeypatch.setattr(load, "load_network", spy)
     return seen
 
 
@@ -262,7 +262,7 @@ def test_evaluation_has_the_memory_of_the_networks_for_itself(
     words: list[str], cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[weakref.ref[Any]] = []
-    really: Callable[..., Any] = load._load
+    really: Callable[..., Any] = load.load_network
 
     def spy(*args: Any) -> Any:
         network = really(*args)
@@ -274,7 +274,7 @@ def test_evaluation_has_the_memory_of_the_networks_for_itself(
         alive.clear()
         return "looked"
 
-    monkeypatch.setattr(load, "_load", spy)
+    monkeypatch.setattr(load, "load_network", spy)
     monkeypatch.setattr(finish.evaluate, "evaluate", evaluate)
     run(tmp_path / "run", cache, "run.steps=1", "eval.prompts=embedded", *words)
     assert not alive, "evaluation was reached"

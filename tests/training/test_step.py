@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smpo_fast import cli
 from smpo_fast.config import schema
-from smpo_fast.method.inversion import evaluations
+from smpo_fast.method.inversion import network_calls
 from smpo_fast.training.metrics import read_metrics
 from smpo_fast.training.progress import StepProgress
 from smpo_fast.training.step import Trainer
@@ -83,7 +83,7 @@ def test_solvers_train(solver: str, cache: str, tmp_path: Path) -> None:
     settings = schema.Config.model_validate(json.loads(json.dumps(_settings(tmp_path / "run"))))
     schedule = _schedule(settings)
     paths = [p for step in range(2) for p in schedule.paths(6, settings.inversion, settings.run.seed, step)]
-    asked = sum(evaluations(p.depth, settings.inversion) for p in paths)
+    asked = sum(network_calls(p.depth, settings.inversion) for p in paths)
     assert counted["inversion or reference"] == 2 * (asked + 2 * 6), (
         "what the paths ask for, and the reference's errors"
     )

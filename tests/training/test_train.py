@@ -312,7 +312,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
 def test_mistakes_are_named_before_anything_is_loaded(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_load", lambda *_: pytest.fail("something heavy was loaded"))
+    monkeypatch.setattr(load, "load_network", lambda *_: pytest.fail("something heavy was loaded"))
     assert run(tmp_path / "run", *words) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -360,7 +360,7 @@ def test_a_run_is_not_continued_on_other_pairs_or_from_another_model(
 def test_dry_run_and_print_config_load_nothing(
     cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(load, "load_network", lambda *_: pytest.fail("loaded"))
     assert run(tmp_path / "run", cache, "--dry-run", "--ds_config", str(ROOT / "configs" / "ds_zero2.json")) == 0
     plan = capsys.readouterr().out
     assert "sdxl, epsilon" in plan and "5.99 no-gradient calls a picture" in plan and "6 pairs = 1 ranks x 6" in plan

@@ -36,7 +36,7 @@ from smpo_fast.data.pairs.writer import PART_BYTES, Pair, Seen, TableWriter, sch
 from smpo_fast.data.rewards.scorers import Scorer, check_scorer, load_scorer, scorer_identity
 from smpo_fast.embedded import shapes
 from smpo_fast.models import lora
-from smpo_fast.models.load import pipeline
+from smpo_fast.models.load import load_pipeline
 from smpo_fast.models.locate import ModelSource, encoders_identity, find, weights_identity
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class _Generating:
     @cached_property
     def pipe(self) -> Any:
         dtype = torch.float16 if self.world.device.type == "cuda" else torch.float32
-        pipe = pipeline(self.source, dtype).to(self.world.device)
+        pipe = load_pipeline(self.source, dtype).to(self.world.device)
         if self.options.adapters:
             pipe.load_lora_weights(self.options.adapters, weight_name=lora.FILE)
         pipe.set_progress_bar_config(disable=True)

@@ -20,13 +20,13 @@ from torch import Tensor
 from smpo_fast.common.errors import UserError
 from smpo_fast.config.schema import Config, Inversion, Model
 from smpo_fast.method.batch import Conditioning
-from smpo_fast.method.inversion import Eps
+from smpo_fast.method.inversion import NoisePredictor
 from smpo_fast.models.denoiser import Denoiser
-from smpo_fast.models.inference.compilation import _blocks, _compiled
-from smpo_fast.models.inference.cuda_graphs import Graphs
+from smpo_fast.models.inference.compilation import compiled, compiled_blocks
+from smpo_fast.models.inference.cuda_graphs import CudaGraphs
 from smpo_fast.models.inference.deep_cache import DeepFeatures
 from smpo_fast.models.inference.float8 import Float8
-from smpo_fast.models.inference.kv_cache import _CallInputs, _cross_attentions, _heads, _holding
+from smpo_fast.models.inference.kv_cache import CallInputs, cacheable_cross_attentions, cached_keys_values, split_heads
 
 
 def check(config: Config, device: torch.device, zero_stage: int) -> None:
@@ -73,7 +73,7 @@ def sizes(chunk: int) -> list[int]:
     return sorted({-(-chunk * quarter // 4) for quarter in (1, 2, 3, 4)})
 
 
-class Caller:
+class InferenceCaller:
     """A UNet run without gradients, for one window after another."""
 
     def __init__(self, denoiser: Denoiser, model: Model, inversion: Inversion, *, chunk: int) -> None:
@@ -83,25 +83,25 @@ class Caller:
         self.denoiser = copy(denoiser)
         self.denoiser.unet = denoiser.unet if sharded else bare
         self.input_dtype = torch.float32 if denoiser.velocity else denoiser.dtype
-        self._cross = [] if sharded else list(_cross_attentions(bare))
+        self._cross = [] if sharded else list(cacheable_cross_attentions(bare))
         self._always: list[Callable[[], AbstractContextManager[None]]] = []
         if model.compile != "off":
-            self._always.append(partial(_compiled, _blocks(bare)))
+            self._always.append(partial(compiled, compiled_blocks(bare)))
         self._float8 = Float8(bare) if inversion.fp8 else None
         if self._float8 is not None:
             self._always.append(self._float8.active)
         self._deep = DeepFeatures(bare) if inversion.reuse_deep else None
         self._sizes = sizes(chunk) if model.cuda_graphs or model.compile != "off" else []
-        self._graphs = Graphs(self._run) if model.cuda_graphs else None
+        self._graphs = CudaGraphs(self._run) if model.cuda_graphs else None
 
     @torch.no_grad()
-    def begin(self) -> None:
+    def weights_changed(self) -> None:
         """A window begins: the weights may have changed in place since the last one."""
         if self._float8 is not None:
             self._float8.quantise()
 
     @torch.no_grad()
-    def pairs(self, cond: Conditioning) -> Eps:
+    def predictor(self, cond: Conditioning) -> NoisePredictor:
         """The network for a chunk of pairs, at most ``chunk``; keys and values of their prompts are computed here."""
         count = len(cond.prompt)
         if self._sizes:  # rows beyond the pairs repeat the first one
@@ -109,31 +109,33 @@ class Caller:
             cond = cond.map(lambda t: torch.cat([t, t[:1].expand(filler, *t.shape[1:])]) if filler else t)
         with self.denoiser.autocast():
             prompt = cond.prompt.to(self.denoiser.dtype)
-            held = [(_heads(attn, attn.to_k(prompt)), _heads(attn, attn.to_v(prompt))) for attn in self._cross]
-        told = _CallInputs(self.denoiser.told(cond), held)
+            held = [
+                (split_heads(attn, attn.to_k(prompt)), split_heads(attn, attn.to_v(prompt))) for attn in self._cross
+            ]
+        told = CallInputs(self.denoiser.unet_inputs(cond), held)
         if self._graphs is not None:
             told = self._graphs.placed(told)
         return partial(self._eps, told)
 
     @torch.no_grad()
-    def _eps(self, told: _CallInputs, x: Tensor, timesteps: Tensor, *, again: bool = False) -> Tensor:
+    def _eps(self, told: CallInputs, x: Tensor, timesteps: Tensor, *, refinement: bool = False) -> Tensor:
         count = len(x)
         size = next((s for s in self._sizes if s >= count), count)
         x_in, times = x, timesteps
         if size > count:
             x_in = torch.cat([x, x[:1].expand(size - count, *x.shape[1:])])
             times = torch.cat([timesteps, timesteps[:1].expand(size - count)])
-        shallow = again and self._deep is not None
+        shallow = refinement and self._deep is not None
         run = self._run if self._graphs is None else self._graphs.run
         prediction = run(x_in, times, told, shallow)[:count]
         return self.denoiser.as_eps(prediction, x, timesteps)
 
-    def _run(self, x: Tensor, timesteps: Tensor, told: _CallInputs, shallow: bool) -> Tensor:
+    def _run(self, x: Tensor, timesteps: Tensor, told: CallInputs, shallow: bool) -> Tensor:
         told = told.first(len(x))
         with ExitStack() as stack:
             for context in self._always:
                 stack.enter_context(context())
-            stack.enter_context(_holding(self._cross, told.held))
+            stack.enter_context(cached_keys_values(self._cross, told.held))
             if self._deep is not None:
                 stack.enter_context(self._deep.reused() if shallow else self._deep.kept())
             return self.denoiser.predict(x, timesteps, told.inputs)

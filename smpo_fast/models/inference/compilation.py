@@ -16,7 +16,7 @@ from smpo_fast.config.schema import Model
 _SPECIALISATIONS = 1024
 
 
-def _blocks(unet: nn.Module) -> list[nn.Module]:
+def compiled_blocks(unet: nn.Module) -> list[nn.Module]:
     """What is compiled: transformer and residual blocks; equal ones share their code."""
     return [m for m in unet.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")]
 
@@ -29,7 +29,7 @@ def _compiled_impl(block: nn.Module) -> Callable[..., Any]:
 
 
 @contextmanager
-def _compiled(blocks: list[nn.Module]) -> Iterator[None]:
+def compiled(blocks: list[nn.Module]) -> Iterator[None]:
     before: list[Any] = [block._compiled_call_impl for block in blocks]
     try:
         for block in blocks:
@@ -51,10 +51,10 @@ def compile_training(*unets: nn.Module) -> None:
     """
     for unet in unets:
         unet.requires_grad_(True)
-        for block in _blocks(getattr(unet, "module", unet)):
+        for block in compiled_blocks(getattr(unet, "module", unet)):
             block._compiled_call_impl = _compiled_impl(block)
 
 
-def as_in_training(model: Model) -> AbstractContextManager[Any]:
+def through_policy_code(model: Model) -> AbstractContextManager[Any]:
     """How the reference is asked, inside ``no_grad``: as it is, or through the policy's compiled code."""
     return torch.enable_grad() if model.compile == "all" else nullcontext()

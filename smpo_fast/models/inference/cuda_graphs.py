@@ -8,25 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smpo_fast.models.inference.kv_cache import _CallInputs
+from smpo_fast.models.inference.kv_cache import CallInputs
 
 
-class Graphs:
+class CudaGraphs:
     """Calls captured once for each batch size and replayed: no Python and no launches in between.
 
     All graphs read the same buffers, of the largest chunk seen, and share one memory pool; weights are read where they
     lie, so an optimizer's update in place is seen.
     """
 
-    def __init__(self, call: Callable[[Tensor, Tensor, _CallInputs, bool], Tensor]) -> None:
+    def __init__(self, call: Callable[[Tensor, Tensor, CallInputs, bool], Tensor]) -> None:
         self._call = call
-        self._told: _CallInputs | None = None
+        self._told: CallInputs | None = None
         self._x: Tensor | None = None
         self._times: Tensor | None = None
         self._graphs: dict[tuple[int, bool], tuple[Any, Tensor]] = {}
         self._pool: Any = None
 
-    def placed(self, told: _CallInputs) -> _CallInputs:
+    def placed(self, told: CallInputs) -> CallInputs:
         """A chunk's shared inputs, copied to where the graphs read them; the pictures' shape must stay the same."""
         if self._told is None or len(told.inputs["encoder_hidden_states"]) > len(
             self._told.inputs["encoder_hidden_states"]
@@ -38,7 +38,7 @@ class Graphs:
                 place[: len(value)].copy_(value)
         return self._told
 
-    def run(self, x: Tensor, timesteps: Tensor, told: _CallInputs, shallow: bool) -> Tensor:
+    def run(self, x: Tensor, timesteps: Tensor, told: CallInputs, shallow: bool) -> Tensor:
         """The prediction, a new tensor."""
         if self._x is None or self._x.shape[1:] != x.shape[1:] or len(self._x) < len(x) or self._times is None:
             most = len(told.inputs["encoder_hidden_states"]) // 2
@@ -52,7 +52,7 @@ class Graphs:
         graph.replay()
         return out.clone()
 
-    def _capture(self, size: int, told: _CallInputs, shallow: bool) -> None:
+    def _capture(self, size: int, told: CallInputs, shallow: bool) -> None:
         assert self._x is not None and self._times is not None
         arguments = (self._x[:size], self._times[:size], told, shallow)
         stream = torch.cuda.Stream()

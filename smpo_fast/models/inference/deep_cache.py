@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smpo_fast.common.errors import UserError
-from smpo_fast.models.inference.forwards import _forwards
+from smpo_fast.models.inference.forwards import replaced_forwards
 
 
 class DeepFeatures:
@@ -38,7 +38,7 @@ class DeepFeatures:
                 self._features[: len(out)].copy_(out)
             return out
 
-        with _forwards({last: keep}):
+        with replaced_forwards({last: keep}):
             yield
 
     @contextmanager
@@ -66,5 +66,5 @@ class DeepFeatures:
         }
         stubs |= {block: through for block in [unet.mid_block, *unet.up_blocks[:-2]] if block is not None}
         stubs[unet.up_blocks[-2]] = deep
-        with _forwards(stubs):
+        with replaced_forwards(stubs):
             yield

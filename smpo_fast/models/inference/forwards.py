@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def _forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another forward pass for a while."""
     try:
         for module, forward in forwards.items():

@@ -14,20 +14,20 @@ from smpo_fast.models.attention import Attention
 
 
 @dataclass(frozen=True)
-class _CallInputs:
+class CallInputs:
     """What a chunk's calls share: the UNet's other inputs, 2 rows a pair, and keys and values, one row a pair."""
 
     inputs: dict[str, Any]
     held: list[tuple[Tensor, Tensor]]
 
-    def first(self, pairs: int) -> _CallInputs:
+    def first(self, pairs: int) -> CallInputs:
         return self.map(lambda t: t[: 2 * pairs], lambda t: t[:pairs])
 
-    def map(self, input_: Callable[[Tensor], Tensor], held: Callable[[Tensor], Tensor]) -> _CallInputs:
+    def map(self, input_: Callable[[Tensor], Tensor], held: Callable[[Tensor], Tensor]) -> CallInputs:
         inputs: dict[str, Any] = {"encoder_hidden_states": input_(self.inputs["encoder_hidden_states"])}
         if added := self.inputs.get("added_cond_kwargs"):
             inputs["added_cond_kwargs"] = {name: input_(t) for name, t in added.items()}
-        return _CallInputs(inputs, [(held(k), held(v)) for k, v in self.held])
+        return CallInputs(inputs, [(held(k), held(v)) for k, v in self.held])
 
     def tensors(self) -> Iterator[Tensor]:
         yield self.inputs["encoder_hidden_states"]
@@ -35,7 +35,7 @@ class _CallInputs:
         yield from chain.from_iterable(self.held)
 
 
-def _cross_attentions(unet: nn.Module) -> Iterator[Any]:
+def cacheable_cross_attentions(unet: nn.Module) -> Iterator[Any]:
     """The cross-attentions whose keys and values depend on the prompt alone, in a processor that can hold them."""
     for name, module in unet.named_modules():
         if not name.endswith("attn2") or type(getattr(module, "processor", None)) is not Attention:
@@ -53,13 +53,13 @@ def _cross_attentions(unet: nn.Module) -> Iterator[Any]:
             yield attn
 
 
-def _heads(attn: Any, x: Tensor) -> Tensor:
+def split_heads(attn: Any, x: Tensor) -> Tensor:
     """[n, tokens, heads d] -> [n, heads, tokens, d]."""
     return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)
 
 
 @contextmanager
-def _holding(attentions: list[Any], held: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def cached_keys_values(attentions: list[Any], held: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
     try:
         for attn, key_value in zip(attentions, held, strict=True):
             attn.held = key_value
