@@ -38,7 +38,7 @@ import torch
 from architectures import Architecture
 from harness import say
 
-from smpo_fast.models.footprint import NetworkSpec
+from smpo_fast.models.network_spec import NetworkSpec
 from smpo_fast.planning import memory
 from smpo_fast.planning.memory import Subject
 

@@ -63,7 +63,8 @@ def _verify(args: argparse.Namespace) -> int:
     from smpo_fast.data.cache.format import CacheError
     from smpo_fast.data.cache.identity import open_cache
     from smpo_fast.data.cache.reader import CachedPairs
-    from smpo_fast.models.locate import encoders_identity, find
+    from smpo_fast.models.identity import encoders_identity
+    from smpo_fast.models.locate import find
 
     cached = CachedPairs(args.cache)
     problems = cached.verify()

@@ -1,4 +1,4 @@
-"""The paper: noise schedule, inversion, objective, preference weights, and the batch of pairs they work on.
+"""The method of the paper: noise schedule, inversion, objectives, preference weights, and the batch they work on.
 
-Imports ``config`` and ``common``. Knows neither networks nor files: a network comes in as a function.
+Imports ``config`` and ``common``. Knows neither networks nor files: a network is passed in as a function.
 """

@@ -1,24 +1,36 @@
-"""Carry a window of clean latents up to their noise levels: solvers of the probability flow, ragged over pairs.
+"""Inversion: from clean latents up to their landing timesteps, along the probability-flow ODE.
 
-The state is the fp32 sum ``S = sum_k (sigma_{k+1} - sigma_k) * eps_k`` of each picture, from which
-``x_level = signal_level * (x_0 / signal_start + S)`` and, with the landing on t itself,
-``tau = S / sigma_t``: the sigma-weighted mean of the predictions on the way. Taking the target from the sum avoids
-the cancellation in ``(x_t - signal_t x_0) / noise_t``. In ``y = x / signal`` a step is ``y += h * estimate`` with
-``h = sigma_{k+1} - sigma_k``, and the solvers differ in the estimate alone:
+SmPO (arXiv 2506.02698) trains on a noisy latent ``x_t`` that the policy itself maps back to ``x_0``, and on the target
+``tau = (x_t - signal_t x_0) / noise_t``. In ``y = x / signal`` a DDIM step is ``y += h * estimate`` with
+``h = sigma_{k+1} - sigma_k``, so the state kept for each image is the float32 sum ``S = sum_k h_k * estimate_k``::
 
-=======  ==========================================================================================================
-ddim     ``e_0 = eps(x, source)``
-renoise  ``e_0``, then K times ``e_k = eps(x + h e_{k-1}, destination)`` from the same x; their mean, or the last one
-         (Garibi et al., ECCV 2024; the released SmPO script takes K = 1)
-heun     renoise with K = 1 and the mean
-ab2      ``(1 + r/2) e_0 - (r/2) e'_0`` with the previous step's ``e'_0`` and ``r = h / h'``; the first step is ddim
-pec      predict with the previous step's last estimate, evaluate once at the destination, take the mean of the two;
-         the first step is heun
-=======  ==========================================================================================================
+    x_level = signal_level * (x_0 / signal_start + S)
+    tau     = S / sigma_t                                  when the path ends exactly on t
 
-A chunk of pairs goes through all its steps before the next one begins, so that what depends on its prompts alone is
-computed once. The arithmetic between two network calls is a ``SolverOps``: ``EAGER_OPS`` below, or the kernel of the
-same two functions.
+``tau`` is the sigma-weighted mean of the noise predictions along the path. Taking it from S avoids the cancellation
+in ``x_t - signal_t x_0``. The solvers differ in the estimate alone:
+
+=======  ========================================================================================  =====  ============
+solver   estimate of a step from ``source`` to ``destination``                                     order  calls a step
+=======  ========================================================================================  =====  ============
+ddim     ``e_0 = eps(x, source)``: the DDIM step run upwards (arXiv 2010.02502)                     1      1
+renoise  ``e_0``, then K times ``e_k = eps(x + h e_{k-1}, destination)`` from the same x; below      1      1 + K
+         ``average_below`` their mean, above it the last one (ReNoise, arXiv 2403.14602)
+heun     renoise with K = 1 and always the mean: the trapezoidal (Heun) step                        2      2
+ab2      Adams-Bashforth: ``(1 + r/2) e_0 - (r/2) e'_0`` with the previous step's ``e'_0`` and       1      1
+         ``r = h / h'``; the first step is ddim
+pec      UniPC of order 1 run upwards (arXiv 2302.04867): predict with the previous step's last     2      1
+         estimate (UniP-1), evaluate once at the destination, correct with the mean of the two
+         (UniC-1); the first step is heun
+=======  ========================================================================================  =====  ============
+
+The paper and the released script use renoise with K = 1. The paper's rule (mean below 250, last above) is of order 1,
+as is K > 1; only the mean with K = 1 is of order 2.
+
+The pairs are processed in chunks, each through all of its steps before the next one begins, so that whatever depends
+on the prompts alone is computed once per chunk. Chunks are ragged: pairs are sorted by path length, deepest first, and
+in step k only a prefix of the chunk still moves. The arithmetic between two network calls is a ``SolverOps``: eager
+code (``EAGER_OPS``) or a fused kernel of the same two functions.
 """
 
 from __future__ import annotations
@@ -32,30 +44,32 @@ import torch
 from torch import Tensor
 
 from smpo_fast.config.schema import Inversion
-from smpo_fast.method.schedule import Level, NoisePath
+from smpo_fast.method.batch import to_device
+from smpo_fast.method.coefficients import CoefficientTable, column
+from smpo_fast.method.schedule import NoisePath
 
 
 class NoisePredictor(Protocol):
-    """The network for a chunk of pairs: the noise prediction of the first n of them.
+    """The network for a chunk of pairs: it predicts the noise in the latents of the chunk's first n pairs.
 
-    x: [n, 2, C, H, W], timesteps: [n] on the device; returns a new float32 tensor like x. ``again``: the call follows
-    one at nearly the same x in the same step.
+    x: [n, 2, C, H, W], timesteps: [n] on the device; returns a new float32 tensor like x. ``refinement``: this call
+    re-evaluates nearly the x of the previous call, within the same solver step.
     """
 
     def __call__(self, x: Tensor, timesteps: Tensor, *, refinement: bool = False) -> Tensor: ...
 
 
 PredictorFactory = Callable[[slice], NoisePredictor]
-"""From the rows of a chunk in its window to the network for them."""
+"""Given a chunk's rows in the batch, the network for those pairs."""
 
 
 class SolverOps(NamedTuple):
-    """What happens between two network calls; both functions write in place and return nothing.
+    """The arithmetic between two network calls; both functions write in place and return nothing.
 
-    predict(x, x_0, S, signal, inverse_start[, estimate, h[, rest]]):
-    ``x = signal (x_0 inverse_start + S + h estimate)`` and ``rest += estimate``.
-    correct(x, x_0, S, signal, inverse_start, estimate, h[, rest, (a, b)]):
-    ``S += h (a estimate + b rest)``, then ``x = signal (x_0 inverse_start + S)``.
+    predict(x, x_0, S, signal, inverse_start[, estimate, h[, earlier]]):
+    ``x = signal (x_0 inverse_start + S + h estimate)`` and ``earlier += estimate``.
+    correct(x, x_0, S, signal, inverse_start, estimate, h[, earlier, (a, b)]):
+    ``S += h (a estimate + b earlier)``, then ``x = signal (x_0 inverse_start + S)``.
     """
 
     predict: Callable[..., None]
@@ -64,22 +78,22 @@ class SolverOps(NamedTuple):
 
 def _predict(
     x: Tensor, x_0: Tensor, total: Tensor, signal: Tensor, inverse_start: Tensor,
-    estimate: Tensor | None = None, h: Tensor | None = None, rest: Tensor | None = None,
+    estimate: Tensor | None = None, h: Tensor | None = None, earlier: Tensor | None = None,
 ) -> None:  # fmt: skip
     clean = x_0 * inverse_start + total
     if estimate is not None and h is not None:
         clean = clean + h * estimate
-        if rest is not None:
-            rest.add_(estimate)
+        if earlier is not None:
+            earlier.add_(estimate)
     x.copy_(signal * clean)
 
 
 def _correct(
     x: Tensor, x_0: Tensor, total: Tensor, signal: Tensor, inverse_start: Tensor, estimate: Tensor, h: Tensor,
-    rest: Tensor | None = None, weights: tuple[Tensor, Tensor] | None = None,
+    earlier: Tensor | None = None, weights: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    if rest is not None and weights is not None:
-        estimate = weights[0] * estimate + weights[1] * rest
+    if earlier is not None and weights is not None:
+        estimate = weights[0] * estimate + weights[1] * earlier
     total.add_(h * estimate)
     x.copy_(signal * (x_0 * inverse_start + total))
 
@@ -88,7 +102,7 @@ EAGER_OPS = SolverOps(_predict, _correct)
 
 
 def active_counts(paths: Sequence[NoisePath]) -> list[int]:
-    """How many pairs move in round k: the window's pairs whose path is deeper than k.
+    """How many pairs still move in solver step k: those whose path has more than k steps.
 
     Raises ValueError when the paths are not sorted deepest first.
     """
@@ -99,12 +113,12 @@ def active_counts(paths: Sequence[NoisePath]) -> list[int]:
 
 
 def network_calls(depth: int, settings: Inversion) -> int:
-    """Network calls on the way of a picture."""
-    return (
-        depth + (settings.solver == "pec")
-        if settings.solver in ("pec", "ab2")
-        else depth * (1 + settings.renoise_steps)
-    )
+    """Network calls that an image's path of ``depth`` solver steps takes."""
+    if settings.solver == "pec":
+        return depth + 1
+    if settings.solver == "ab2":
+        return depth
+    return depth * (1 + settings.renoise_steps)
 
 
 @torch.no_grad()
@@ -120,201 +134,95 @@ def invert(
     solver: SolverOps = EAGER_OPS,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Noisy latents and targets of a window.
+    """Noisy latents and targets of a batch of pairs.
 
-    x_0: [B, 2, C, H, W] float32; paths: B of them with M landings each, deepest first; chunk: pairs in one network
-    call. active: for each round at least so many pairs are put through the network (ranks that must make equally
-    many calls agree on it; a pair that has landed is moved by zero). noise: standard normals of a chunk,
-    [rounds, n, 2, C, H, W], needed where ``settings.noise`` is not 0. dtype: what the network is given x in; the
-    state is fp32. Returns x_t and tau, both [M, B, 2, C, H, W], lowest timestep first, with
-    ``x_t = signal_t x_0 + noise_t tau`` for every one.
+    x_0: [B, 2, C, H, W] float32.
+    paths: one per pair, each with M landing points, deepest first.
+    chunk: pairs in one network call.
+    active: in solver step k at least ``active[k]`` pairs go through the network. Ranks that must make equally many
+        calls agree on it; pairs that have already landed move by zero.
+    noise: gives standard normals of a chunk, [steps, n, 2, C, H, W]; needed where ``settings.noise`` is not 0 (InPO).
+    dtype: of the x that the network is given; the state stays float32.
+
+    Returns x_t and tau, both [M, B, 2, C, H, W], lowest timestep first, with ``x_t = signal_t x_0 + noise_t tau``.
     """
-    own = active_counts(paths)
-    counts = [max(a, b) for a, b in zip_longest(own, active, fillvalue=0)]
-    table = _Table(paths, len(counts), settings, x_0.device)
+    counts = [max(a, b) for a, b in zip_longest(active_counts(paths), active, fillvalue=0)]
+    table = CoefficientTable(paths, len(counts), settings, x_0.device)
     x_t, tau = (torch.empty(len(paths[0].landings), *x_0.shape, device=x_0.device) for _ in range(2))
     for first in range(0, len(paths), chunk):
         rows = slice(first, min(first + chunk, len(paths)))
-        climb = _Climb(network(rows), solver, x_0[rows], table, rows, settings, dtype)
+        inversion = _ChunkInversion(network(rows), solver, x_0[rows], table, rows, settings, dtype)
         normals = noise(rows) if settings.noise and noise is not None else ()
         for k, n in enumerate(min(n, rows.stop) - first for n in counts if n > first):
-            climb.step(k, n, normals[k] if k < len(normals) else None)
-        x_t[:, rows], tau[:, rows] = climb.landed()
+            inversion.step(k, n, normals[k] if k < len(normals) else None)
+        x_t[:, rows], tau[:, rows] = inversion.landed()
     return x_t, tau
 
 
 def forward_noise(x_0: Tensor, tau: Tensor, paths: Sequence[NoisePath]) -> Tensor:
-    """x_t for given noise: Diffusion-DPO's way. Shapes as in ``invert``'s first landing."""
+    """``x_t = signal_t x_0 + noise_t tau`` for given noise, as in Diffusion-DPO (arXiv 2311.12908).
+
+    x_0: [B, 2, C, H, W]; tau: the same shape, or [M, B, 2, C, H, W] with the paths' last landing for M = 1.
+    """
     levels = np.array([[p.final_level.signal, p.final_level.noise] for p in paths], dtype=np.float32).T
-    signal, noise = (_column(row) for row in to_device(torch.from_numpy(levels.copy()), x_0.device))
+    signal, noise = (column(row) for row in to_device(torch.from_numpy(levels.copy()), x_0.device))
     return signal * x_0 + noise * tau
 
 
-def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A table made on the host, copied through pinned memory: the host does not wait for the device."""
-    if device.type != "cuda":
-        return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
-
-
-# --- one chunk ------------------------------------------------------------------------------------------------
-
-
-class _Climb:
-    """A chunk of pairs on their way up; in a step its first n pairs move."""
+class _ChunkInversion:
+    """The state of one chunk of pairs while it is inverted; in each solver step its first n pairs move."""
 
     def __init__(
         self,
         eps: NoisePredictor,
         solver: SolverOps,
         x_0: Tensor,
-        table: _Table,
+        table: CoefficientTable,
         rows: slice,
         settings: Inversion,
         dtype: torch.dtype,
     ) -> None:
         self.eps, self.solver, self.x_0, self.settings, self.table, self.rows = eps, solver, x_0, settings, table, rows
-        self.total = torch.zeros(x_0.shape, device=x_0.device)
+        self.total = torch.zeros(x_0.shape, device=x_0.device)  # S
         self.x = torch.empty(x_0.shape, dtype=dtype, device=x_0.device)
-        self.start = table.pairs(rows)
-        self._before: Tensor | None = None  # what ab2 and pec keep of the last step
-        self._left = {m: torch.zeros_like(self.total) for m in range(table.landings - 1)}  # S at the earlier landings
-        solver.predict(self.x, x_0, self.total, self.start.signal, self.start.inverse)
+        self.start = table.start(rows)
+        self._previous: Tensor | None = None  # the last estimate of the previous step, for ab2 and pec
+        # S at all landing points but the last, which is self.total when the chunk is done
+        self._landed = {m: torch.zeros_like(self.total) for m in range(table.landings - 1)}
+        solver.predict(self.x, x_0, self.total, self.start.signal, self.start.inverse_signal)
 
     def step(self, k: int, n: int, noise: Tensor | None) -> None:
-        """Step k of the first n pairs."""
-        c = self.table.round(k, slice(self.rows.start, self.rows.start + n))
+        """Solver step k of the first n pairs; noise: standard normals [n or more, 2, C, H, W], or None."""
+        c = self.table.step(k, slice(self.rows.start, self.rows.start + n))
         x, total = self.x[:n], self.total[:n]
-        clean = (x, self.x_0[:n], total, c.signal, self.start.inverse[:n])
-        before = None if self._before is None else self._before[:n]
-        carried = before if self.settings.solver == "pec" else None
-        estimate = self.eps(x, c.first_time) if carried is None else carried
+        state = (x, self.x_0[:n], total, c.signal, self.start.inverse_signal[:n])
+        previous = None if self._previous is None else self._previous[:n]
+
+        # the first estimate: at the source, or for pec the one that the previous step ended with
+        reused = previous if self.settings.solver == "pec" else None
+        estimate = self.eps(x, c.first_time) if reused is None else reused
+        # further estimates, each at the point that the one before it leads to; all but the last are summed up
         earlier = None
-        for evaluated in range(self.settings.renoise_steps):
-            self.solver.predict(*clean, estimate, c.h, earlier)
+        for i in range(self.settings.renoise_steps):
+            self.solver.predict(*state, estimate, c.h, earlier)
             earlier = estimate if earlier is None else earlier
-            estimate = self.eps(x, c.renoise_time, refinement=evaluated > 0 or carried is None)
+            estimate = self.eps(x, c.renoise_time, refinement=i > 0 or reused is None)
         if self.settings.solver == "ab2":
-            earlier = before
-        self.solver.correct(*clean, estimate, c.h, *(() if earlier is None else (earlier, (c.last, c.earlier))))
+            earlier = previous
+
+        weighted = () if earlier is None else (earlier, (c.last, c.earlier))
+        self.solver.correct(*state, estimate, c.h, *weighted)
         if self.settings.solver in ("ab2", "pec"):
-            self._before = estimate
+            self._previous = estimate
         if noise is not None:
             total += c.noise * noise[:n]
-            self.solver.predict(*clean)
-        for m, left in self._left.items():
+            self.solver.predict(*state)
+        for m, landed in self._landed.items():
             for run in self.table.landing_at(m, k + 1, self.rows):
-                left[run] = self.total[run]
+                landed[run] = self.total[run]
 
     def landed(self) -> tuple[Tensor, Tensor]:
-        """x_t and tau of all landings, [M, n, 2, C, H, W]: x_t = signal_t x_0 + noise_t tau."""
-        totals = torch.stack([*self._left.values(), self.total])
+        """x_t and tau at all landing points, [M, n, 2, C, H, W]."""
+        totals = torch.stack([*self._landed.values(), self.total])
         c = self.table.landing(self.rows)
         return c.x_0 * self.x_0 + c.total * totals, c.tau_x_0 * self.x_0 + c.tau_total * totals
-
-
-# --- coefficients ---------------------------------------------------------------------------------------------
-
-
-class _Pairs(NamedTuple):
-    signal: Tensor  # where the path starts
-    inverse: Tensor  # 1 / signal
-
-
-class _Round(NamedTuple):
-    """What one step needs to know of each pair."""
-
-    h: Tensor  # sigma_to - sigma_from
-    signal: Tensor  # of the destination
-    last: Tensor  # weight of the last estimate, and of each of the earlier ones
-    earlier: Tensor
-    noise: Tensor  # standard deviation of the added noise, in the units of S
-    first_time: Tensor
-    renoise_time: Tensor
-
-
-class _Landing(NamedTuple):
-    """x_t = x_0 x_0 + total S, tau = tau_x_0 x_0 + tau_total S; [M, n, 1, 1, 1, 1]."""
-
-    x_0: Tensor
-    total: Tensor
-    tau_x_0: Tensor
-    tau_total: Tensor
-
-
-class _Table:
-    """The coefficients of a window, computed in float64 on the host and copied to the device at once."""
-
-    def __init__(self, paths: Sequence[NoisePath], count: int, settings: Inversion, device: torch.device) -> None:
-        self._paths, self.landings = paths, len(paths[0].landings)
-        pairs = [(p.levels[0].signal, 1.0 / p.levels[0].signal) for p in paths]
-        steps = [[_step_of(p, k, settings) for p in paths] for k in range(count)]
-        landings = [[_landing_of(p, m) for p in paths] for m in range(self.landings)]
-        blocks = [np.array(block, dtype=np.float64).T for block in (pairs, *landings, *steps)]
-        host = torch.from_numpy(np.concatenate(blocks).astype(np.float32))
-        parts = to_device(host, device).split([len(block) for block in blocks])
-        self._pairs, self._landings, self._rounds = (
-            parts[0],
-            torch.stack(parts[1 : 1 + self.landings], 1),
-            parts[1 + self.landings :],
-        )
-
-    def pairs(self, rows: slice) -> _Pairs:
-        """Of each pair of a chunk."""
-        return _Pairs(*map(_column, self._pairs[:, rows]))
-
-    def round(self, k: int, rows: slice) -> _Round:
-        """Of each pair in step k."""
-        h, signal, last, earlier, noise, first, renoise = self._rounds[k][:, rows]
-        h, signal, last, earlier, noise = (_column(c) for c in (h, signal, last, earlier, noise))
-        return _Round(h, signal, last, earlier, noise, first.long(), renoise.long())
-
-    def landing(self, rows: slice) -> _Landing:
-        """Of each pair at each of its landings."""
-        return _Landing(*(c[:, :, None, None, None, None] for c in self._landings[:, :, rows]))
-
-    def landing_at(self, m: int, step: int, rows: slice) -> list[slice]:
-        """The pairs of a chunk whose landing m comes after so many steps, as runs of neighbours."""
-        here = [i for i, p in enumerate(self._paths[rows]) if p.landings[m].step == step]
-        runs: list[slice] = []
-        for i in here:
-            if runs and runs[-1].stop == i:
-                runs[-1] = slice(runs[-1].start, i + 1)
-            else:
-                runs.append(slice(i, i + 1))
-        return runs
-
-
-def _step_of(path: NoisePath, k: int, settings: Inversion) -> tuple[float, ...]:
-    """One pair's values of a _Round."""
-    source, destination = (path.levels[min(i, path.depth)] for i in (k, k + 1))
-    h = destination.sigma - source.sigma
-    averaged = {"mean": True, "last": False, "renoise": destination.timestep < settings.average_below}[settings.average]
-    share = averaged / (settings.renoise_steps + 1)
-    last = 1.0 - settings.renoise_steps * share
-    if settings.solver == "ab2" and 0 < k < path.depth:
-        share = -0.5 * h / (source.sigma - path.levels[k - 1].sigma)
-        last = 1.0 - share
-    noise = settings.noise * _ddim_deviation(source, destination) / destination.signal
-    times = {"source": source.timestep, "destination": destination.timestep}
-    return h, destination.signal, last, share, noise, times[settings.first_time], times[settings.renoise_time]
-
-
-def _landing_of(path: NoisePath, m: int) -> tuple[float, ...]:
-    """One pair's values of a _Landing; the terms in x_0 cancel here, in float64."""
-    start, landing = path.levels[0], path.landings[m]
-    land, at = path.levels[landing.step], landing.level
-    ratio = land.signal / start.signal
-    return ratio, land.signal, (ratio - at.signal) / at.noise, land.signal / at.noise
-
-
-def _ddim_deviation(source: Level, destination: Level) -> float:
-    """Standard deviation of a DDIM step with eta = 1 from ``destination`` down to ``source`` (InPO's noise unit)."""
-    if destination.noise == 0.0 or source == destination:
-        return 0.0
-    share = (source.noise / destination.noise) ** 2
-    return max(0.0, share * (1.0 - (destination.signal / source.signal) ** 2)) ** 0.5
-
-
-def _column(values: Tensor) -> Tensor:
-    return values[:, None, None, None, None]

@@ -1,8 +1,8 @@
-"""The noise schedule in host float64: levels, the path a latent takes to its timestep, and the timesteps of a step.
+"""The noise schedule in host float64: noise levels, the path of a latent up to its timestep, and a step's timesteps.
 
-A latent at level ``l`` is ``x = signal_l * x_0 + noise_l * eps`` with ``signal = sqrt(alphas_cumprod)``,
-``noise = sqrt(1 - alphas_cumprod)``, ``sigma = noise / signal``. In ``y = x / signal`` a DDIM step is the Euler
-step ``y += (sigma_to - sigma_from) * eps``, so a path is fully described by its levels.
+A latent at a noise level is ``x = signal * x_0 + noise * eps`` with ``signal = sqrt(alphas_cumprod)``,
+``noise = sqrt(1 - alphas_cumprod)``, ``sigma = noise / signal``. In ``y = x / signal`` a DDIM step (arXiv 2010.02502)
+is the Euler step ``y += (sigma_to - sigma_from) * eps``, so the levels describe a path completely.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ModelError
 from smpo_fast.common.runtime import rng, uniform
 from smpo_fast.config.schema import Inversion
 
 
 class Level(NamedTuple):
-    """A noise level and its timestep, the network's input there."""
+    """A noise level, and the timestep that the network is called with there."""
 
     timestep: int
     signal: float
@@ -28,6 +28,7 @@ class Level(NamedTuple):
 
     @property
     def sigma(self) -> float:
+        """Noise-to-signal ratio."""
         return self.noise / self.signal
 
 
@@ -35,16 +36,17 @@ _CLEAN = Level(0, 1.0, 0.0)
 
 
 class LandingPoint(NamedTuple):
-    """Where a path is left for training: after ``step`` solver steps, to be trained at ``level``."""
+    """A point of a path that is trained on: the state after ``step`` solver steps, trained at ``level``."""
 
     step: int
     level: Level
 
 
 class NoisePath(NamedTuple):
-    """The levels from the clean latent upwards, and the landings on the way, the last of them at the end.
+    """The noise levels that a clean latent passes on its way up, and its landing points, the last one at the end.
 
-    ``levels[landing.step]`` differs from ``landing.level`` only in the released script's mismatch.
+    ``levels[landing.step]`` differs from ``landing.level`` only where the released script's mismatch is reproduced
+    (``inversion.landing = "mismatch"``): there the state of one level is trained at the timestep of another.
     """
 
     levels: tuple[Level, ...]
@@ -57,12 +59,12 @@ class NoisePath(NamedTuple):
 
     @property
     def final_level(self) -> Level:
-        """The level of the last landing."""
+        """The level at which the end of the path is trained."""
         return self.landings[-1].level
 
 
 class NoiseSchedule:
-    """alphas_cumprod of a diffusers scheduler configuration, as float64 on the host."""
+    """The schedule alphas_cumprod, [T], of a diffusers scheduler configuration, in float64 on the host."""
 
     def __init__(self, alphas_cumprod: np.ndarray) -> None:
         self.alphas_cumprod = np.asarray(alphas_cumprod, dtype=np.float64)
@@ -74,29 +76,34 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any], dtype: str = "float64") -> NoiseSchedule:
         """The schedule of a ``scheduler_config.json``; ``dtype`` float16 rounds it as the released script does.
 
-        Raises SettingsError for a beta schedule other than scaled_linear and linear, and for zero-terminal-SNR
-        rescaling: the target divides by neither, but the paths here were never checked on them.
+        Raises ModelError for beta schedules other than scaled_linear and linear, for trained betas, and for
+        zero-terminal-SNR rescaling: the inversion's target does not divide by the signal there, but the paths of
+        such schedules have not been verified.
         """
         kind, steps = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
         start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
         if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
-            raise UserError("scheduler: trained_betas and rescale_betas_zero_snr are not supported")
+            raise ModelError("scheduler: trained_betas and rescale_betas_zero_snr are not supported")
         if kind == "scaled_linear":
             betas = np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
         elif kind == "linear":
             betas = np.linspace(start, end, steps)
         else:
-            raise UserError(f"scheduler: beta_schedule '{kind}' is not supported: scaled_linear or linear")
+            raise ModelError(f"scheduler: beta_schedule '{kind}' is not supported; supported: scaled_linear, linear")
         return cls(np.cumprod(1.0 - betas).astype(dtype))
 
-    def level(self, time: int) -> Level:
-        """The level of a timestep; below 0 the level of 0, as ``set_alpha_to_one=False`` has it."""
-        alpha = self.alphas_cumprod[max(time, 0)]
-        return Level(time, math.sqrt(alpha), math.sqrt(1.0 - alpha))
+    def level(self, timestep: int) -> Level:
+        """The level of a timestep; negative timesteps have the level of 0, as with ``set_alpha_to_one=False``."""
+        alpha = self.alphas_cumprod[max(timestep, 0)]
+        return Level(timestep, math.sqrt(alpha), math.sqrt(1.0 - alpha))
 
-    def path(self, times: int | Sequence[int], settings: Inversion) -> NoisePath:
-        """The path of a pair trained at one timestep, or at several (ascending; docs/method.md has the options)."""
-        times = (times,) if isinstance(times, int) else tuple(times)
+    def path(self, timesteps: int | Sequence[int], settings: Inversion) -> NoisePath:
+        """The path of a pair that is trained at one timestep, or at several (ascending).
+
+        With ``inversion.grid`` other than 'release' the grid is anchored at the landing timestep and extends downwards,
+        so that the path ends on it exactly; docs/method.md has all options.
+        """
+        times = (timesteps,) if isinstance(timesteps, int) else tuple(timesteps)
         if settings.source == "noise":
             return NoisePath((_CLEAN,), tuple(LandingPoint(0, self.level(t)) for t in times))
         if settings.grid == "release":
@@ -120,7 +127,7 @@ class NoiseSchedule:
         root_low, root_high = low ** (1 / settings.rho), high ** (1 / settings.rho)
         inner = [(root_low + (root_high - root_low) * k / count) ** settings.rho for k in range(1, count)]
         times = np.searchsorted(self._sigmas, inner).tolist()
-        # two levels of a fine grid may fall on one timestep: each step has one of its own
+        # Two levels of a fine grid may fall on one timestep: shift them so that every step has its own.
         return [min(time, max(below + k, min(t, time - count + k))) for k, t in enumerate([*times, time], start=1)]
 
     @cached_property
@@ -137,10 +144,10 @@ class NoiseSchedule:
         return NoisePath(levels, (LandingPoint(len(levels) - 1, self.level(time)),))
 
     def timesteps(self, count: int, settings: Inversion, seed: int, step: int) -> tuple[int, ...]:
-        """The ``count`` timesteps of a whole optimizer step (all ranks), descending; a function of (seed, step).
+        """The ``count`` landing timesteps of an optimizer step (all ranks), descending; a function of (seed, step).
 
-        ``stratified`` is systematic sampling with one uniform number: every timestep is as likely as with
-        independent draws, and every rank that takes each world-th entry gets the same work.
+        'stratified' is systematic sampling with a single uniform number: every timestep is as likely as with
+        independent draws, and ranks that each take every world-th entry get equal work.
         """
         support: Sequence[int] = range(len(self))
         if settings.landing == "on-grid":
@@ -153,18 +160,19 @@ class NoiseSchedule:
         return tuple(sorted((support[min(p, len(support) - 1)] for p in places), reverse=True))
 
     def paths(self, count: int, settings: Inversion, seed: int, step: int) -> list[NoisePath]:
-        """The paths of an optimizer step's pairs (all ranks), deepest first, with ``count`` landings together.
+        """The paths of an optimizer step's pairs (all ranks), deepest first, with ``count`` landing points in total.
 
-        A pair with M landings gets timesteps count/M apart in the descending list, so that its landings spread over
-        the schedule and all of the step's together stay uniform.
+        A pair with M landing points gets timesteps that are count/M apart in the descending list: each path spreads
+        over the whole schedule, and the timesteps of the step as a whole stay uniform.
         """
         times, each = self.timesteps(count, settings, seed, step), settings.per_trajectory
         pairs = count // each
         paths = [self.path(times[i::pairs][::-1], settings) for i in range(pairs)]
-        return sorted(paths, key=lambda p: p.depth, reverse=True)  # stable: only several landings can disturb the order
+        # The sort is stable and matters only with several landing points: one alone comes in descending order already.
+        return sorted(paths, key=lambda p: p.depth, reverse=True)
 
 
 def _released_grid(num_train: int, steps: int) -> list[int]:
-    """Source times of the released inversion: diffusers 0.20's DDIMInverseScheduler, offset 1, list rolled by one."""
+    """Source timesteps of the released script: DDIMInverseScheduler of diffusers 0.20, offset 1, list rolled by one."""
     spacing = num_train // steps
     return [1 + spacing * k for k in range(-1, steps - 1)]

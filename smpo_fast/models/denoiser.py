@@ -18,7 +18,10 @@ from smpo_fast.models.locate import ModelSource
 
 
 class Denoiser:
-    """A UNet as the method sees it: predictions for pairs, in float32, whatever it computes in."""
+    """A UNet as the method uses it: predictions for pairs, in float32 whatever the UNet computes in.
+
+    Shapes: x [B, 2, C, H, W], time [B], conditioning of B rows; a prediction has the shape of x.
+    """
 
     def __init__(
         self, unet: nn.Module, source: ModelSource, schedule: NoiseSchedule, precision: str, device: torch.device
@@ -34,35 +37,32 @@ class Denoiser:
         self.noise = (1 - alphas).sqrt().float().to(device)
 
     def __call__(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
-        """What the network predicts (eps or v): x [B, 2, C, H, W], time [B], cond of B rows -> like x, float32."""
+        """The network's own prediction (eps or v), like x [B, 2, C, H, W]."""
         return self.predict(x, time, self.unet_inputs(cond))
 
     def eps(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
-        """The noise prediction, also of a network that predicts v = signal eps - noise x_0."""
+        """The noise prediction, like x [B, 2, C, H, W], also for a network that predicts v."""
         return self.as_eps(self(x, time, cond), x, time)
 
     def unet_inputs(self, cond: Conditioning) -> dict[str, Any]:
-        """What the UNet is given beside x and the timestep, a row a picture: 2 B rows in its dtype."""
-
-        told: dict[str, Any] = {"encoder_hidden_states": cond.prompt.to(self.dtype).repeat_interleave(2, dim=0)}
+        """The UNet's keyword arguments, one row per image: 2 B rows, in its dtype."""
+        inputs: dict[str, Any] = {"encoder_hidden_states": cond.prompt.to(self.dtype).repeat_interleave(2, dim=0)}
         if cond.pooled is not None and cond.time_ids is not None:
-            ids = (
-                cond.time_ids
-            )  # sizes and crops: a row a pair, or one for each picture; half precision would round them
-            told["added_cond_kwargs"] = {
+            ids = cond.time_ids  # image sizes and crops stay in float32: half precision would round them
+            inputs["added_cond_kwargs"] = {
                 "text_embeds": cond.pooled.to(self.dtype).repeat_interleave(2, dim=0),
                 "time_ids": ids.flatten(0, 1) if ids.ndim == 3 else ids.repeat_interleave(2, dim=0),
             }
-        return told
+        return inputs
 
-    def predict(self, x: Tensor, time: Tensor, told: Mapping[str, Any]) -> Tensor:
-        """As a call, with what ``told`` made of the conditioning."""
+    def predict(self, x: Tensor, time: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Like a call, [B, 2, C, H, W], but with the keyword arguments from ``unet_inputs``."""
         with self.autocast():
-            out = self.unet(x.flatten(0, 1).to(self.dtype), time.repeat_interleave(2), return_dict=False, **told)[0]
+            out = self.unet(x.flatten(0, 1).to(self.dtype), time.repeat_interleave(2), return_dict=False, **inputs)[0]
         return out.float().unflatten(0, x.shape[:2])
 
     def as_eps(self, prediction: Tensor, x: Tensor, time: Tensor) -> Tensor:
-        """The noise that a prediction at x implies."""
+        """The noise that a prediction at x implies, like x: ``eps = signal v + noise x`` for a v-prediction."""
         if not self.velocity:
             return prediction
         at = time.clamp(min=0)
@@ -70,7 +70,10 @@ class Denoiser:
         return signal * prediction + noise * x
 
     def target(self, x_0: Tensor, tau: Tensor, time: Tensor) -> Tensor:
-        """What the network should have predicted at x_t = signal_t x_0 + noise_t tau: [B, 2, C, H, W]; time [B]."""
+        """The prediction that the network should make at ``x_t = signal_t x_0 + noise_t tau``, [B, 2, C, H, W].
+
+        It is tau for an eps-prediction, and ``v = signal tau - noise x_0`` for a v-prediction.
+        """
         if not self.velocity:
             return tau
         signal, noise = (table[time][:, None, None, None, None] for table in (self.signal, self.noise))

@@ -1,4 +1,4 @@
-"""The VAE and the text encoders: images and prompts to what the UNet is trained on."""
+"""The VAE and the text encoders: from images and prompts to the tensors that the UNet is trained on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from smpo_fast.models.identity import encoders_identity
 from smpo_fast.models.load import load_network
-from smpo_fast.models.locate import TEXT_PARTS, ModelSource, encoders_identity
+from smpo_fast.models.locate import TEXT_PARTS, ModelSource
 
 
 class Encoders:
-    """VAE and text encoders in float32: what preparing a cache needs and training does not."""
+    """VAE and text encoders in float32: needed to prepare a cache, not to train."""
 
     def __init__(self, source: ModelSource, device: torch.device) -> None:
         self.kind, self.device = source.kind, device
         self.identity = encoders_identity(source)
         self.vae = load_network(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
         self.channels = self.vae.config.latent_channels
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # px of a picture to one of its latent
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # image pixels per latent pixel, each way
         encoders = (CLIPTextModel, CLIPTextModelWithProjection)
         self.text = [
             (
@@ -36,7 +37,7 @@ class Encoders:
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, times the scaling factor: [N, 3, R, R'] in [-1, 1] -> [N, C, H, W].
 
-        Raises FloatingPointError when the VAE gives NaN or infinity (SDXL's own VAE does in fp16; this is fp32).
+        Raises FloatingPointError when the VAE gives NaN or infinity (as SDXL's own VAE does in fp16; this is fp32).
         """
         posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
         scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
@@ -47,7 +48,7 @@ class Encoders:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Token embeddings [N, S, D] and, for SDXL, the pooled embedding [N, E], as the pipelines make them."""
+        """Token embeddings [N, S, D] and, for SDXL, the pooled embedding [N, E], as the pipelines compute them."""
         states, pooled = [], None
         for tokenizer, encoder in self.text:
             ids = self._tokens(tokenizer, prompts, truncation=True, padding="max_length", return_tensors="pt")
@@ -57,7 +58,7 @@ class Encoders:
         return torch.cat(states, dim=-1), pooled
 
     def truncated(self, prompts: Sequence[str]) -> int:
-        """How many prompts are longer than the text encoders read."""
+        """How many prompts are longer than the text encoders' input."""
         tokenizer = self.text[0][0]
         return sum(
             len(ids) > tokenizer.model_max_length for ids in self._tokens(tokenizer, list(prompts), truncation=False)

@@ -14,10 +14,11 @@ from smpo_fast.models.locate import OPTIONAL_PARTS, PARTS, ModelSource
 
 
 def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
-    """Write the pipeline with the trained UNet: a folder that diffusers loads as it is.
+    """Write the pipeline with the trained UNet as a folder that diffusers can load.
 
-    state: all parameters of the UNet by name, written as ``dtype``. The other parts are copied, not loaded and saved:
-    they are the very files that were trained with, readable by the library versions that read them before.
+    state: all parameters of the UNet by name, with the shapes of the UNet's own; they are written as ``dtype``. The
+    other parts are copied rather than loaded and saved: they are exactly the files used in training, and library
+    versions that could read those can read the export.
     Raises RuntimeError when names or shapes differ from the UNet's.
     """
     unet = empty_unet(source)
@@ -43,5 +44,5 @@ def _copy_part(here: Path, there: Path, variant: str | None) -> None:
 
 
 def _variant_of(file: Path) -> str:
-    """'fp16' of ``model.fp16.safetensors``, '' of ``model.safetensors`` and of files that are no weights."""
+    """'fp16' of ``model.fp16.safetensors``, '' of ``model.safetensors`` and of files other than weights."""
     return "".join(file.name.split(".")[1:-1]) if file.suffix == ".safetensors" else ""

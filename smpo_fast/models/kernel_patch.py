@@ -1,8 +1,8 @@
-"""Put the kernels of a run in their places: modules of a UNet, and the functions that a training step is given.
+"""Fused kernels in place of modules of a UNet.
 
-``patch`` gives stock modules of a diffusers UNet a fused forward pass by giving them another class, a subclass of
-their own with the same name: parameters, buffers, hooks, state-dict keys and shapes, LoRA's and DeepSpeed's hold on
-them stay as they are, and ``unpatch`` gives the class back. Kernels are imported only when one is asked for.
+``patch`` gives stock modules of a diffusers UNet a fused forward pass by changing their class to a subclass of their
+own with the same name. Parameters, buffers, hooks and state-dict keys stay as they are, and so does whatever LoRA and
+DeepSpeed attached to them; ``unpatch`` restores the class. A kernel is imported only when it is enabled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,81 +21,38 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError, EnvironmentProblem
 from smpo_fast.common.runtime import warn0
 from smpo_fast.config.schema import Config
-from smpo_fast.method import inversion, objective
-from smpo_fast.method.inversion import SolverOps
-from smpo_fast.method.objective import Losses
 
 MODULES = ("group_norm_silu", "layer_norm", "geglu", "geglu_linear")
 
 
-class StepOps(NamedTuple):
-    """The functions of a training step that may be kernels."""
-
-    pair_errors: Callable[[Tensor, Tensor], Tensor]
-    """Prediction and target [B, 2, C, H, W] -> mean squared errors [B, 2]; called without gradients."""
-    pair_loss: Callable[[Tensor, Tensor | None, Tensor, Tensor, float], Losses]
-    """Prediction, the reference's errors, target, weight [B], beta -> the pairs' losses; see Objective.losses."""
-    solver: SolverOps
-
-
 def check(config: Config, device: torch.device) -> None:
-    """Refuse kernels that cannot be used in a run, before anything heavy is loaded.
+    """Check that kernels can run at all, before anything heavy is loaded.
 
-    Raises SettingsError naming the kernel: Triton missing, or nothing in this run for the kernel to replace. On a CPU
-    the ops run their eager references, with one notice.
+    Raises EnvironmentProblem when Triton is missing. On a CPU the kernels' eager references run, with one notice.
     """
     enabled = config.kernels.enabled
     if enabled and importlib.util.find_spec("triton") is None:
-        raise UserError(
+        raise EnvironmentProblem(
             f"kernels.enabled = {enabled} needs Triton, which is not installed: pip install triton (Linux), "
             "or leave kernels.enabled empty"
         )
-    if "pair_loss" in enabled and not objective.OBJECTIVES[config.objective.name].needs_reference:
-        raise UserError(
-            f"kernels.enabled: pair_loss replaces nothing: objective.name = '{config.objective.name}' compares no pairs"
-        )
-    if "renoise_step" in enabled and config.inversion.source != "inversion":
-        raise UserError(
-            f"kernels.enabled: renoise_step replaces nothing: inversion.source = '{config.inversion.source}'"
-        )
     if enabled and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        warn0(f"kernels.enabled = {enabled}: kernels run on CUDA; eager code serves on {device.type}")
-
-
-def select_ops(config: Config) -> StepOps:
-    """The functions of a run's training step: kernels where they are enabled, eager code elsewhere."""
-    chosen = objective.OBJECTIVES[config.objective.name]
-    ops = StepOps(objective.pair_errors, chosen.losses, inversion.EAGER_OPS)
-    if "pair_loss" in config.kernels.enabled:
-        from smpo_fast.kernels import pair_loss
-
-        ops = ops._replace(pair_errors=pair_loss.pair_errors, pair_loss=_fused_losses)
-    if "renoise_step" in config.kernels.enabled:
-        from smpo_fast.kernels import renoise_step
-
-        ops = ops._replace(solver=SolverOps(renoise_step.predict_, renoise_step.correct_))
-    return ops
-
-
-def _fused_losses(prediction: Tensor, reference: Tensor | None, target: Tensor, weight: Tensor, beta: float) -> Losses:
-    from smpo_fast.kernels.pair_loss import pair_loss
-
-    assert reference is not None  # refused by check
-    return Losses(*pair_loss(prediction, reference, target, weight, beta=beta))
+        warn0(f"kernels.enabled = {enabled}: kernels need CUDA; on {device.type} eager code runs instead")
 
 
 def patch(unet: nn.Module, enabled: Collection[str]) -> dict[str, int]:
-    """Swap the enabled ones of MODULES into a UNet; returns how many modules each of them took over.
+    """Put those of MODULES that are enabled into a UNet; returns how many modules each of them replaced.
 
-    Names of other kernels are ignored. Raises SettingsError, with the UNet as it was, for one that matched nothing.
+    Names of other kernels are ignored. Raises ConfigError for a kernel that matches no module; the UNet is then
+    unchanged.
     """
     found = {name: list(_MATCHES[name](unet)) for name in MODULES if name in enabled}
     for name, swaps in found.items():
         if not swaps:
-            raise UserError(f"kernels.enabled: {name} matched no module of this {type(unet).__name__}")
+            raise ConfigError(f"kernels.enabled: {name} matches no module of this {type(unet).__name__}")
     for swaps in found.values():
         for module, mixin in swaps:
             _swap(module, mixin)
@@ -104,7 +61,7 @@ def patch(unet: nn.Module, enabled: Collection[str]) -> dict[str, int]:
 
 
 def unpatch(unet: nn.Module) -> int:
-    """Give every module its own class back; returns how many had another."""
+    """Restore the class of every patched module; returns their number."""
     patched = [m for m in unet.modules() if hasattr(type(m), "stock_class")]
     for module in patched:
         module.__class__ = cast(Any, type(module)).stock_class
@@ -118,9 +75,9 @@ def _swap(module: nn.Module, mixin: type) -> None:
 
 @cache
 def _subclass(base: type, mixin: type) -> type:
-    """``base`` with the forward pass of ``mixin``. It keeps the name, by which diffusers finds repeated blocks.
+    """``base`` with the forward pass of ``mixin``, under the same name: diffusers finds repeated blocks by it.
 
-    A mixin that serves some calls only leaves the others to ``base``, which may have a mixin already.
+    A mixin may handle some calls only and leave the others to ``base``, which may itself be patched.
     """
     stock = getattr(base, "stock_class", base)
     return type(base.__name__, (mixin, base), {"__module__": __name__, "stock_class": stock})
@@ -130,7 +87,7 @@ def _subclass(base: type, mixin: type) -> type:
 
 
 class _AppliedSiLU(nn.SiLU):
-    """A SiLU whose pictures come from a norm that has applied it; the time embedding's vectors do not."""
+    """A SiLU behind a norm that has applied it already to images (4 dimensions), but not to the time embedding."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.ndim == 4 else super().forward(x)
@@ -153,7 +110,7 @@ def _group_norms(unet: nn.Module) -> Iterator[tuple[nn.Module, type]]:
 
 
 def _stock(*norms: Any) -> bool:
-    """Whether they are plain norms with weights."""
+    """Whether all are torch's own norms, with weight and bias."""
     return all(type(n) in (nn.GroupNorm, nn.LayerNorm) and n.bias is not None for n in norms)
 
 
@@ -161,7 +118,7 @@ def _stock(*norms: Any) -> bool:
 
 
 class _AddNormBlock(BasicTransformerBlock):
-    """A transformer block of SDXL and SD1.5: each addition in one pass with the norm behind it."""
+    """A transformer block of SDXL and SD1.5 in which each residual addition is fused with the norm that follows it."""
 
     def forward(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ModelError
 from smpo_fast.common.runtime import warn0
 from smpo_fast.config.schema import Model
 from smpo_fast.models.attention import set_attention
@@ -16,9 +16,9 @@ from smpo_fast.models.locate import ModelSource
 
 
 def load_unet(source: ModelSource, model: Model, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
-    """A UNet in ``dtype`` on ``device``, with the attention and the checkpointing of ``[model]``.
+    """A UNet in ``dtype`` on ``device``, with the attention and the gradient checkpointing of ``[model]``.
 
-    Two of them with equal weights give bitwise equal predictions.
+    Two UNets with equal weights give bitwise equal predictions.
     """
     unet = load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
     set_attention([unet], model.attention, device)
@@ -28,7 +28,7 @@ def load_unet(source: ModelSource, model: Model, dtype: torch.dtype, device: tor
 
 
 def empty_unet(source: ModelSource) -> UNet2DConditionModel:
-    """The UNet on the meta device: modules, names and shapes, no weights."""
+    """The UNet on the meta device: modules, names and shapes, but no weights."""
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source.unet_folder))
 
@@ -39,11 +39,11 @@ def pipeline_class(source: ModelSource) -> Any:
 
 
 def load_pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
-    """The diffusers pipeline of a source, with the UNet and the VAE that training takes."""
-    own = {"unet": (UNet2DConditionModel, source.unet_folder), "vae": (AutoencoderKL, source.vae_folder)}
+    """The diffusers pipeline of a source, with the same UNet and VAE as training uses."""
+    replaced = {"unet": (UNet2DConditionModel, source.unet_folder), "vae": (AutoencoderKL, source.vae_folder)}
     parts = {
         name: load_network(cls, folder, source.variant, dtype)
-        for name, (cls, folder) in own.items()
+        for name, (cls, folder) in replaced.items()
         if folder != source.folder / name
     }
     return pipeline_class(source).from_pretrained(
@@ -52,10 +52,15 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
 
 
 def load_network(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    """A network of the diffusers or transformers class ``cls`` in ``dtype``, from the safetensors files of a folder.
+
+    Falls back to the plain weights, with a warning, where the folder has none of the variant. Raises ModelError where
+    the folder cannot be loaded as such a network.
+    """
     if variant and not list(folder.glob(f"*.{variant}*.safetensors")):
-        warn0(f"{folder} has no '{variant}' weights; its plain ones are taken")
+        warn0(f"{folder} has no '{variant}' weights: its plain ones are used")
         variant = None
     try:
         return cls.from_pretrained(folder, variant=variant, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be loaded as {cls.__name__} (safetensors only): {error}") from error
+        raise ModelError(f"{folder}: cannot be loaded as {cls.__name__} (safetensors only): {error}") from error

@@ -1,8 +1,8 @@
 """LoRA: a frozen base with trained low-rank adapters, from peft's layers to a file that diffusers' pipelines load.
 
-The reference is the same network with its adapters off. That is exact only while the adapters start from nothing
-and the base stays as it is, so the only starts offered are those with B = 0, and there is no dropout: it would make
-policy and reference differ before the first step.
+The reference is the same network with its adapters disabled. That is exact only while the adapters start as zero and
+the base never changes; so every initialisation offered has B = 0, and there is no dropout, which would make policy and
+reference differ before the first step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError, EnvironmentProblem
 from smpo_fast.common.runtime import rng
 from smpo_fast.config.schema import Config, Lora
 from smpo_fast.models.export import export_pipeline
@@ -28,26 +28,33 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "ff": ("ff.net.0.proj", "ff.net.2"),
 }
-_INITS = {"gaussian": "gaussian", "kaiming": True}  # peft's words
+_PEFT_INITS = {"gaussian": "gaussian", "kaiming": True}  # lora.init -> init_lora_weights
 
 
 def check(config: Config, source: ModelSource) -> None:
-    """Raise SettingsError for LoRA that cannot be had: peft missing, or targets that no layer has."""
+    """Check the settings of ``[lora]`` before anything is loaded.
+
+    Raises ConfigError for targets that match no layer and for ``lora.merge`` without adapters, and EnvironmentProblem
+    when peft is missing.
+    """
     lora = config.lora
     if not lora.rank:
         if lora.merge:
-            raise UserError("lora.merge = true: there is nothing to merge without adapters: give lora.rank")
+            raise ConfigError("lora.merge = true, but without adapters there is nothing to merge: set lora.rank")
         return
     if importlib.util.find_spec("peft") is None:
-        raise UserError(f"lora.rank = {lora.rank} needs peft, which is not installed: pip install peft")
+        raise EnvironmentProblem(f"lora.rank = {lora.rank} needs peft, which is not installed: pip install peft")
     target_modules(empty_unet(source), lora.targets)
 
 
 def target_modules(unet: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Ends of module names, as peft wants them; raises SettingsError for a word that ends no layer's name."""
+    """The module names, or their ends, that peft adapts.
+
+    Raises ConfigError for an empty list and for a target that ends the name of no layer.
+    """
     layers = {name: m for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     if not targets:
-        raise UserError("lora.targets is empty: give 'attention', 'ff', 'all-linear', or ends of module names")
+        raise ConfigError("lora.targets is empty: give 'attention', 'ff', 'all-linear', or ends of module names")
     found: list[str] = []
     for word in targets:
         if word == "all-linear":
@@ -55,7 +62,7 @@ def target_modules(unet: nn.Module, targets: Sequence[str]) -> list[str]:
             continue
         for end in PRESETS.get(word, (word,)):
             if not any(name == end or name.endswith(f".{end}") for name in layers):
-                raise UserError(
+                raise ConfigError(
                     f"lora.targets: '{word}' ends the name of no linear or convolution layer of the UNet; give "
                     "'attention', 'ff', 'all-linear', or ends of module names such as 'attn2.to_k'"
                 )
@@ -64,9 +71,10 @@ def target_modules(unet: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def add_adapters(unet: Any, lora: Lora, seed: int) -> None:
-    """Freeze a UNet and give it adapters in float32, the same for a seed on every rank and device.
+    """Freeze a UNet and add adapters in float32, the same for a seed on every rank and device.
 
-    Call it where the UNet computes: DoRA's first sizes must be those that the device will measure again.
+    Call this when the UNet is on the device that it computes on: DoRA measures the weights' magnitudes here, and must
+    find the same values in every later forward pass.
     """
     from peft import LoraConfig
 
@@ -75,7 +83,7 @@ def add_adapters(unet: Any, lora: Lora, seed: int) -> None:
         r=lora.rank,
         lora_alpha=lora.alpha or lora.rank,  # type: ignore[arg-type]
         target_modules=target_modules(unet, lora.targets),
-        init_lora_weights=_INITS[lora.init],  # type: ignore[arg-type]
+        init_lora_weights=_PEFT_INITS[lora.init],  # type: ignore[arg-type]
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
     )
@@ -89,7 +97,7 @@ def add_adapters(unet: Any, lora: Lora, seed: int) -> None:
 
 @contextmanager
 def adapters_off(unet: Any) -> Iterator[None]:
-    """The base alone, for calls without gradients."""
+    """Inside, the UNet computes as the base alone; for no-gradient calls."""
     unet.disable_adapters()
     try:
         yield
@@ -98,13 +106,14 @@ def adapters_off(unet: Any) -> Iterator[None]:
 
 
 def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapters of ``state``, all weights by name, for ``pipe.load_lora_weights(folder)``.
+    """Write the adapters for ``pipe.load_lora_weights(folder)``.
 
-    The file's metadata has peft's settings: with them loaders know a scale other than 1, and DoRA.
+    state: the network's weights by name, of any shapes; only the adapters are used. The file's metadata has peft's
+    settings, from which loaders take a scale other than 1, and DoRA.
     """
     from peft.utils import get_peft_model_state_dict
 
-    unet: Any = empty_unet(source)  # peft reads names and settings from a network
+    unet: Any = empty_unet(source)  # peft takes names and settings from a network
     add_adapters(unet, config.lora, config.run.seed)
     adapters = {name: t for name, t in state.items() if ".lora_" in name}
     weights = get_peft_model_state_dict(unet, state_dict=adapters)

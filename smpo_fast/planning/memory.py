@@ -17,8 +17,8 @@ from smpo_fast.data.pairs import reader
 from smpo_fast.engine import ds_config
 from smpo_fast.engine.optimizer_states import STATE_BYTES
 from smpo_fast.models import footprint
-from smpo_fast.models.footprint import NetworkSpec
 from smpo_fast.models.locate import ModelSource
+from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
 from smpo_fast.training.reference import resolve as resolve_reference
 
 CONTEXT_BYTES = 0.6e9  # the CUDA context, outside the allocator; assumed
@@ -252,7 +252,7 @@ def _bucket_bytes(s: Subject, choice: Choice) -> float:
 
 def _window_bytes(s: Subject) -> float:
     """The step's pairs: latents and prompts of this step and the next, x_t and tau at every timestep of a pair."""
-    latent = footprint.IMAGES_PER_PAIR * math.prod(s.network.latent)
+    latent = IMAGES_PER_PAIR * math.prod(s.network.latent)
     prompt = math.prod(s.network.prompt)
     return 4 * s.pairs_of_rank * (2 * (latent + prompt) + 2 * latent * s.config.inversion.per_trajectory)
 
@@ -287,9 +287,9 @@ def disk(s: Subject, source: ModelSource) -> dict[str, float]:
     checkpoint = stepped * p + state_bytes(choice.optimizer, s.network)
     others = sum(f.stat().st_size for part in ("vae", "text_encoder", "text_encoder_2")
                  for f in (source.folder / part).glob("*.safetensors"))  # fmt: skip
-    example = FILE_BYTES * footprint.IMAGES_PER_PAIR * latent
+    example = FILE_BYTES * IMAGES_PER_PAIR * latent
     return {
-        "cache": pairs * FILE_BYTES * (footprint.IMAGES_PER_PAIR * flips * moments * latent + prompt + pooled),
+        "cache": pairs * FILE_BYTES * (IMAGES_PER_PAIR * flips * moments * latent + prompt + pooled),
         "checkpoints": (c.run.keep + 1) * checkpoint,  # one more while the next is written
         "export": (p + frozen) * getattr(torch, c.model.export_dtype).itemsize + others,
         "trajectories": c.run.steps * c.batch.pairs_per_step * example if c.inversion.store else 0.0,

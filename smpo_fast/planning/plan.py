@@ -17,8 +17,8 @@ from smpo_fast.config import loading
 from smpo_fast.config.schema import Config, Model
 from smpo_fast.engine import ds_config, protocol
 from smpo_fast.method.schedule import NoiseSchedule
-from smpo_fast.models.footprint import network_spec
 from smpo_fast.models.locate import ModelSource, find, schedule_of
+from smpo_fast.models.network_spec import network_spec
 from smpo_fast.planning.gpus import CPU, Gpu, gpu_of, link_gb
 from smpo_fast.planning.memory import Choice, Subject, _offloaded, disk, memory, pairs_in
 from smpo_fast.planning.search import KEYS, SHIPPED, Option, options, words

@@ -21,8 +21,8 @@ from smpo_fast.method.objective import OBJECTIVES
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models import footprint
 from smpo_fast.models.denoiser import Denoiser
-from smpo_fast.models.footprint import NetworkSpec
 from smpo_fast.models.locate import ModelSource
+from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
 from smpo_fast.planning.gpus import Gpu, link_gb
 from smpo_fast.planning.memory import Choice, Subject, _zero, state_bytes
 
@@ -53,8 +53,8 @@ def work(s: Subject, schedule: NoiseSchedule, checkpointing: bool) -> Workload:
         "reference": float(_asks_reference(s.config)),
         "policy": 1.0,
     }
-    forward = footprint.IMAGES_PER_PAIR * footprint.inference_cost(s.network, s.precision).flops
-    both = footprint.IMAGES_PER_PAIR * footprint.training_cost(s.network, s.precision, checkpointing).flops
+    forward = IMAGES_PER_PAIR * footprint.inference_cost(s.network, s.precision).flops
+    both = IMAGES_PER_PAIR * footprint.training_cost(s.network, s.precision, checkpointing).flops
     each = {"inversion": forward, "reference": forward, "policy": both}
     return Workload(calls, {phase: calls[phase] * each[phase] for phase in calls})
 
@@ -145,7 +145,7 @@ def _random(network: NetworkSpec, dtype: torch.dtype, device: torch.device) -> A
 
 
 def _inputs(s: Subject, pairs: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
-    x = torch.randn(pairs, footprint.IMAGES_PER_PAIR, *s.network.latent, device=device)
+    x = torch.randn(pairs, IMAGES_PER_PAIR, *s.network.latent, device=device)
     prompt, sdxl = torch.randn(pairs, *s.network.prompt, device=device), s.network.kind == "sdxl"
     pooled = torch.randn(pairs, s.network.pooled, device=device) if sdxl else None
     sizes = torch.full((pairs, 6), float(s.config.data.resolution), device=device) if sdxl else None

@@ -18,9 +18,10 @@ from smpo_fast.data.pairs import reader
 from smpo_fast.engine import ds_config, protocol
 from smpo_fast.evaluation import compare
 from smpo_fast.method import inversion
-from smpo_fast.models import kernel_patch, lora
-from smpo_fast.models.inference import caller
-from smpo_fast.models.locate import ModelSource, encoders_identity, find, schedule_of, weights_identity
+from smpo_fast.models import kernel_patch, lora, step_ops
+from smpo_fast.models.identity import encoders_identity, weights_identity
+from smpo_fast.models.inference import checks
+from smpo_fast.models.locate import ModelSource, find, schedule_of
 from smpo_fast.training import reference
 
 
@@ -41,7 +42,7 @@ class Job:
             )
         ds_config.check_combination(settings, self.precision, self.world, self.ds_settings)
         stage = -1 if self.ds_settings is None else ds_config.zero_stage(self.ds_settings)
-        caller.check(settings, self.world.device, stage)
+        checks.check(settings, self.world.device, stage)
         lora.check(settings, self.source)
         self.reference = reference.resolve(settings, self.ds_settings)
         protocol.pairs_per_rank(settings, self.world.size)
@@ -56,6 +57,7 @@ class Job:
                 raise UserError(f"log.{module} = '{project}', but {module} is not installed: pip install {module}")
         compare.check(settings)
         kernel_patch.check(settings, self.world.device)
+        step_ops.check(settings)
         self.run_dir = Path(settings.run.dir)
         self.cache_dir = identity.locate(settings)
         self.encoders = encoders_identity(self.source)

@@ -23,11 +23,11 @@ from smpo_fast.common.runtime import StopSignal, World
 from smpo_fast.config.schema import Config, Optim
 from smpo_fast.engine.protocol import Engine, StepResult
 from smpo_fast.method import inversion
-from smpo_fast.method.batch import Pairs
+from smpo_fast.method.batch import Pairs, to_device
 from smpo_fast.method.inversion import NoisePredictor
 from smpo_fast.method.objective import OBJECTIVES
 from smpo_fast.method.schedule import NoisePath, NoiseSchedule
-from smpo_fast.models import footprint, kernel_patch
+from smpo_fast.models import footprint, step_ops
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference import compilation
 from smpo_fast.models.inference.caller import InferenceCaller
@@ -83,7 +83,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.objective = OBJECTIVES[self.config.objective.name]
-        self.ops = kernel_patch.select_ops(self.config)
+        self.ops = step_ops.select_ops(self.config)
         self.meter = Meter(self.world)
         self._step_paths = lru_cache(maxsize=1)(self._drawn_paths)
         self.draw = Prefetcher(self.loader.window, self.world.device, self.config.run.steps)
@@ -120,7 +120,7 @@ class Trainer:
         paths, active = self.paths(step, pairs.places)
         x_t, tau = self.trajectory(pairs, paths, active, step)
         times = [tuple(p.landings[m].level.timestep for p in paths) for m in range(len(x_t))]
-        on_device = inversion.to_device(torch.tensor(times), self.world.device)
+        on_device = to_device(torch.tensor(times), self.world.device)
         return [Examples(pairs, *landing) for landing in zip(x_t, tau, on_device, times, strict=True)]
 
     def paths(self, step: int, places: Sequence[int]) -> tuple[list[NoisePath], list[int]]:
@@ -155,7 +155,7 @@ class Trainer:
         if self.config.inversion.source == "inversion":
             return self._invert(pairs, paths, active, step)
         noise = self.loader.normals(step, "noise", (1, *pairs.latents.shape[2:]), pairs.places)
-        tau = inversion.to_device(noise, self.world.device).expand_as(pairs.latents)[None]
+        tau = to_device(noise, self.world.device).expand_as(pairs.latents)[None]
         return inversion.forward_noise(pairs.latents, tau, paths), tau
 
     def _invert(
@@ -165,7 +165,7 @@ class Trainer:
 
         def normals(rows: slice) -> Tensor:
             draws = self.loader.normals(step, "inversion", (len(active), *picture), pairs.places[rows])
-            return inversion.to_device(draws, self.world.device).transpose(0, 1)
+            return to_device(draws, self.world.device).transpose(0, 1)
 
         chunk = self._chunk(pairs)
         with self._inverter(chunk) as caller:

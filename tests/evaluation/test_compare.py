@@ -13,11 +13,12 @@ from PIL import Image
 
 from smpo_fast import cli
 from smpo_fast.common import plots
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError
 from smpo_fast.config import loading
 from smpo_fast.embedded import pipeline_path, shapes
-from smpo_fast.evaluation import compare as evaluation_compare
-from smpo_fast.evaluation.compare import compare, prompts
+from smpo_fast.evaluation.compare import evaluate
+from smpo_fast.evaluation.sampling import read_prompts, sample
+from smpo_fast.evaluation.statistics import compare
 from smpo_fast.models.load import load_pipeline
 from smpo_fast.models.locate import find
 
@@ -40,42 +41,42 @@ def test_interval_covers_the_true_gain_at_its_rate() -> None:
     assert 0.90 <= covered / 200 <= 0.985
 
 
-def test_equal_pictures_neither_win_nor_lose() -> None:
+def test_equal_images_neither_win_nor_lose() -> None:
     same = np.linspace(0, 1, 9)
     assert compare("reward", same, same).win_rate == 0.5
 
 
 def test_embedded_prompts_are_held_out() -> None:
     settings = loading.from_dict({"eval": {"prompts": "embedded", "count": 64}})
-    assert len(set(prompts(settings))) == 64
+    assert len(set(read_prompts(settings))) == 64
     train = set(shapes.prompts("train", 500, 0))
-    assert not train & set(prompts(settings))
+    assert not train & set(read_prompts(settings))
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat\n\n  a dog \nthree\n")
     settings = loading.from_dict({"eval": {"prompts": str(tmp_path / "p.txt"), "count": 2}})
-    assert prompts(settings) == ["a cat", "a dog"]
+    assert read_prompts(settings) == ["a cat", "a dog"]
     (tmp_path / "p.txt").write_text("\n\n")
-    with pytest.raises(UserError, match="the file has no prompt"):
-        prompts(settings)
+    with pytest.raises(ConfigError, match="the file has no prompt"):
+        read_prompts(settings)
 
 
-def test_a_picture_depends_on_its_prompt_and_noise_not_on_the_batch() -> None:
+def test_an_image_depends_on_its_prompt_and_noise_not_on_the_batch() -> None:
     source = find(loading.from_dict({}).model)
-    pictures = []
+    images = []
     for batch in (4, 2):
         settings = loading.from_dict({"eval": {**SMALL["eval"], "batch": batch}})
         pipe = load_pipeline(source, torch.float32)
-        pictures.append(evaluation_compare.sample(pipe, prompts(settings), settings, "test"))
-    for a, b in zip(*pictures, strict=True):
+        images.append(sample(pipe, read_prompts(settings), settings, "test"))
+    for a, b in zip(*images, strict=True):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
 
 
 def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:
     settings = loading.from_dict({**SMALL, "run": {"dir": str(tmp_path)}})
     source = find(settings.model)
-    text = evaluation_compare.evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", torch.device("cpu"))
+    text = evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", torch.device("cpu"))
     facts = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     reward = facts["comparisons"][0]
     assert reward["name"] == "reward" and (reward["gain"], reward["win_rate"], reward["prompts"]) == (0.0, 0.5, 6)
@@ -87,9 +88,9 @@ def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "evaluation" / "grid.png").size[0] > 1000
 
 
-def test_without_a_scorer_there_are_pictures_only(tmp_path: Path) -> None:
+def test_without_a_scorer_there_are_images_only(tmp_path: Path) -> None:
     settings = loading.from_dict({"eval": {**SMALL["eval"], "scorer": "", "count": 2}})
-    text = evaluation_compare.evaluate(settings, find(settings.model), pipeline_path(), tmp_path, torch.device("cpu"))
+    text = evaluate(settings, find(settings.model), pipeline_path(), tmp_path, torch.device("cpu"))
     assert text == "" and (tmp_path / "grid.png").is_file()
 
 
@@ -111,7 +112,7 @@ def test_curves_of_rows_with_gaps(tmp_path: Path) -> None:
 def test_command_line_evaluates_a_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"run.dir={tmp_path}", "eval.count=2", "eval.steps=2"]
     assert cli.main(["evaluate", *words]) == 2
-    assert "it has no export/ yet" in capsys.readouterr().err
+    assert "has no export/ yet" in capsys.readouterr().err
     (tmp_path / "export").symlink_to(pipeline_path())
     assert cli.main(["evaluate", *words]) == 0
     assert "win-rate 50.0%" in capsys.readouterr().out

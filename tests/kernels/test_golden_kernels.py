@@ -27,7 +27,7 @@ from smpo_fast.config import loading
 from smpo_fast.method.inversion import invert
 from smpo_fast.method.objective import OBJECTIVES
 from smpo_fast.method.schedule import NoiseSchedule
-from smpo_fast.models import kernel_patch
+from smpo_fast.models import kernel_patch, step_ops
 
 
 def every_third() -> list[Run]:
@@ -39,7 +39,7 @@ def every_third() -> list[Run]:
 def check(run: Run) -> None:
     settings, values = settings_for(run), load_case(run)
     settings = loading.from_dict({**settings.model_dump(), "kernels": {"enabled": ["pair_loss", "renoise_step"]}})
-    ops = kernel_patch.select_ops(settings)
+    ops = step_ops.select_ops(settings)
     policy, reference = (load_denoiser(run.kind, which) for which in ("policy", "reference"))
     cond = conditioning_of(values)
     path = NoiseSchedule.from_config(SCHEDULER).path(int(values["in.t"]), settings.inversion)

@@ -289,11 +289,11 @@ def test_landings_of_a_trajectory_are_its_states_on_the_way() -> None:
             assert torch.allclose(x_t[m, i], consistent, atol=2e-5)
 
 
-def test_a_windows_coefficients_reach_the_device_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    from smpo_fast.method import inversion
+def test_a_batchs_coefficients_reach_the_device_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smpo_fast.method import coefficients
 
     copies = []
-    monkeypatch.setattr(inversion, "to_device", lambda t, device: copies.append(t.shape) or t.to(device))
+    monkeypatch.setattr(coefficients, "to_device", lambda t, device: copies.append(t.shape) or t.to(device))
     chosen = settings()
     invert(lambda rows: network, latents(), paths(chosen), chosen, chunk=2)
     assert len(copies) == 1

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from smpo_fast.common.errors import UserError
 from smpo_fast.config.schema import Labels
-from smpo_fast.method.labels import PICKSCORE_RANGE, calibration, fitting_temperature, smoothed_weight, weigh
+from smpo_fast.method.label_report import calibration, fitting_temperature
+from smpo_fast.method.labels import PICKSCORE_RANGE, smoothed_weight, weigh
 
 NAN = float("nan")
 
@@ -50,7 +51,7 @@ def test_weight_is_twice_alpha_minus_gamma_and_odd(difference: float, gamma: flo
 
 
 @given(st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), min_size=1, max_size=8))
-def test_swapping_the_pictures_swaps_the_winner_and_keeps_the_weight(pairs: list[tuple[float, float]]) -> None:
+def test_swapping_the_images_swaps_the_winner_and_keeps_the_weight(pairs: list[tuple[float, float]]) -> None:
     values, labels = rewards(*pairs, (0, 1)), Labels(low=-3.0, high=3.0)
     here, there = (
         weigh(labels, values, unlabelled(len(values))),
@@ -181,7 +182,7 @@ def test_the_temperature_that_humans_have_is_found() -> None:
 def test_calibration_is_a_straight_line_at_the_right_temperature_only() -> None:
     values, human = simulated(0.25)
     human[::50] = 0.5  # ties do not count
-    right, wrong = (calibration(weigh(Labels(temperature=t), values, human), human) for t in (0.25, 1.0))
+    right, wrong = (calibration(weigh(Labels(temperature=t), values, human).preference, human) for t in (0.25, 1.0))
     assert len(right) == 10
     assert sum(b.pairs for b in right) == 19600
     assert all(abs(b.predicted - b.human) < 4 * b.error for b in right)
@@ -192,9 +193,9 @@ def test_calibration_is_a_straight_line_at_the_right_temperature_only() -> None:
 
 def test_calibration_needs_both() -> None:
     found = weigh(Labels(), rewards((1, 0), (0, 1), (NAN, NAN)), np.array([NAN, 0.0, 1.0]))
-    (only,) = calibration(found, np.array([NAN, 0.0, 1.0]))
+    (only,) = calibration(found.preference, np.array([NAN, 0.0, 1.0]))
     assert (only.pairs, only.human) == (1, 0)
-    assert calibration(weigh(Labels(), rewards((1, 0)), unlabelled(1)), unlabelled(1)) == []
+    assert calibration(weigh(Labels(), rewards((1, 0)), unlabelled(1)).preference, unlabelled(1)) == []
 
 
 def test_balance_ties_and_the_error_of_agreement_are_reported() -> None:
@@ -205,4 +206,4 @@ def test_balance_ties_and_the_error_of_agreement_are_reported() -> None:
     assert report.first_preferred == pytest.approx(80 / 90)
     assert report.agreement == pytest.approx(80 / 90)
     assert report.agreement_error == pytest.approx(np.sqrt(80 / 90 * 10 / 90 / 90), rel=0.1)
-    assert "human labels: 100 pairs, 10 ties, picture 0 preferred in 88.9% of the others" in str(report)
+    assert "human labels: 100 pairs, 10 ties, image 0 preferred in 88.9% of the others" in str(report)

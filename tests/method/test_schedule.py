@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ModelError, UserError
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Inversion
 from smpo_fast.method.schedule import NoiseSchedule
@@ -122,7 +122,7 @@ def test_on_grid_timesteps_have_no_mismatch(schedule: NoiseSchedule) -> None:
     ],
 )
 def test_unknown_schedules_are_refused_by_name(given: dict, word: str) -> None:
-    with pytest.raises(UserError, match=word):
+    with pytest.raises(ModelError, match=word):
         NoiseSchedule.from_config(given)
 
 

@@ -10,13 +10,11 @@ import pytest
 import torch
 from architectures import SD15, SDXL, SDXL_TOY, Architecture, make_inputs, make_unet  # noqa: E402
 
-from smpo_fast.common.errors import UserError  # noqa: E402
+from smpo_fast.common.errors import ConfigError  # noqa: E402
 from smpo_fast.config.schema import Lora
 from smpo_fast.models import footprint  # noqa: E402
-from smpo_fast.models.footprint import (
-    LiveBytes,
-    NetworkSpec,  # noqa: E402
-)
+from smpo_fast.models.network_spec import NetworkSpec
+from smpo_fast.models.tracing import LiveBytes
 
 
 def network(a: Architecture, **more: Any) -> NetworkSpec:
@@ -66,7 +64,7 @@ def test_the_plan_of_a_backward_pass_is_what_a_real_one_takes(checkpointing: boo
     if checkpointing:
         unet.enable_gradient_checkpointing()
     for parameter in unet.parameters():
-        parameter.register_post_accumulate_grad_hook(footprint._drop_gradient)
+        parameter.register_post_accumulate_grad_hook(footprint.drop_gradient)
     args, kwargs = make_inputs(SDXL_TOY, 2 * 3, torch.device("cpu"), torch.float32)
     with LiveBytes(unet.parameters(), device="cpu") as live:
         held = live.now
@@ -110,5 +108,5 @@ def test_adapters() -> None:
         footprint.training_cost(small, "bf16", False).flops
         < footprint.training_cost(network(SDXL_TOY), "bf16", False).flops
     )
-    with pytest.raises(UserError, match="attn9"):
+    with pytest.raises(ConfigError, match="attn9"):
         footprint.parameter_shapes(network(SDXL_TOY, lora=Lora(rank=4, targets=["attn9"])))

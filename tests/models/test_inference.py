@@ -9,19 +9,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError
 from smpo_fast.config import loading
 from smpo_fast.method.batch import Conditioning
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models import attention, load, locate
-from smpo_fast.models.attention import Attention
 from smpo_fast.models.denoiser import Denoiser
-from smpo_fast.models.inference import caller as inference_caller
-from smpo_fast.models.inference import compilation
-from smpo_fast.models.inference.caller import InferenceCaller
+from smpo_fast.models.inference import checks, compilation
+from smpo_fast.models.inference.caller import InferenceCaller, batch_sizes
 from smpo_fast.models.locate import ModelSource
 
 CPU = torch.device("cpu")
@@ -94,7 +91,7 @@ def test_leaves_the_network_as_it_was(denoiser: Denoiser) -> None:
     eps = caller(denoiser, fp8=True, reuse_deep=True).predictor(cond)
     eps(x, time), eps(x, time, refinement=True)
     assert torch.equal(denoiser.eps(x, time, cond), before)
-    assert not any("forward" in vars(m) or getattr(m, "held", None) for m in denoiser.unet.modules())
+    assert not any("forward" in vars(m) or getattr(m, "cached_key_value", None) for m in denoiser.unet.modules())
 
 
 @torch.no_grad()
@@ -179,11 +176,9 @@ def test_lora_and_unknown_processors_work(denoiser: Denoiser) -> None:
 
 
 def test_sizes_are_few_and_reach_the_chunk() -> None:
-    assert (
-        inference_caller.sizes(32) == [8, 16, 24, 32]
-        and inference_caller.sizes(1) == [1]
-        and inference_caller.sizes(5) == [2, 3, 4, 5]
-    )
+    assert batch_sizes(32) == [8, 16, 24, 32]
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(5) == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -265,7 +260,7 @@ def test_equal_blocks_share_their_code_and_all_variants_have_room(monkeypatch: p
         eps(x[:n], time[:n])
         found.append(len(graphs))
     assert found == [15, 30, 30] and len(compilation.compiled_blocks(unet)) == 87
-    assert torch._dynamo.config.recompile_limit >= 8 * found[0] * len(inference_caller.sizes(32))
+    assert torch._dynamo.config.recompile_limit >= 8 * found[0] * len(batch_sizes(32))
 
 
 @pytest.mark.slow
@@ -293,33 +288,14 @@ def test_compiled_for_training_equal_weights_predict_equally(denoiser: Denoiser,
         ({"model": {"channels_last": True}}, 2, "DeepSpeed flattens"),
         ({"inversion": {"fp8": True}}, 3, "stage 3"),
         ({"inversion": {"reuse_deep": True, "solver": "ddim"}}, 0, "nothing to reuse"),
-        ({"inversion": {"fp8": True, "source": "noise"}}, 0, "changes nothing"),
-        ({"inversion": {"source": "noise"}, "model": {"compile": "inversion"}}, 0, "model.compile changes nothing"),
+        ({"inversion": {"fp8": True, "source": "noise"}}, 0, "has no effect"),
+        ({"inversion": {"source": "noise"}, "model": {"compile": "inversion"}}, 0, "model.compile has no effect"),
         ({"model": {"compile": "all"}, "lora": {"rank": 4}}, 0, "LoRA"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(words: dict[str, Any], stage: int, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        inference_caller.check(loading.from_dict(words), CPU, stage)
-
-
-def test_attention_that_cannot_run_here_gives_way_with_a_notice(
-    denoiser: Denoiser, capsys: pytest.CaptureFixture[str]
-) -> None:
-    attention._notice.cache_clear()
-    unet: Any = copy.deepcopy(denoiser.unet)
-    assert attention.set_attention([unet], "cudnn", CPU) == "sdpa"
-    assert "model.attention = 'cudnn' cannot be used here" in capsys.readouterr().err
-
-
-@torch.no_grad()
-def test_where_the_chosen_kernel_cannot_serve_another_does(denoiser: Denoiser) -> None:
-    """As flash attention in float32 on a GPU; here, one that no CPU has."""
-    mine = copy.copy(denoiser)
-    mine.unet = copy.deepcopy(denoiser.unet)
-    mine.unet.set_attn_processor(Attention(SDPBackend.EFFICIENT_ATTENTION))
-    x, time, cond = inputs()
-    assert relative(caller(mine).predictor(cond)(x, time), denoiser.eps(x, time, cond)) < 1e-5
+    with pytest.raises(ConfigError, match=said):
+        checks.check(loading.from_dict(words), CPU, stage)
 
 
 @pytest.mark.gpu

@@ -21,7 +21,8 @@ from smpo_fast.config.schema import Config, Model, Optim
 from smpo_fast.engine import create, ds_config, optimizers
 from smpo_fast.method.schedule import NoiseSchedule  # noqa: E402
 from smpo_fast.models import footprint
-from smpo_fast.models.footprint import LiveBytes, NetworkSpec
+from smpo_fast.models.network_spec import NetworkSpec
+from smpo_fast.models.tracing import LiveBytes
 from smpo_fast.planning import gpus, memory, search, speed
 from smpo_fast.planning.gpus import (
     GPUS,

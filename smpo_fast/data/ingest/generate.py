@@ -36,8 +36,9 @@ from smpo_fast.data.pairs.writer import PART_BYTES, Pair, Seen, TableWriter, sch
 from smpo_fast.data.rewards.scorers import Scorer, check_scorer, load_scorer, scorer_identity
 from smpo_fast.embedded import shapes
 from smpo_fast.models import lora
+from smpo_fast.models.identity import encoders_identity, weights_identity
 from smpo_fast.models.load import load_pipeline
-from smpo_fast.models.locate import ModelSource, encoders_identity, find, weights_identity
+from smpo_fast.models.locate import ModelSource, find
 
 if TYPE_CHECKING:
     from PIL.Image import Image

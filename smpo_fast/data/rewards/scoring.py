@@ -32,7 +32,7 @@ from smpo_fast.data.pairs.schema import RawPair, Rejected
 from smpo_fast.data.rewards import score_table
 from smpo_fast.data.rewards.score_table import KEY
 from smpo_fast.data.rewards.scorers import KINDS, Scorer, check_scorer, load_scorer, scorer_identity, terms
-from smpo_fast.method import labels
+from smpo_fast.method import label_report, labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,7 +99,7 @@ def report_labels(out: Path, settings: Labels) -> None:
     """Print what weights the scores of a folder give, and write labels.json and labels.png there."""
     found = score_table.read_pairs(out)
     weighted = labels.weigh(settings, found["rewards"], found["label"])
-    bins = labels.calibration(weighted, found["label"])
+    bins = label_report.calibration(weighted.preference, found["label"])
     facts = {
         "labels": settings.model_dump(),
         "report": {key: None if value != value else value for key, value in asdict(weighted.report).items()},

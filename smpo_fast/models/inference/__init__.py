@@ -1,4 +1,4 @@
-"""The no-gradient call of a UNet: cached keys and values, compiled blocks, CUDA graphs, float8, reused deep features.
+"""No-gradient calls of a UNet, made fast: cached keys and values, compiled blocks, CUDA graphs, float8, deep features.
 
-In: a ``Denoiser`` and a chunk of prompts. Out: the prediction function that the inversion calls.
+In: a ``Denoiser`` and the conditioning of a chunk of pairs. Out: the prediction function that the inversion calls.
 """

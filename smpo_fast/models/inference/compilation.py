@@ -11,13 +11,13 @@ from torch import nn
 
 from smpo_fast.config.schema import Model
 
-# Compiled variants of a block: widths (13 of SDXL's residual blocks) x batch sizes x shapes of pictures, with and
-# without gradients. Beyond the limit a block would run as it is, for the rest of the run.
+# Compiled variants of a block: widths (13 among SDXL's residual blocks) x batch sizes x image shapes, with and without
+# gradients. A block that reaches the limit would run uncompiled for the rest of the run.
 _SPECIALISATIONS = 1024
 
 
 def compiled_blocks(unet: nn.Module) -> list[nn.Module]:
-    """What is compiled: transformer and residual blocks; equal ones share their code."""
+    """The modules to compile: transformer and residual blocks; equal ones share their code."""
     return [m for m in unet.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")]
 
 
@@ -30,6 +30,7 @@ def _compiled_impl(block: nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def compiled(blocks: list[nn.Module]) -> Iterator[None]:
+    """Inside, the blocks run compiled; the code is kept for the next time."""
     before: list[Any] = [block._compiled_call_impl for block in blocks]
     try:
         for block in blocks:
@@ -43,11 +44,11 @@ def compiled(blocks: list[nn.Module]) -> Iterator[None]:
 
 
 def compile_training(*unets: nn.Module) -> None:
-    """Compile the blocks of policy and reference for good, for ``model.compile = "all"``.
+    """Compile the blocks of policy and reference for the whole run, for ``model.compile = "all"``.
 
-    A graph made for gradients rounds otherwise than one without: ask the reference with gradients switched on and its
-    parameters requiring them (``window`` does), and both networks go through the same code. Then equal weights give
-    equal predictions, bit for bit.
+    A graph compiled for gradients rounds differently from one without. So the reference is called with gradients
+    enabled and with parameters that require them (see ``through_policy_code``): both networks then run the same code,
+    and equal weights give bitwise equal predictions.
     """
     for unet in unets:
         unet.requires_grad_(True)
@@ -56,5 +57,5 @@ def compile_training(*unets: nn.Module) -> None:
 
 
 def through_policy_code(model: Model) -> AbstractContextManager[Any]:
-    """How the reference is asked, inside ``no_grad``: as it is, or through the policy's compiled code."""
+    """Inside, a reference called under ``no_grad`` runs the policy's compiled code, where that was compiled."""
     return torch.enable_grad() if model.compile == "all" else nullcontext()

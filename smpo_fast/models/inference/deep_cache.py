@@ -1,4 +1,4 @@
-"""Reuse of the UNet's deep features in the second call of a step: a named approximation."""
+"""Reuse of the UNet's deep features in the later calls of a solver step: an approximation (DeepCache)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smpo_fast.common.errors import UserError
-from smpo_fast.models.inference.forwards import replaced_forwards
+from smpo_fast.common.errors import ConfigError
+from smpo_fast.models.inference.replaced_forward import replaced_forwards
 
 
 class DeepFeatures:
-    """What the deep blocks of the last full call gave the last up-block (DeepCache, Ma et al., CVPR 2024).
+    """The deep blocks' input to the last up-block, in the last full call (DeepCache, Ma et al., CVPR 2024).
 
-    A shallow call runs the first down-block and the last up-block alone, beside those features.
+    A shallow call runs only the first down-block and the last up-block, with these features in between. Raises
+    ConfigError for a network with a single level.
     """
 
     def __init__(self, unet: Any) -> None:
         if len(unet.up_blocks) < 2:
-            raise UserError("inversion.reuse_deep: this network has one level; there is nothing deep in it")
+            raise ConfigError("inversion.reuse_deep: this network has one level only, and so no deep features")
         self._unet = unet
         self._features: Tensor | None = None
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside, a full call leaves its deep features here."""
+        """Inside, a full call stores its deep features."""
         last = self._unet.up_blocks[-2]
         inner = last.forward
 
@@ -34,7 +35,7 @@ class DeepFeatures:
             out = inner(*args, **kwargs)
             if self._features is None or self._features.shape[1:] != out.shape[1:] or len(self._features) < len(out):
                 self._features = out.clone()
-            else:  # in place: a captured graph of the shallow call reads them here
+            else:  # in place: the captured graph of a shallow call reads this very memory
                 self._features[: len(out)].copy_(out)
             return out
 
@@ -43,12 +44,12 @@ class DeepFeatures:
 
     @contextmanager
     def reused(self) -> Iterator[None]:
-        """Inside, a call takes the features of the call before it."""
+        """Inside, a call is shallow: it uses the features of the last full call."""
         unet, features = self._unet, self._features
-        assert features is not None, "a shallow call follows a full one"
+        assert features is not None, "a shallow call must follow a full one"
 
         def down(block: Any, sample: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-            # as many residuals as the block would give: the up-blocks count them off
+            # as many residuals as the block would return: the up-blocks take a fixed number of them
             return sample, (sample,) * (len(block.resnets) + bool(block.downsamplers))
 
         def through(sample: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Linear layers with float8 matrix products: a named approximation."""
+"""Linear layers with float8 matrix products: an approximation."""
 
 from __future__ import annotations
 
@@ -8,38 +8,43 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError
 
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
 
 
 class Float8:
-    """The linears of the transformer blocks in float8 (e4m3): a scale for each row of weights and of activations."""
+    """The linear layers of the transformer blocks in float8 (e4m3), with one scale per row of weights and activations.
+
+    Raises ConfigError for a network without a layer that this is possible for.
+    """
 
     def __init__(self, unet: nn.Module) -> None:
         blocks = (m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock")
         named = (item for block in blocks for item in block.named_modules())
-        # keys and values of the prompt are computed once a chunk, as they are
+        # Keys and values of the prompt are computed once per chunk: float8 would gain nothing there.
         linears = (m for name, m in named if type(m) is nn.Linear and name not in ("attn2.to_k", "attn2.to_v"))
         self.linears = [m for m in linears if m.in_features % 16 == 0 and m.out_features % 16 == 0]
         if not self.linears:
-            raise UserError("inversion.fp8 matched no linear of this network (plain, sides multiples of 16)")
+            raise ConfigError(
+                "inversion.fp8 matches no linear layer of this network (not adapted, both dimensions multiples of 16)"
+            )
 
     def quantise(self) -> None:
-        """Round the weights as they are now; in place, where they were rounded before."""
+        """Round the current weights; in place from the second time on, because captured graphs read that memory."""
         for linear in self.linears:
             rounded = _rows_to_float8(linear.weight)
-            if (places := getattr(linear, "rounded", None)) is None:
-                object.__setattr__(linear, "rounded", rounded)
+            if (before := getattr(linear, "float8_weight", None)) is None:
+                object.__setattr__(linear, "float8_weight", rounded)
                 continue
-            for place, value in zip(places, rounded, strict=True):
+            for place, value in zip(before, rounded, strict=True):
                 place.copy_(value)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the linears compute in float8."""
-        # By class, not by a new function for each: the compiler knows it again in the next call and the next block.
+        """Inside, the layers compute in float8."""
+        # A class, rather than a new function per layer: the compiler recognises it in the next call and the next block.
         try:
             for linear in self.linears:
                 linear.__class__ = _Float8Linear
@@ -50,12 +55,12 @@ class Float8:
 
 
 class _Float8Linear(nn.Linear):
-    """A linear in float8; ``rounded`` is its weight: rows and their scales."""
+    """A linear layer in float8; ``float8_weight`` is its weight: rounded rows [out, in] and their scales [out, 1]."""
 
-    rounded: tuple[Tensor, Tensor]
+    float8_weight: tuple[Tensor, Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, weight_scale = self.rounded
+        weight, weight_scale = self.float8_weight
         rows, scale = _rows_to_float8(x.reshape(-1, self.in_features))
         product = torch._scaled_mm(
             rows, weight.t(), scale_a=scale, scale_b=weight_scale.t(), out_dtype=torch.bfloat16
@@ -65,6 +70,6 @@ class _Float8Linear(nn.Linear):
 
 
 def _rows_to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounded rows and the scale [rows, 1] that gives them their size back."""
+    """Rounded rows of x [rows, n] and the scale [rows, 1] by which to multiply them."""
     scale = (x.abs().amax(dim=1, keepdim=True).float() / _FP8_MAX).clamp(min=1e-12)
     return (x.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8), scale

@@ -1,4 +1,4 @@
-"""Keys and values of the cross-attention, computed once for a chunk of pairs."""
+"""Keys and values of the cross-attention, computed once per chunk of pairs."""
 
 from __future__ import annotations
 
@@ -15,28 +15,35 @@ from smpo_fast.models.attention import Attention
 
 @dataclass(frozen=True)
 class CallInputs:
-    """What a chunk's calls share: the UNet's other inputs, 2 rows a pair, and keys and values, one row a pair."""
+    """What all calls of a chunk have in common.
 
-    inputs: dict[str, Any]
-    held: list[tuple[Tensor, Tensor]]
+    unet: the UNet's keyword arguments, 2 rows per pair; keys_values: (key, value) of each cross-attention,
+    [pairs, heads, tokens, d], 1 row per pair.
+    """
+
+    unet: dict[str, Any]
+    keys_values: list[tuple[Tensor, Tensor]]
 
     def first(self, pairs: int) -> CallInputs:
+        """Those of the first pairs."""
         return self.map(lambda t: t[: 2 * pairs], lambda t: t[:pairs])
 
-    def map(self, input_: Callable[[Tensor], Tensor], held: Callable[[Tensor], Tensor]) -> CallInputs:
-        inputs: dict[str, Any] = {"encoder_hidden_states": input_(self.inputs["encoder_hidden_states"])}
-        if added := self.inputs.get("added_cond_kwargs"):
-            inputs["added_cond_kwargs"] = {name: input_(t) for name, t in added.items()}
-        return CallInputs(inputs, [(held(k), held(v)) for k, v in self.held])
+    def map(self, of_images: Callable[[Tensor], Tensor], of_pairs: Callable[[Tensor], Tensor]) -> CallInputs:
+        """A copy with a function applied to every tensor: one for tensors of 2 rows per pair, one for those of 1."""
+        unet: dict[str, Any] = {"encoder_hidden_states": of_images(self.unet["encoder_hidden_states"])}
+        if added := self.unet.get("added_cond_kwargs"):
+            unet["added_cond_kwargs"] = {name: of_images(t) for name, t in added.items()}
+        return CallInputs(unet, [(of_pairs(k), of_pairs(v)) for k, v in self.keys_values])
 
     def tensors(self) -> Iterator[Tensor]:
-        yield self.inputs["encoder_hidden_states"]
-        yield from self.inputs.get("added_cond_kwargs", {}).values()
-        yield from chain.from_iterable(self.held)
+        """All tensors, in a fixed order."""
+        yield self.unet["encoder_hidden_states"]
+        yield from self.unet.get("added_cond_kwargs", {}).values()
+        yield from chain.from_iterable(self.keys_values)
 
 
 def cacheable_cross_attentions(unet: nn.Module) -> Iterator[Any]:
-    """The cross-attentions whose keys and values depend on the prompt alone, in a processor that can hold them."""
+    """The cross-attentions whose keys and values depend on the prompt alone and whose processor can use cached ones."""
     for name, module in unet.named_modules():
         if not name.endswith("attn2") or type(getattr(module, "processor", None)) is not Attention:
             continue
@@ -53,17 +60,22 @@ def cacheable_cross_attentions(unet: nn.Module) -> Iterator[Any]:
             yield attn
 
 
-def split_heads(attn: Any, x: Tensor) -> Tensor:
-    """[n, tokens, heads d] -> [n, heads, tokens, d]."""
-    return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)
+def keys_values(attn: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value of prompts [n, tokens, D] in a cross-attention: [n, heads, tokens, d] each."""
+
+    def split_heads(x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)
+
+    return split_heads(attn.to_k(prompt)), split_heads(attn.to_v(prompt))
 
 
 @contextmanager
-def cached_keys_values(attentions: list[Any], held: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def cached_keys_values(attentions: list[Any], cached: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, the attentions use these keys and values, [pairs, heads, tokens, d] each."""
     try:
-        for attn, key_value in zip(attentions, held, strict=True):
-            attn.held = key_value
+        for attn, key_value in zip(attentions, cached, strict=True):
+            attn.cached_key_value = key_value
         yield
     finally:
         for attn in attentions:
-            attn.held = None
+            attn.cached_key_value = None

@@ -1,4 +1,4 @@
-"""Replacing the forward functions of modules for the length of a call."""
+"""Replacing the forward functions of modules for the duration of a call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another forward pass for a while."""
+    """Inside, the modules have other forward functions."""
     try:
         for module, forward in forwards.items():
             object.__setattr__(module, "forward", forward)

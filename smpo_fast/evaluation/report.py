@@ -1,0 +1,46 @@
+"""The files of an evaluation: scores.csv, evaluation.json and grid.png."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from smpo_fast.common import plots
+from smpo_fast.config.schema import Config
+from smpo_fast.evaluation.statistics import Comparison
+
+GRID_ROWS = 12
+
+Scores = Mapping[str, Mapping[str, np.ndarray]]
+"""By the score's name and 'base' or 'aligned': a value per prompt, [n]."""
+
+
+def write_report(
+    out: Path,
+    config: Config,
+    prompts: Sequence[str],
+    images: Mapping[str, list[Image.Image]],
+    scores: Scores,
+    comparisons: Sequence[Comparison],
+) -> None:
+    """Write all files of an evaluation; images by 'base' and 'aligned'."""
+    write_scores(out / "scores.csv", prompts, scores)
+    facts = {"eval": config.eval.model_dump(), "comparisons": [asdict(c) for c in comparisons]}
+    (out / "evaluation.json").write_text(json.dumps(facts, indent=2))
+    shown = next(iter(scores.values())) if scores else None
+    plots.draw_grid(images["base"], images["aligned"], prompts, shown, out / "grid.png", rows=GRID_ROWS)
+
+
+def write_scores(file: Path, prompts: Sequence[str], scores: Scores) -> None:
+    """A row per prompt with all scores of its base and aligned images."""
+    columns = [(f"{name}_{which}", both[which]) for name, both in scores.items() for which in ("base", "aligned")]
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["prompt", *(name for name, _ in columns)])
+        writer.writerows([prompt, *(f"{values[i]:.6g}" for _, values in columns)] for i, prompt in enumerate(prompts))

@@ -1,0 +1,63 @@
+"""Images of the base and of what a run exported, from the same prompts and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from smpo_fast.common.errors import ConfigError
+from smpo_fast.config.schema import EMBEDDED, Config
+from smpo_fast.embedded import shapes
+from smpo_fast.models import lora
+from smpo_fast.models.load import load_pipeline
+from smpo_fast.models.locate import ModelSource, find
+
+
+def read_prompts(config: Config) -> list[str]:
+    """The prompts of ``[eval]``: held-out ones of the embedded world, or the non-empty lines of a text file.
+
+    Raises ConfigError for a file that cannot be read or has no prompt.
+    """
+    count = config.eval.count
+    if config.eval.prompts == EMBEDDED:
+        return shapes.prompts("held-out", count, config.eval.seed)
+    try:
+        lines = [line.strip() for line in Path(config.eval.prompts).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"eval.prompts = '{config.eval.prompts}': cannot be read ({error})") from error
+    found = [line for line in lines if line]
+    if not found:
+        raise ConfigError(f"eval.prompts = '{config.eval.prompts}': the file has no prompt")
+    return found[:count]
+
+
+def aligned_pipeline(config: Config, export: Path, source: ModelSource, dtype: torch.dtype) -> Any:
+    """What a run exported: a pipeline of its own, or the base ``source`` with the run's adapters."""
+    if not (export / lora.FILE).is_file():
+        exported = config.model.model_copy(update={"path": str(export), "vae": "", "unet": "", "variant": ""})
+        return load_pipeline(find(exported), dtype)
+    pipe = load_pipeline(source, dtype)
+    pipe.load_lora_weights(export, weight_name=lora.FILE)
+    return pipe
+
+
+@torch.no_grad()
+def sample(pipe: Any, prompts: Sequence[str], config: Config, label: str) -> list[Image.Image]:
+    """One image per prompt, by the pipeline's own sampler; image i starts from noise of seed ``eval.seed + i``."""
+    pipe.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = []
+    for first in tqdm(range(0, len(prompts), config.eval.batch), desc=label, unit="batch"):
+        batch = list(prompts[first : first + config.eval.batch])
+        seeds = [config.eval.seed + first + i for i in range(len(batch))]
+        images += pipe(
+            batch,
+            num_inference_steps=config.eval.steps,
+            guidance_scale=config.eval.guidance,
+            generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
+        ).images
+    return images

@@ -1,0 +1,93 @@
+"""A UNet described by its configuration and the shapes it is called with, without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from smpo_fast.config.schema import Lora
+from smpo_fast.models.locate import ModelSource
+from smpo_fast.models.lora import add_adapters
+from smpo_fast.models.tracing import META
+
+IMAGES_PER_PAIR = 2
+_TIME_IDS = 6  # SDXL's image sizes and crop, each embedded
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """A UNet and the shapes of its inputs. The configuration is JSON text, so that a spec can be a dictionary key."""
+
+    config: str
+    kind: str  # "sdxl" | "sd15"
+    latent: tuple[int, int, int]  # C, H, W
+    prompt: tuple[int, int]  # S, D
+    attention: str = "sdpa"
+    lora: str = ""  # the section [lora] as JSON; empty: all weights are trained
+
+    @classmethod
+    def make(
+        cls, unet_config: Mapping[str, Any], kind: str, latent: Iterable[int], prompt: Iterable[int],
+        attention: str = "sdpa", lora: Lora | None = None,
+    ) -> NetworkSpec:  # fmt: skip
+        """From a UNet's diffusers configuration."""
+        channels, height, width = latent
+        tokens, dim = prompt
+        text = json.dumps(dict(unet_config), sort_keys=True)
+        adapters = lora.model_dump_json() if lora and lora.rank else ""
+        return cls(text, kind, (channels, height, width), (tokens, dim), attention, adapters)
+
+    @property
+    def pooled(self) -> int:
+        """Width of SDXL's pooled prompt: the added embedding's input without the time ids."""
+        values = json.loads(self.config)
+        return int(values["projection_class_embeddings_input_dim"] - _TIME_IDS * values["addition_time_embed_dim"])
+
+    def build(self, dtype: torch.dtype = torch.float32, device: torch.device = META) -> nn.Module:
+        """The UNet with uninitialised weights; on the meta device it takes no memory.
+
+        Raises ConfigError for adapters whose targets match no layer.
+        """
+        with META:
+            unet = UNet2DConditionModel.from_config(json.loads(self.config))
+        unet.set_attn_processor(AttnProcessor() if self.attention == "eager" else AttnProcessor2_0())
+        if self.lora:
+            add_adapters(unet, Lora.model_validate_json(self.lora), seed=0)
+        unet = nn.Module.to(unet, dtype)  # diffusers' own .to warns about modules that must stay in float32: none here
+        return unet if device == META else unet.to_empty(device=device)
+
+    def inputs(
+        self, pairs: int, dtype: torch.dtype, device: torch.device = META
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of a call for some pairs, all zero."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(IMAGES_PER_PAIR * pairs, *shape, dtype=dtype, device=device)
+
+        added = {"text_embeds": zeros(self.pooled), "time_ids": zeros(_TIME_IDS)} if self.kind == "sdxl" else None
+        times = torch.zeros(IMAGES_PER_PAIR * pairs, dtype=torch.long, device=device)
+        return (zeros(*self.latent), times, zeros(*self.prompt)), {"added_cond_kwargs": added, "return_dict": False}
+
+
+def network_spec(
+    source: ModelSource, resolution: int, attention: str = "sdpa", lora: Lora | None = None
+) -> NetworkSpec:
+    """The UNet of a pipeline at a resolution in px, from its configuration files alone."""
+
+    def read(file: str, default: str = "{}") -> dict[str, Any]:
+        path = source.folder / file
+        return json.loads(path.read_text() if path.is_file() else default)
+
+    unet = json.loads((source.unet_folder / "config.json").read_text())
+    vae = json.loads((source.vae_folder / "config.json").read_text())
+    side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    tokens = read("text_encoder/config.json").get("max_position_embeddings", 77)
+    dim = unet["cross_attention_dim"]
+    return NetworkSpec.make(unet, source.kind, (unet["in_channels"], side, side), (tokens, dim), attention, lora)

@@ -1,0 +1,49 @@
+"""Images and prompts are encoded as the diffusers pipelines do it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers.pipelines import CPU, Maker, settings
+
+from smpo_fast.embedded import shapes
+from smpo_fast.models.encoders import Encoders
+from smpo_fast.models.locate import find
+
+
+def test_prompts_are_encoded_as_the_sdxl_pipeline_does() -> None:
+    source = find(settings("embedded"))
+    pipe = StableDiffusionXLPipeline.from_pretrained(source.folder, dtype=torch.float32)
+    prompts = ["a red circle on a blue background", ""]
+    theirs, _, pooled, _ = pipe.encode_prompt(prompts, device=CPU, do_classifier_free_guidance=False)
+    ours, our_pooled = Encoders(source, CPU).encode_prompts(prompts)
+    assert torch.allclose(ours, theirs, atol=1e-6) and our_pooled is not None
+    assert torch.allclose(our_pooled, pooled, atol=1e-6)
+
+
+def test_prompts_are_encoded_as_the_sd15_pipeline_does(sd15_pipeline: Maker) -> None:
+    folder = sd15_pipeline("epsilon")
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    theirs, _ = pipe.encode_prompt(["a cat", ""], CPU, 1, False)
+    encoders = Encoders(find(settings(folder)), CPU)
+    ours, pooled = encoders.encode_prompts(["a cat", ""])
+    assert pooled is None and torch.allclose(ours, theirs, atol=1e-6)
+    assert encoders.truncated(["a cat", "a very long caption about a cat on a mat"]) == 1
+
+
+def test_latents_decode_back_to_the_picture() -> None:
+    source = find(settings("embedded"))
+    encoders, caption = Encoders(source, CPU), shapes.prompts("train", 1, 0)[0]
+    drawn = shapes.render([shapes.parse(caption)], np.random.default_rng(0))
+    picture = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+    mean, std = encoders.encode_images(picture)
+    assert mean.shape == std.shape == (1, 4, 8, 8) and (std > 0).all()
+    decoded = encoders.vae.decode(mean / encoders.vae.config.scaling_factor).sample
+    assert (decoded - picture).square().mean() < 0.02, "the scaling factor is applied once"
+
+
+def test_images_that_overflow_are_refused() -> None:
+    with pytest.raises(FloatingPointError):
+        Encoders(find(settings("embedded")), CPU).encode_images(torch.full((1, 3, 32, 32), float("nan")))
