@@ -12,9 +12,9 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from helpers import toy
 from torch import nn
 
+from helpers import toy
 from smpo_fast.common.runtime import World
 from smpo_fast.config.schema import Config
 from smpo_fast.data.cache.reader import CachedPairs
