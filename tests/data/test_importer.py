@@ -861,7 +861,7 @@ def test_pictures_and_table_may_move_together(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from smpo_fast.importer import Options, import_pairs
+from smpo_fast.data.ingest.importer import ImportOptions, import_pairs
 left = int(sys.argv[3])
 
 def counted(function):
@@ -874,7 +874,7 @@ def counted(function):
     return call
 
 os.replace, os.rename, os.fsync = counted(os.replace), counted(os.rename), counted(os.fsync)
-import_pairs(sys.argv[1], Path(sys.argv[2]), Options(), part_bytes=3000)
+import_pairs(sys.argv[1], Path(sys.argv[2]), ImportOptions(), part_bytes=3000)
 """
 
 
@@ -958,14 +958,14 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
 MEASURED = """
 import re, sys, time
 from pathlib import Path
-from smpo_fast.importer import Options, import_pairs
+from smpo_fast.data.ingest.importer import ImportOptions, import_pairs
 
 def resident():  # MB of this process's own memory; mapped files are the system's to take back
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 before, began = resident(), time.monotonic()
 peak = before
-import smpo_fast.importer as importer
+import smpo_fast.data.ingest.importer as importer
 checked = importer._checked
 
 def watched(units, check):
@@ -976,7 +976,7 @@ def watched(units, check):
         yield unit
 
 importer._checked = watched
-summary = import_pairs(sys.argv[1], Path(sys.argv[2]), Options())
+summary = import_pairs(sys.argv[1], Path(sys.argv[2]), ImportOptions())
 print("MEASURED", summary["pairs"], max(peak, resident()) - before, time.monotonic() - began)
 """
 

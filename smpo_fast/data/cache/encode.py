@@ -29,7 +29,7 @@ from smpo_fast.data.cache.format import LATENTS_PART, SURVEY_PART, Entry, Unstor
 from smpo_fast.data.cache.identity import visited
 from smpo_fast.data.cache.writer import CacheWriter, PairsPart
 from smpo_fast.data.images import BadImage
-from smpo_fast.data.pairs import reader
+from smpo_fast.data.pairs import reader, rules
 from smpo_fast.data.pairs.schema import RawPair, Rejected
 from smpo_fast.data.rewards.score_table import Sidecar
 from smpo_fast.data.rewards.scorers import Scorer
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-NO_PREFERENCE = "no preference"
-BAD_SCORE = "the scorer gave no finite score"
 SHARD_BYTES = 128 << 20
 PART_ROWS = 1024  # in a part of the work, at most
 _SKIP_ROWS = 256  # so many rows are read over; beyond that the table is opened anew further down
@@ -246,10 +244,10 @@ class _Kitchen:
             found = rewards.get(pair.row)
             if found is None:
                 kept.append(item)
-            elif np.isfinite(found).all():
-                kept.append(replace(item, pair=replace(pair, rewards=(found[0], found[1])), pictures=None, scored=True))
+            elif reason := rules.no_finite_score(*found):
+                self._reject(part, pair.row, pair.uid, reason)
             else:
-                self._reject(part, pair.row, pair.uid, f"{BAD_SCORE}: {found[0]:g}, {found[1]:g}")
+                kept.append(replace(item, pair=replace(pair, rewards=(found[0], found[1])), pictures=None, scored=True))
         return kept
 
     def _encode(self, group: list[_Decoded]) -> list[tuple[Tensor, Tensor] | None]:
@@ -298,8 +296,8 @@ class _Kitchen:
     def _decode(self, item: RawPair | Rejected) -> _Decoded | Rejected:
         if isinstance(item, Rejected):
             return item
-        if item.rewards is None and item.label is None and self.scorer is None:
-            return Rejected(item.row, item.uid, f"{NO_PREFERENCE}: neither rewards nor a human label (null or NaN)")
+        if self.scorer is None and (reason := rules.no_preference(item.label, item.rewards)):
+            return Rejected(item.row, item.uid, reason)
         both = []
         for name, raw in zip(("jpg_0", "jpg_1"), item.images, strict=True):
             try:
@@ -308,8 +306,8 @@ class _Kitchen:
                 return Rejected(item.row, item.uid, f"{name} {error}")
         size = aspect_buckets.choose(self.shapes, [(picture.height, picture.width) for picture in both])
         (zero, frame_0), (one, frame_1) = (aspect_buckets.fit(picture, size) for picture in both)
-        if np.array_equal(zero, one):
-            return Rejected(item.row, item.uid, "the same picture twice: there is nothing to prefer")
+        if reason := rules.same_image(zero, one):
+            return Rejected(item.row, item.uid, reason)
         unscored = self.scorer is not None and item.rewards is None and item.row not in self._known
         kept = (both[0], both[1]) if unscored else None
         return _Decoded(item, size, np.stack([zero, one]), (frame_0, frame_1), kept)
@@ -369,8 +367,8 @@ def _strictly(rejected: Sequence[tuple[int, str, str]]) -> UserError:
 
 def _listed(rejected: Sequence[tuple[int, str, str]]) -> str:
     """Reasons with their counts and first rows."""
-    kinds = Counter(reason.partition(":")[0] for _, _, reason in rejected)
-    rows = {kind: [str(row) for row, _, reason in rejected if reason.partition(":")[0] == kind][:5] for kind in kinds}
+    kinds = Counter(rules.reason_kind(reason) for _, _, reason in rejected)
+    rows = {kind: [str(row) for row, _, reason in rejected if rules.reason_kind(reason) == kind][:5] for kind in kinds}
     return "; ".join(
         f"{count} x {kind} (row {', '.join(rows[kind])}{', ..' if count > 5 else ''})"
         for kind, count in kinds.most_common()

@@ -23,8 +23,6 @@ from smpo_fast.config.schema import Config
 from smpo_fast.data.cache import format as cache_format
 from smpo_fast.data.cache import reader
 from smpo_fast.data.cache.encode import (
-    BAD_SCORE,
-    NO_PREFERENCE,
     SHARD_BYTES,
     Encoders,
     _chunks,
@@ -39,7 +37,7 @@ from smpo_fast.data.cache.identity import _identity, _source, open_cache
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.data.cache.writer import CacheWriter
 from smpo_fast.data.pairs import reader as pairs_reader
-from smpo_fast.data.pairs import schema
+from smpo_fast.data.pairs import rules
 from smpo_fast.data.rewards.scorers import Scorer, load_scorer
 
 PROMPT_SHARD = 512  # prompts; 160 MB of SDXL embeddings
@@ -107,7 +105,7 @@ def _prepare(
             if config.data.strict and (rejected := writer.rejected()):  # by an earlier process that was not strict
                 raise _strictly(rejected)
             _store_prompts(writer, encoders, world)
-            writer.finish((NO_PREFERENCE, BAD_SCORE))
+            writer.finish((rules.NO_PREFERENCE, rules.NO_FINITE_SCORE))
     except Finished:
         cache_format.settle(out)
 
@@ -139,7 +137,7 @@ def _store_prompts(writer: CacheWriter, encoders: Encoders, world: World) -> Non
 
 
 def _check_preference(columns: set[str], path: Path, scorer: Scorer | None) -> None:
-    wanted = {*schema.LABEL_COLUMNS, *(name for names in schema.REWARD_COLUMNS for name in names)}
+    wanted = {*rules.LABEL_COLUMNS, *(name for names in rules.REWARD_COLUMNS for name in names)}
     if scorer is None and not columns & wanted:
         raise UserError(
             f"data.pairs: {path} has neither labels (label_0) nor rewards (reward_0, reward_1), and data.scorer is "

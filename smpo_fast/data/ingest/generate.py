@@ -31,6 +31,7 @@ from smpo_fast.data import images
 from smpo_fast.data.ingest import importer
 from smpo_fast.data.ingest import pairing as ingest_pairing
 from smpo_fast.data.pairs import reader
+from smpo_fast.data.pairs.rules import equal_scores, no_finite_score, same_image
 from smpo_fast.data.pairs.schema import Candidate, FoundImage, Rejected
 from smpo_fast.data.pairs.writer import PART_BYTES, Pair, Seen, TableWriter, schema
 from smpo_fast.data.rewards.scorers import Scorer, check_scorer, load_scorer, scorer_identity
@@ -260,10 +261,8 @@ def pairs_of(
         one, two = sorted(couple, key=lambda p: p[0]["picture"])
         uids = [_uid(number, item) for item, _ in (one, two)]
         scores = one[0]["score"], two[0]["score"]
-        if one[1] == two[1]:
-            found.append(Rejected(number, "/".join(uids), "the same picture twice: there is nothing to prefer"))
-        elif scores[0] is not None and scores[0] == scores[1]:
-            found.append(Rejected(number, "/".join(uids), "equal scores: there is nothing to prefer"))
+        if reason := same_image(one[1], two[1]) or equal_scores(*scores):
+            found.append(Rejected(number, "/".join(uids), reason))
         else:
             found.append(_pair(number, prompt, (one, two), None if scores[0] is None else scores))
     return found
@@ -286,9 +285,7 @@ def _problem(image: Image, score: float | None, withheld: bool) -> str:
         return "withheld: the pipeline's safety checker made it black"
     if all(low == high for low, high in np.array(image.getextrema()).reshape(-1, 2)):
         return "one colour only: the networks gave NaN, or nothing"
-    if score is not None and not math.isfinite(score):
-        return f"the scorer gave no finite score: {score:g}"
-    return ""
+    return "" if score is None else no_finite_score(score) or ""
 
 
 def _encoded(image: Image, encoding: str) -> bytes:

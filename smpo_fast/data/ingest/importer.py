@@ -30,8 +30,9 @@ from smpo_fast.data.ingest.columns import Reading
 from smpo_fast.data.ingest.pairing import Unit
 from smpo_fast.data.ingest.sources import PairSource, Record
 from smpo_fast.data.pairs import reader
+from smpo_fast.data.pairs.rules import reason_kind, same_image
 from smpo_fast.data.pairs.schema import Candidate, FoundImage, Rejected
-from smpo_fast.data.pairs.writer import PART_BYTES, Pair, Seen, TableWriter, schema, what
+from smpo_fast.data.pairs.writer import PART_BYTES, Pair, Seen, TableWriter, schema
 
 FORMAT = 1
 _LOOK = 200  # records of a dry run
@@ -99,7 +100,7 @@ def dry_run(given: str, options: ImportOptions, rows: int = 5) -> str:
         for unit in _checked(found, options.check):
             for item in unit:
                 if isinstance(item, Rejected):
-                    reasons[what(item.reason)] += 1
+                    reasons[reason_kind(item.reason)] += 1
                 else:
                     made += 1
                 if len(shown) < rows:
@@ -200,7 +201,7 @@ def _refuse(given: str, unit: Sequence[Pair | Rejected]) -> None:
 
 
 def _listed(reasons: Counter[str]) -> str:
-    listed = ", ".join(f"{what} ({count})" for what, count in reasons.most_common())
+    listed = ", ".join(f"{kind} ({count})" for kind, count in reasons.most_common())
     return f"{reasons.total()}: {listed}" if listed else "none"
 
 
@@ -230,8 +231,8 @@ def _look_at_pair(candidate: Candidate, seen: dict[int, Seen | BadImage], check:
         if isinstance(one, BadImage):
             return Rejected(candidate.row, candidate.uid, f"{name} {one}")
         pictures.append(one)
-    if pictures[0].hash == pictures[1].hash:
-        return Rejected(candidate.row, candidate.uid, "the same picture twice: there is nothing to prefer")
+    if reason := same_image(pictures[0].hash, pictures[1].hash):
+        return Rejected(candidate.row, candidate.uid, reason)
     return Pair(candidate, (pictures[0], pictures[1]))
 
 

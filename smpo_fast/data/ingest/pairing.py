@@ -21,8 +21,10 @@ from smpo_fast.data.images import BadImage
 from smpo_fast.data.ingest.columns import _ORDERS, Reading, _unpacked
 from smpo_fast.data.ingest.records import Broken, Problem, Values
 from smpo_fast.data.ingest.sources import PairSource, Record
-from smpo_fast.data.pairs import schema
-from smpo_fast.data.pairs.schema import TIE, Candidate, FoundImage, Rejected, Unusable
+from smpo_fast.data.pairs import rules
+from smpo_fast.data.pairs.rules import Unusable
+from smpo_fast.data.pairs.schema import Candidate, FoundImage, Rejected
+from smpo_fast.method.labels import TIE
 
 PAIRINGS = {
     "all": "every two pictures of which one is better",
@@ -157,8 +159,8 @@ def pairings(values: Sequence[float], how: str) -> Iterator[tuple[int, int]]:
 
 def _two(row: _Row) -> Unit:
     pictures = (row.picture("image_0", "uid_0"), row.picture("image_1", "uid_1"))
-    label = schema.label_of(lambda name: row.number(name))
-    rewards = schema.rewards_of(lambda name: row.number(name), ("reward_0",) if row.has("reward_0") else ())
+    label = rules.label_of(lambda name: row.number(name))
+    rewards = rules.rewards_of(lambda name: row.number(name), ("reward_0",) if row.has("reward_0") else ())
     return [row.candidate(pictures, label, rewards)]
 
 
@@ -200,7 +202,7 @@ def _pairs_of(row: _Row, usable: Sequence[tuple[FoundImage, float, float | None]
 
 
 def _scores(one: float | None, two: float | None) -> tuple[float, float] | None:
-    return schema.rewards_of({"reward_0": one, "reward_1": two}.get, ("reward_0",))
+    return rules.rewards_of({"reward_0": one, "reward_1": two}.get, ("reward_0",))
 
 
 def _list(row: _Row, role: str) -> list[Any]:

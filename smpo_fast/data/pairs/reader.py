@@ -21,16 +21,8 @@ from smpo_fast import embedded
 from smpo_fast.common.errors import UserError
 from smpo_fast.config.schema import EMBEDDED
 from smpo_fast.data.images import BadImage, content_hash, read_inside
-from smpo_fast.data.pairs.schema import (
-    LABEL_COLUMNS,
-    PICTURES_KEY,
-    REWARD_COLUMNS,
-    RawPair,
-    Rejected,
-    Unusable,
-    label_of,
-    rewards_of,
-)
+from smpo_fast.data.pairs.rules import LABEL_COLUMNS, REWARD_COLUMNS, Unusable, label_of, rewards_of
+from smpo_fast.data.pairs.schema import PICTURES_KEY, RawPair, Rejected
 
 IMPORT_INFO, REJECTED_FILE = "import.json", "rejected.parquet"  # beside the parts of an imported table
 _BATCH_ROWS = 16

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_fast.data import images
-from smpo_fast.data.pairs.schema import TIE
+from smpo_fast.method.labels import TIE
 
 _NARROW = ["caption", "label_0", "reward_0", "hash_0", "hash_1", "width_0", "height_0", "width_1", "height_1"]
 

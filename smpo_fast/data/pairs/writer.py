@@ -27,6 +27,7 @@ from smpo_fast.common.errors import UserError
 from smpo_fast.common.storage import as_json, publish_folder, sync, take_lock, write_json
 from smpo_fast.data.pairs import reader
 from smpo_fast.data.pairs import schema as pairs_schema
+from smpo_fast.data.pairs.rules import reason_kind
 from smpo_fast.data.pairs.schema import Candidate, Rejected
 from smpo_fast.data.pairs.statistics import _statistics
 
@@ -53,11 +54,6 @@ class Pair:
 
     candidate: Candidate
     pictures: tuple[Seen, Seen]
-
-
-def what(reason: str) -> str:
-    """The part of a reason that rejections are counted by."""
-    return reason.partition(":")[0]
 
 
 def schema(out: Path, pictures: str = "") -> pa.Schema:
@@ -150,7 +146,7 @@ class TableWriter:
         """Add what came of the next unit; a part ends only between units."""
         for item in unit:
             if isinstance(item, Rejected):
-                self.reasons[what(item.reason)] += 1
+                self.reasons[reason_kind(item.reason)] += 1
                 self.example = self.example or f"The first: row {item.row} ({item.uid}): {item.reason}"
                 self._rejected.append(item)
             else:
@@ -253,7 +249,7 @@ class TableWriter:
             "name": name,
             "pairs": self._part_rows,
             "rejected": len(self._rejected),
-            "reasons": Counter(what(item.reason) for item in self._rejected),
+            "reasons": Counter(reason_kind(item.reason) for item in self._rejected),
             "next_unit": self._unit,
         }
         write_json(self.folder / f"{name}.json", part)  # from here on the part is believed

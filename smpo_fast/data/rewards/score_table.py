@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from smpo_fast.common import storage
 from smpo_fast.common.errors import UserError
+from smpo_fast.data.pairs.rules import no_finite_score
 from smpo_fast.data.pairs.schema import RawPair, Rejected
 
 SCORES, PAIRS, REJECTED, FACTS = "scores.parquet", "pairs.parquet", "rejected.parquet", "scores.json"
@@ -55,8 +56,8 @@ class Sidecar:
                 pair.row, pair.uid, f"not in data.scores: picture {found.index(False)} with this prompt was not scored"
             )
         one, two = (float(score) for score in self._scores[places])
-        if not np.isfinite([one, two]).all():
-            return Rejected(pair.row, pair.uid, f"the scorer gave no finite score: {one:g}, {two:g}")
+        if reason := no_finite_score(one, two):
+            return Rejected(pair.row, pair.uid, reason)
         return replace(pair, rewards=(one, two))
 
 

@@ -28,6 +28,7 @@ from smpo_fast.config.schema import Labels
 from smpo_fast.data import images
 from smpo_fast.data.images import BadImage
 from smpo_fast.data.pairs import reader
+from smpo_fast.data.pairs.rules import no_finite_score, reason_kind
 from smpo_fast.data.pairs.schema import RawPair, Rejected
 from smpo_fast.data.rewards import score_table
 from smpo_fast.data.rewards.score_table import KEY
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 PART_ROWS = 1024
 HALF_SAMPLE, HALF_TOLERANCE = 64, 0.05  # pictures; largest error in standard deviations of their scores
-BAD_SCORE = "the scorer gave no finite score"
 _ROW = np.dtype([("row", "<i8"), ("label", "<f8"), ("keys", KEY, 2)])
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -235,8 +235,7 @@ class _Scoring:
             scores[good] = np.stack([scorer(pictures, prompts) for scorer in self.scorers], axis=1)
         problems = [str(picture) if isinstance(picture, BadImage) else "" for picture, _ in batch]
         for i in good:
-            if not np.isfinite(scores[i]).all():
-                problems[i] = f"{BAD_SCORE}: {', '.join(f'{value:g}' for value in scores[i])}"
+            problems[i] = no_finite_score(*scores[i].tolist()) or ""
         return scores, problems
 
     def _pictures(self, name: str, tasks: Sequence[_Task]) -> Iterator[tuple[Image | BadImage, str]]:
@@ -377,7 +376,7 @@ def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> Non
 
 
 def _counted(rejected: Sequence[tuple[int, str, str]]) -> dict[str, int]:
-    return dict(Counter(reason.partition(":")[0] for _, _, reason in rejected).most_common())
+    return dict(Counter(reason_kind(reason) for _, _, reason in rejected).most_common())
 
 
 def _summary(out: Path, facts: dict[str, Any]) -> str:
