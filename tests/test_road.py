@@ -15,7 +15,7 @@ import pytest
 from smpo_fast import cli, train
 from smpo_fast.config.schema import EMBEDDED
 from smpo_fast.data.pairs import reader
-from smpo_fast.data.pairs.schema import RawPair
+from smpo_fast.data.pairs.pair import RawPair
 from smpo_fast.training.metrics import read_metrics
 
 SETTINGS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from smpo_fast.config import loading
 from smpo_fast.config.schema import Model
 from smpo_fast.data import images as data_images
 from smpo_fast.data.ingest import generate
-from smpo_fast.data.ingest.generate import GenerateOptions, pairs_of, read_prompts
+from smpo_fast.data.ingest.generate import GenerateOptions, read_prompts
+from smpo_fast.data.ingest.generated_pairs import GeneratedImage, pairs_of
 from smpo_fast.data.pairs import reader
-from smpo_fast.data.pairs.schema import RawPair, Rejected
+from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.rewards import scorers
 from smpo_fast.embedded import pipeline_path
 from smpo_fast.models import lora
@@ -40,14 +42,8 @@ def png(value: int) -> bytes:
     return file.getvalue()
 
 
-def made(*scores: float | None, problem: dict[int, str] | None = None) -> list[tuple[dict[str, Any], bytes]]:
-    return [
-        (
-            {"prompt": 5, "picture": i, "size": (8, 8), "score": score, "problem": (problem or {}).get(i, "")},
-            png(i),
-        )
-        for i, score in enumerate(scores)
-    ]
+def made(*scores: float | None, problem: dict[int, str] | None = None) -> list[GeneratedImage]:
+    return [GeneratedImage(i, png(i), (8, 8), score, (problem or {}).get(i, "")) for i, score in enumerate(scores)]
 
 
 def names(found: Sequence[Any]) -> list[str]:
@@ -61,7 +57,7 @@ def test_pairs_of_scored_pictures() -> None:
     assert len(pairs_of(5, "p", pictures, "all")) == 6
     (best,) = pairs_of(5, "p", pictures, "ends")
     assert best.candidate.rewards == (0.9, 0.1)
-    assert best.pictures[0].content == png(1)
+    assert best.images[0].content == png(1)
 
 
 def test_pairs_without_scores_and_what_gives_none() -> None:
@@ -70,7 +66,7 @@ def test_pairs_without_scores_and_what_gives_none() -> None:
     assert names(pairs_of(5, "p", made(0.5, 0.5), "ends")) == ["equal scores"]
     bad = made(0.5, 0.7, 0.9, problem={0: "withheld: x", 1: "one colour only: y"})
     assert names(pairs_of(5, "p", bad, "ends")) == ["withheld", "one colour only", "fewer than two pictures"]
-    twins = [made(0.1)[0], ({**made(0.2)[0][0], "picture": 1}, png(0))]
+    twins = [made(0.1)[0], replace(made(0.2)[0], number=1)]
     assert names(pairs_of(5, "p", twins, "all")) == ["the same picture twice"]
 
 
@@ -87,7 +83,7 @@ def pictures_of(folder: Path) -> dict[str, np.ndarray]:
 def test_pictures_hang_neither_on_batches_nor_on_ranks_nor_on_interruptions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "PART_PICTURES", 6)
+    monkeypatch.setattr(generate, "PART_IMAGES", 6)
     generate.generate("embedded", tmp_path / "one", MODEL, GenerateOptions(**FEW), World())
     one = pictures_of(tmp_path / "one")
     assert len(one) == 12
@@ -160,7 +156,7 @@ def test_prompts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     file = tmp_path / "p.txt"
     file.write_text("a cat\n\n  a dog \na cat\nthree\n")
     assert read_prompts(str(file), GenerateOptions()) == ["a cat", "a dog", "three"]
-    assert "1 repeated prompts are taken once" in capsys.readouterr().out
+    assert "1 repeated prompts are used once" in capsys.readouterr().out
     assert read_prompts(str(file), GenerateOptions(count=2)) == ["a cat", "a dog"]
     file.write_text("\n \n")
     with pytest.raises(UserError, match="has no prompt"):
@@ -172,13 +168,13 @@ def test_prompts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (GenerateOptions(per_prompt=1), "a pair needs two pictures"),
+        (GenerateOptions(per_prompt=1), "a pair needs two images"),
         (GenerateOptions(pairs="ends"), "ends needs --scorer"),
         (GenerateOptions(pairs="some"), "'some' is none of all, ends, once"),
         (GenerateOptions(encoding="jpeg"), "'jpeg' is none of png, webp"),
         (GenerateOptions(batch=0), "must be at least 1"),
         (GenerateOptions(scorer="nonsense"), "scorer 'nonsense' is unknown"),
-        (GenerateOptions(adapters="/no"), "holds no pytorch_lora_weights"),
+        (GenerateOptions(adapters="/no"), "has no pytorch_lora_weights"),
     ],
 )
 def test_what_cannot_be_made_is_said(tmp_path: Path, options: GenerateOptions, message: str) -> None:

@@ -1,45 +1,35 @@
-"""Raw pairs: every row comes out once, in its place, used correctly or rejected with a reason."""
+"""Reading a pair table: every row comes out once, in its place, used or rejected with a reason."""
 
-import io
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.images import noise
 from helpers.paths import SAMPLES, needs_samples
 from PIL import Image
 
 from smpo_fast.common.errors import UserError
-from smpo_fast.data import images
 from smpo_fast.data.aspect_buckets import fit
 from smpo_fast.data.images import BadImage, decode
 from smpo_fast.data.pairs import reader
+from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.pairs.reader import read_pairs
-from smpo_fast.data.pairs.schema import RawPair, Rejected
 
 
 def to_square(image: Image.Image, resolution: int) -> np.ndarray:
     return fit(image, (resolution, resolution))[0]
 
 
-def encoded(array: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, kind, **options)
-    return file.getvalue()
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (24, 16)) -> bytes:
-    """Noise of width, height ``size``, as PNG."""
-    return encoded(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
 def table(path: Path, rows: int = 5, row_group_size: int = 2, **columns: list) -> Path:
     """A parquet file of good pairs, with some columns replaced or added (None: left out)."""
     values = {
         "caption": [f"prompt {i}" for i in range(rows)],
-        "jpg_0": [picture(2 * i) for i in range(rows)],
-        "jpg_1": [picture(2 * i + 1) for i in range(rows)],
+        "jpg_0": [noise(2 * i) for i in range(rows)],
+        "jpg_1": [noise(2 * i + 1) for i in range(rows)],
         "label_0": [float(i % 2) for i in range(rows)],
     } | columns
     pq.write_table(pa.table({k: v for k, v in values.items() if v is not None}), path, row_group_size=row_group_size)
@@ -54,7 +44,7 @@ def test_rows_come_in_order_over_row_groups(tmp_path: Path) -> None:
     pairs = list(read_pairs(table(tmp_path / "a.parquet", 5)))
     assert [p.row for p in pairs] == [0, 1, 2, 3, 4]
     assert all(isinstance(p, RawPair) for p in pairs)
-    assert pairs[3] == RawPair(3, "row-3", "prompt 3", (picture(6), picture(7)), 1.0, None)
+    assert pairs[3] == RawPair(3, "row-3", "prompt 3", (noise(6), noise(7)), 1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +69,9 @@ def test_missing_column_names_file_column_and_what_is_there(tmp_path: Path, miss
 @pytest.mark.parametrize(
     ("columns", "what"),
     [
-        ({"caption": [1, 2, 3, 4, 5]}, "column 'caption' holds int64; text"),
-        ({"jpg_0": ["a.jpg"] * 5}, "column 'jpg_0' holds string; bytes"),
-        ({"label_0": ["1"] * 5}, "column 'label_0' holds string; a number"),
+        ({"caption": [1, 2, 3, 4, 5]}, "column 'caption' holds int64 instead of text"),
+        ({"jpg_0": ["a.jpg"] * 5}, "column 'jpg_0' holds string instead of bytes"),
+        ({"label_0": ["1"] * 5}, "column 'label_0' holds string instead of a number"),
         ({"reward_0": [1.0] * 5}, "no column 'reward_1'"),
     ],
 )
@@ -97,7 +87,7 @@ def test_what_is_not_parquet_or_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         reader.source_path(str(tmp_path / "b.parquet"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no \*\.parquet"):
+    with pytest.raises(UserError, match=r"contains no \*\.parquet"):
         reader.files(tmp_path / "empty")
 
 
@@ -142,7 +132,7 @@ def test_rewards_as_they_are_written(tmp_path: Path, rewards: dict) -> None:
 def test_bad_rows_are_rejected_where_they_stand(tmp_path: Path) -> None:
     bad = {
         "caption": ["fine", None, "", "d", "e", "f"],
-        "jpg_1": [picture(9), picture(9), picture(9), None, b"", picture(9)],
+        "jpg_1": [noise(9), noise(9), noise(9), None, b"", noise(9)],
         "label_0": [1.0, 1.0, 1.0, 1.0, 1.0, 1.5],
     }
     found = reasons(table(tmp_path / "a.parquet", 6, **bad))
@@ -173,10 +163,10 @@ def test_contradicting_labels_and_broken_rewards(tmp_path: Path) -> None:
 
 
 def test_hugging_face_image_struct_and_uids(tmp_path: Path) -> None:
-    cells = [{"bytes": picture(i), "path": None} for i in range(4)] + [{"bytes": None, "path": "x.png"}]
+    cells = [{"bytes": noise(i), "path": None} for i in range(4)] + [{"bytes": None, "path": "x.png"}]
     uids = {"image_0_uid": ["a", "b", "c", "d", "e"], "image_1_uid": ["v", "w", None, "y", "z"]}
     items = list(read_pairs(table(tmp_path / "a.parquet", jpg_0=cells, **uids)))
-    assert items[1].images[0] == picture(1)
+    assert items[1].images[0] == noise(1)
     assert [item.uid for item in items] == ["a/v", "b/w", "row-2", "d/y", "e/z"]
     assert isinstance(items[4], Rejected)
     assert "only the path 'x.png'" in items[4].reason
@@ -184,11 +174,11 @@ def test_hugging_face_image_struct_and_uids(tmp_path: Path) -> None:
 
 def test_a_foreign_table_s_paths_are_not_followed(tmp_path: Path) -> None:
     """Only a table of ``smpo import`` says where its pictures lie; a hash in it is compared there alone, too."""
-    (tmp_path / "x.png").write_bytes(picture(1))
-    cells = [{"bytes": picture(1), "path": "x.png"}, {"bytes": None, "path": "x.png"}]
+    (tmp_path / "x.png").write_bytes(noise(1))
+    cells = [{"bytes": noise(1), "path": "x.png"}, {"bytes": None, "path": "x.png"}]
     found = reasons(table(tmp_path / "a.parquet", 2, jpg_0=cells, hash_0=[1, 2]))
     assert list(found) == [1]
-    assert "smpo import stores the pictures" in found[1]
+    assert "smpo import stores the images" in found[1]
 
 
 def test_rejected_rows_beside_a_table_are_no_part_of_it(tmp_path: Path) -> None:
@@ -207,126 +197,11 @@ def test_the_summary_of_an_import_names_the_parts(tmp_path: Path) -> None:
         reader.files(tmp_path)
 
 
-def test_sniff_reads_no_more_than_the_head() -> None:
-    whole = encoded(np.zeros((16, 40, 3), np.uint8), "JPEG")
-    assert images.sniff(whole) == images.sniff(whole[:-30]) == (40, 16)
-    with pytest.raises(BadImage, match="cannot be decoded"):
-        decode(whole[:-30])
-    with pytest.raises(BadImage, match="too small: 40x7 px"):
-        images.sniff(encoded(np.zeros((7, 40, 3), np.uint8)))
-
-
 def test_text_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"\xff\xfe bad"], pa.binary()).view(pa.string())
     found = reasons(table(tmp_path / "a.parquet", 2, caption=raw))
     assert list(found) == [1]
     assert found[1].startswith("caption is not UTF-8")
-
-
-def test_decode_grey_palette_and_16_bits() -> None:
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    wanted = np.repeat(grey[..., None], 3, axis=2)
-    assert np.array_equal(np.array(decode(encoded(grey))), wanted)
-    assert np.array_equal(np.array(decode(encoded(grey.astype(np.uint16) * 257))), wanted)
-    palette = io.BytesIO()
-    Image.fromarray(grey).convert("P").save(palette, "GIF")
-    assert np.array_equal(np.array(decode(palette.getvalue())), wanted)
-
-
-def test_16_bits_are_scaled_and_not_clipped() -> None:
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    assert np.abs(np.array(decode(encoded(ramp)))[..., 0].astype(float) - ramp / 257).max() <= 0.5
-
-
-def test_transparency_lies_over_white() -> None:
-    rgba = np.zeros((8, 8, 4), np.uint8)
-    rgba[..., 0] = 200
-    rgba[:4, :, 3] = 255
-    rgba[4, :, 3] = 128
-    found = np.array(decode(encoded(rgba)))
-    assert found[0, 0].tolist() == [200, 0, 0]
-    assert found[7, 0].tolist() == [255, 255, 255]
-    assert np.abs(found[4, 0].astype(int) - [227, 127, 127]).max() <= 1
-
-
-def test_cmyk_gives_the_colours_of_the_original() -> None:
-    rgb = np.full((16, 16, 3), (200, 60, 20), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(rgb).convert("CMYK").save(file, "JPEG", quality=95)
-    assert np.abs(np.array(decode(file.getvalue())).astype(int) - rgb).max() < 8
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
-    array = np.random.default_rng(0).integers(0, 256, (10, 14, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    turned = {
-        1: array,
-        2: array[:, ::-1],
-        3: array[::-1, ::-1],
-        4: array[::-1],
-        5: array.transpose(1, 0, 2),
-        6: np.rot90(array, -1),
-        7: array[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(array, 1),
-    }[orientation]
-    assert np.array_equal(np.array(decode(encoded(array, exif=exif))), turned)
-
-
-@pytest.mark.parametrize(
-    ("raw", "why"),
-    [
-        (b"hello, not an image", "not a picture"),
-        (picture()[:200], "cannot be decoded|not a picture"),
-        (encoded(np.zeros((1, 1, 3), np.uint8)), "too small: 1x1"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
-    ],
-)
-def test_what_does_not_decode_is_refused(raw: bytes, why: str) -> None:
-    with pytest.raises(BadImage, match=why):
-        decode(raw)
-
-
-def test_a_bomb_is_refused_before_it_is_decoded() -> None:
-    bomb = encoded(np.zeros((9100, 9100), np.uint8))
-    assert len(bomb) < 200_000
-    with pytest.raises(BadImage, match="too large: 9100x9100"):
-        decode(bomb)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_random_damage_gives_a_picture_or_BadPicture() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    array = np.random.default_rng(1).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    rng = np.random.default_rng(2)
-    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF"):
-        good = encoded(array, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}))
-        for _ in range(150):
-            raw = np.frombuffer(good, np.uint8).copy()
-            raw[rng.integers(0, min(len(raw), 400), rng.integers(1, 8))] = rng.integers(0, 256)
-            try:
-                assert decode(raw.tobytes()).mode == "RGB"
-            except BadImage as error:
-                assert ":" in str(error)
-
-
-def test_square_is_resize_then_centre_crop() -> None:
-    image = Image.open(io.BytesIO(picture(3, (61, 40))))
-    wide = image.resize((int(32 * 61 / 40), 32), Image.Resampling.BILINEAR)
-    assert np.array_equal(to_square(image, 32), np.array(wide)[:, 8:40])  # 48 wide: 8 px are cut on either side
-    tall = Image.open(io.BytesIO(picture(3, (40, 61))))
-    assert to_square(tall, 32).shape == (32, 32, 3)
-    same = Image.open(io.BytesIO(picture(3, (32, 32))))
-    assert np.array_equal(to_square(same, 32), np.array(same))
-
-
-def test_a_very_long_picture_gives_its_centre_without_a_huge_intermediate() -> None:
-    row = np.repeat(np.arange(4000) // 16, 8).reshape(4000, 8).T.astype(np.uint8)  # 4000 x 8 px, 0 .. 249
-    found = to_square(Image.fromarray(row).convert("RGB"), 1024)
-    assert found.shape == (1024, 1024, 3)
-    assert abs(int(found.mean()) - 125) <= 1
 
 
 @needs_samples

@@ -32,7 +32,7 @@ from smpo_fast.data.cache import identity, prepare
 from smpo_fast.data.cache.format import CacheError
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.data.pairs import reader
-from smpo_fast.data.pairs.schema import RawPair, Rejected
+from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.rewards import scoring
 from smpo_fast.data.rewards.score_table import Sidecar
 from smpo_fast.data.rewards.scoring import ScoreOptions, combine, score

@@ -19,7 +19,7 @@ from smpo_fast.common.runtime import World
 from smpo_fast.config.schema import Config
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.data.pairs import reader
-from smpo_fast.data.pairs.schema import RawPair
+from smpo_fast.data.pairs.pair import RawPair
 from smpo_fast.engine import create
 from smpo_fast.engine.protocol import Engine
 from smpo_fast.training.metrics import read_metrics

@@ -30,7 +30,7 @@ from smpo_fast.data.cache.identity import visited
 from smpo_fast.data.cache.writer import CacheWriter, PairsPart
 from smpo_fast.data.images import BadImage
 from smpo_fast.data.pairs import reader, rules
-from smpo_fast.data.pairs.schema import RawPair, Rejected
+from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.rewards.score_table import Sidecar
 from smpo_fast.data.rewards.scorers import Scorer
 

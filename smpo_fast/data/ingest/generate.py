@@ -1,20 +1,17 @@
-"""Program: pairs of one's own: several pictures a prompt from a pipeline, scored or not, as a canonical table.
+"""``smpo generate``: several images a prompt from a pipeline, scored or not, as a pair table.
 
-Any number of processes share the work through a folder, and what a process had finished outlives its kill.  A
-picture's noise is a function of (seed, prompt, picture), so it hangs neither on batches nor on ranks.
+Any number of processes share the work through a folder, and what a process finished survives its kill. The noise of
+an image is a function of (seed, prompt, image), so it depends neither on batches nor on the number of processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
-from itertools import combinations
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +20,16 @@ import torch
 from tqdm import tqdm
 
 from smpo_fast.common import storage
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.common.runtime import World, print0, rng
 from smpo_fast.common.shared_work import Finished, SharedWork
 from smpo_fast.config.schema import EMBEDDED, Model
-from smpo_fast.data import images
-from smpo_fast.data.ingest import importer
-from smpo_fast.data.ingest import pairing as ingest_pairing
-from smpo_fast.data.pairs import reader
-from smpo_fast.data.pairs.rules import equal_scores, no_finite_score, same_image
-from smpo_fast.data.pairs.schema import Candidate, FoundImage, Rejected
-from smpo_fast.data.pairs.writer import PART_BYTES, Pair, Seen, TableWriter, schema
+from smpo_fast.data.ingest.generated_pairs import GeneratedImage, pairs_of
+from smpo_fast.data.ingest.ranking import PAIRINGS
+from smpo_fast.data.pairs import summary as pairs_summary
+from smpo_fast.data.pairs.rules import no_finite_score
+from smpo_fast.data.pairs.schema import table_schema
+from smpo_fast.data.pairs.writer import PART_BYTES, TableWriter
 from smpo_fast.data.rewards.scorers import Scorer, check_scorer, load_scorer, scorer_identity
 from smpo_fast.embedded import shapes
 from smpo_fast.models import lora
@@ -46,8 +42,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 ENCODINGS: dict[str, dict[str, Any]] = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True}}
-PART_PICTURES = 64
-EMBEDDED_PROMPTS = 64  # where no number is given
+PART_IMAGES = 64
+EMBEDDED_PROMPTS = 64  # where the options give no number
 
 
 @dataclass(frozen=True)
@@ -63,9 +59,9 @@ class GenerateOptions:
     width: int = 0
     height: int = 0
     batch: int = 8
-    encoding: str = "png"
+    encoding: str = "png"  # a key of ENCODINGS
     scorer: str = ""
-    pairs: str = ""  # formats.PAIRINGS; '': ends with a scorer, all without
+    pairs: str = ""  # a key of ranking.PAIRINGS; '': ends with a scorer, all without
     adapters: str = ""  # folder with LoRA weights
 
     @property
@@ -74,60 +70,61 @@ class GenerateOptions:
 
 
 def generate(prompts: str, out: Path, model: Model, options: GenerateOptions, world: World) -> dict[str, Any]:
-    """Pictures for the prompts of a text file and the table of their pairs at ``out``; returns what import.json says.
+    """Generate images for the prompts of a text file, write the table of their pairs to ``out``, return its summary.
 
-    Every process that calls this makes parts of the pictures; all return when the table is there.  An ``out`` that
-    holds this very table is returned as it is.  Raises SettingsError.
+    Every process that calls this does a share of the work; all return when the table is complete. An ``out`` that
+    holds this very table is returned as it is. Raises ConfigError for impossible options; DataError for unreadable
+    prompts, an ``out`` that holds something else, and images that make no pair; ModelError for a pipeline that cannot
+    be loaded.
     """
     _check(options)
-    words, source = read_prompts(prompts, options), find(model)
+    texts, source = read_prompts(prompts, options), find(model)
     folder = out.absolute().parent / f".{out.name}.pictures"
-    identity = _identity(words, source, options)
-    there = (out / reader.IMPORT_INFO).is_file()
+    identity = _identity(texts, source, options)
+    there = pairs_summary.exists(out)
     if not there:
         try:
             with SharedWork(folder, identity, lambda note: _is_whole(folder, note)) as shared:
-                if not (out / reader.IMPORT_INFO).is_file():
-                    _Generating(words, source, out, options, shared, world, identity).run()
+                if not pairs_summary.exists(out):
+                    _Generator(texts, source, out, options, shared, world, identity).run()
         except Finished:
             pass
-    try:
-        summary = json.loads((out / reader.IMPORT_INFO).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out}: another process was to write it, and did not ({error}): start again") from error
-    other = [key for key, value in identity.items() if summary.get(key) != value]
-    if other:
-        raise UserError(f"{out} holds another table (it differs in {', '.join(other)}): remove it, or name another")
+    if not pairs_summary.exists(out):
+        raise DataError(f"{out}: the process that was writing it ended before it was complete: start again")
+    summary = pairs_summary.read(out, identity)
     if world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    print0(f"{out}: {'generated already' if there else 'generated'}\n{importer.report(summary)}")
+    print0(f"{out}: {'generated already' if there else 'generated'}\n{pairs_summary.report(summary)}")
     return summary
 
 
 def read_prompts(prompts: str, options: GenerateOptions) -> list[str]:
-    """The distinct prompts of a text file, a line each; of 'embedded' the embedded world's. Raises SettingsError."""
+    """The distinct prompts of a text file with one prompt a line; 'embedded': prompts of the embedded data set.
+
+    Raises DataError for a file that cannot be read and one without a prompt.
+    """
     if prompts == EMBEDDED:
         return shapes.prompts("train", options.count or EMBEDDED_PROMPTS, options.seed)
     try:
         lines = [line.strip() for line in Path(prompts).expanduser().read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"prompts: '{prompts}' cannot be read as text ({error}): give a file, a prompt a line"
+        raise DataError(
+            f"prompts: '{prompts}' cannot be read as text ({error}): give a file with one prompt a line"
         ) from error
     found = list(dict.fromkeys(line for line in lines if line))
     if not found:
-        raise UserError(f"prompts: '{prompts}' has no prompt")
-    if len(found) < (repeated := sum(bool(line) for line in lines)):
-        print0(f"{prompts}: {repeated - len(found)} repeated prompts are taken once")
+        raise DataError(f"prompts: '{prompts}' has no prompt")
+    if len(found) < (total := sum(bool(line) for line in lines)):
+        print0(f"{prompts}: {total - len(found)} repeated prompts are used once")
     return found[: options.count] if options.count else found
 
 
-class _Generating:
-    """The work of one process."""
+class _Generator:
+    """The share of one process in the work."""
 
     def __init__(
         self,
-        words: Sequence[str],
+        prompts: Sequence[str],
         source: ModelSource,
         out: Path,
         options: GenerateOptions,
@@ -135,19 +132,19 @@ class _Generating:
         world: World,
         identity: dict[str, Any],
     ) -> None:
-        self.words, self.source, self.out, self.options = words, source, out, options
+        self.prompts, self.source, self.out, self.options = (prompts, source, out, options)
         self.shared, self.world, self.identity = shared, world, identity
-        self.prompts_per_part = max(1, PART_PICTURES // options.per_prompt)
-        self.count = -(-len(words) // self.prompts_per_part)
+        self.prompts_per_part = max(1, PART_IMAGES // options.per_prompt)
+        self.parts = -(-len(prompts) // self.prompts_per_part)
 
     def run(self) -> None:
-        names = [f"pictures-{i:05d}" for i in range(self.count)]
-        first = self.world.rank * self.count // self.world.size
-        total = len(self.words) * self.options.per_prompt
+        names = [f"pictures-{i:05d}" for i in range(self.parts)]
+        first = self.world.rank * self.parts // self.world.size
+        total = len(self.prompts) * self.options.per_prompt
         alone, shown = self.world.size == 1, self.world.rank == 0
-        with tqdm(total=total if alone else None, unit="picture", desc="generate", disable=not shown) as self._progress:
-            self.shared.share([*names[first:], *names[:first]], self._pictures)
-        self.shared.share(["table-00000"], self._table)
+        with tqdm(total=total if alone else None, unit="image", desc="generate", disable=not shown) as self._progress:
+            self.shared.share([*names[first:], *names[:first]], self._generate_part)
+        self.shared.share(["table-00000"], self._write_table)
 
     @cached_property
     def pipe(self) -> Any:
@@ -162,11 +159,11 @@ class _Generating:
     def scorer(self) -> Scorer | None:
         return load_scorer(self.options.scorer, self.world.device) if self.options.scorer else None
 
-    def _pictures(self, name: str) -> dict[str, Any]:
-        """Make the pictures of a part, from where it was left."""
+    def _generate_part(self, name: str) -> dict[str, Any]:
+        """Generate the images of a part, resuming what is in its draft; returns the part's manifest."""
         first = int(name.rpartition("-")[2]) * self.prompts_per_part
-        prompts = range(first, min(first + self.prompts_per_part, len(self.words)))
-        tasks = [(prompt, picture) for prompt in prompts for picture in range(self.options.per_prompt)]
+        prompts = range(first, min(first + self.prompts_per_part, len(self.prompts)))
+        tasks = [(prompt, image) for prompt in prompts for image in range(self.options.per_prompt)]
         draft = self.shared.draft(name)
         done = sum(len(record["items"]) for record in draft.records)
         self._progress.update(done)
@@ -174,7 +171,7 @@ class _Generating:
             items, contents = self._sample(tasks[start : start + self.options.batch])
             draft.append({"items": items}, contents)
             self._progress.update(len(items))
-        content, file = draft.data(), _kept(self.shared.folder, name)
+        content, file = draft.data(), _images_file(self.shared.folder, name)
         with storage.atomic_write(file) as building:
             building.write_bytes(content)
         items = [item for record in draft.records for item in record["items"]]
@@ -182,113 +179,76 @@ class _Generating:
 
     @torch.no_grad()
     def _sample(self, tasks: Sequence[tuple[int, int]]) -> tuple[list[dict[str, Any]], list[bytes]]:
-        """Facts and encoded bytes of the pictures of a batch."""
-        words = [self.words[prompt] for prompt, _ in tasks]
+        """Facts (as JSON) and encoded bytes of a batch of images. tasks: (prompt, image) of each."""
+        prompts = [self.prompts[prompt] for prompt, _ in tasks]
         given: dict[str, Any] = (
-            {"negative_prompt": [self.options.negative] * len(words)} if self.options.negative else {}
+            {"negative_prompt": [self.options.negative] * len(prompts)} if self.options.negative else {}
         )
         given |= {key: value for key in ("width", "height") if (value := getattr(self.options, key))}
         seeds = [int(rng(self.options.seed, "picture", *task).integers(2**63)) for task in tasks]
         out = self.pipe(
-            words,
+            prompts,
             num_inference_steps=self.options.steps,
             guidance_scale=self.options.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             **given,
         )
-        withheld = getattr(out, "nsfw_content_detected", None) or [False] * len(words)
-        scores = self.scorer(out.images, words).tolist() if self.scorer else [None] * len(words)
-        contents = [_encoded(image, self.options.encoding) for image in out.images]
+        withheld = getattr(out, "nsfw_content_detected", None) or [False] * len(prompts)
+        scores = self.scorer(out.images, prompts).tolist() if self.scorer else [None] * len(prompts)
+        contents = [_encode(image, self.options.encoding) for image in out.images]
         items = [
             {
                 "prompt": prompt,
-                "picture": picture,
+                "picture": number,
                 "bytes": len(content),
                 "size": image.size,
                 "score": score,
                 "problem": _problem(image, score, hidden),
             }
-            for (prompt, picture), image, content, score, hidden in zip(
+            for (prompt, number), image, content, score, hidden in zip(
                 tasks, out.images, contents, scores, withheld, strict=True
             )
         ]
         return items, contents
 
-    def _table(self, name: str) -> dict[str, Any]:
-        if (self.out / reader.IMPORT_INFO).is_file():  # written by a process that was killed before it could say so
+    def _write_table(self, name: str) -> dict[str, Any]:
+        if pairs_summary.exists(self.out):  # written by a process that was killed before it could record it
             return {}
-        with TableWriter(self.out, self.identity, schema(self.out), PART_BYTES) as output:
-            for prompt, pictures in enumerate(self._by_prompt()):
-                if prompt >= output.next_unit:
-                    output.add(pairs_of(prompt, self.words[prompt], pictures, self.options.pairing))
-            summary = {**self.identity, "rejected": dict(output.reasons.most_common()), **output.finish()}
+        with TableWriter(self.out, self.identity, table_schema(self.out), PART_BYTES) as table:
+            for prompt, images in enumerate(self._images_by_prompt()):
+                if prompt >= table.next_unit:
+                    table.add(pairs_of(prompt, self.prompts[prompt], images, self.options.pairing))
+            summary = {**self.identity, "rejected": dict(table.rejected_by_kind.most_common()), **table.finish()}
             if not summary["pairs"]:
-                raise UserError(f"{self.out}: no pair came of the pictures. {output.example}")
-            output.publish(summary)
+                raise DataError(f"{self.out}: the images make no usable pair. {table.first_rejected}")
+            table.publish(summary)
         return {}
 
-    def _by_prompt(self) -> Iterator[list[tuple[dict[str, Any], bytes]]]:
-        """The facts and bytes of each prompt's pictures."""
-        for i in range(self.count):
+    def _images_by_prompt(self) -> Iterator[list[GeneratedImage]]:
+        for i in range(self.parts):
             name = f"pictures-{i:05d}"
             items = self.shared.note(name)["items"]
-            with _kept(self.shared.folder, name).open("rb") as stream:
-                pictures = [(item, stream.read(item["bytes"])) for item in items]
-            for start in range(0, len(pictures), self.options.per_prompt):
-                yield pictures[start : start + self.options.per_prompt]
+            with _images_file(self.shared.folder, name).open("rb") as stream:
+                images = [_read_image(item, stream) for item in items]
+            for start in range(0, len(images), self.options.per_prompt):
+                yield images[start : start + self.options.per_prompt]
 
 
-def pairs_of(
-    number: int, prompt: str, pictures: Sequence[tuple[dict[str, Any], bytes]], pairing: str
-) -> list[Pair | Rejected]:
-    """The pairs of a prompt's pictures (facts and encoded bytes), the picture that was made first on the left.
-
-    ``pairing`` as formats.PAIRINGS has it; without scores the order in which they were made stands in for them.
-    """
-    found: list[Pair | Rejected] = [
-        Rejected(number, _uid(number, item), item["problem"]) for item, _ in pictures if item["problem"]
-    ]
-    usable = [picture for picture in pictures if not picture[0]["problem"]]
-    if len(usable) < 2:
-        return [*found, Rejected(number, f"prompt-{number}", f"fewer than two pictures: {len(usable)} of a prompt")]
-    ranked = sorted(usable, key=lambda p: -math.inf if p[0]["score"] is None else p[0]["score"])
-    couples = {
-        "all": list(combinations(usable, 2)),
-        "ends": [(ranked[0], ranked[-1])],
-        "once": [(ranked[i], ranked[-1 - i]) for i in range(len(ranked) // 2)],
-    }[pairing]
-    for couple in couples:
-        one, two = sorted(couple, key=lambda p: p[0]["picture"])
-        uids = [_uid(number, item) for item, _ in (one, two)]
-        scores = one[0]["score"], two[0]["score"]
-        if reason := same_image(one[1], two[1]) or equal_scores(*scores):
-            found.append(Rejected(number, "/".join(uids), reason))
-        else:
-            found.append(_pair(number, prompt, (one, two), None if scores[0] is None else scores))
-    return found
-
-
-def _pair(number: int, prompt: str, couple: tuple[Any, Any], rewards: tuple[float, float] | None) -> Pair:
-    seen = [Seen(content, None, images.content_hash(content), tuple(item["size"])) for item, content in couple]
-    pictures = [FoundImage(partial(bytes, content), uid=_uid(number, item)) for item, content in couple]
-    uid = "/".join(_uid(number, item) for item, _ in couple)
-    candidate = Candidate(number, uid, prompt, (pictures[0], pictures[1]), None, rewards)
-    return Pair(candidate, (seen[0], seen[1]))
-
-
-def _uid(number: int, item: dict[str, Any]) -> str:
-    return f"{number}-{item['picture']}"
+def _read_image(item: dict[str, Any], stream: io.BufferedReader) -> GeneratedImage:
+    content, (width, height) = stream.read(item["bytes"]), item["size"]
+    return GeneratedImage(item["picture"], content, (width, height), item["score"], item["problem"])
 
 
 def _problem(image: Image, score: float | None, withheld: bool) -> str:
+    """Why a generated image cannot be used, or ''."""
     if withheld:
         return "withheld: the pipeline's safety checker made it black"
     if all(low == high for low, high in np.array(image.getextrema()).reshape(-1, 2)):
-        return "one colour only: the networks gave NaN, or nothing"
+        return "one colour only: the networks produced NaN, or nothing"
     return "" if score is None else no_finite_score(score) or ""
 
 
-def _encoded(image: Image, encoding: str) -> bytes:
+def _encode(image: Image, encoding: str) -> bytes:
     stream = io.BytesIO()
     image.save(stream, **ENCODINGS[encoding])
     return stream.getvalue()
@@ -296,39 +256,39 @@ def _encoded(image: Image, encoding: str) -> bytes:
 
 def _check(options: GenerateOptions) -> None:
     if options.per_prompt < 2:
-        raise UserError(f"--per-prompt {options.per_prompt}: a pair needs two pictures")
+        raise ConfigError(f"--per-prompt {options.per_prompt}: a pair needs two images")
     if min(options.steps, options.batch) < 1:
-        raise UserError("--steps and --batch must be at least 1")
+        raise ConfigError("--steps and --batch must be at least 1")
     if options.encoding not in ENCODINGS:
-        raise UserError(f"--format: '{options.encoding}' is none of {', '.join(ENCODINGS)}")
-    if options.pairing not in ingest_pairing.PAIRINGS:
-        raise UserError(f"--pairs: '{options.pairing}' is none of {', '.join(ingest_pairing.PAIRINGS)}")
+        raise ConfigError(f"--format: '{options.encoding}' is none of {', '.join(ENCODINGS)}")
+    if options.pairing not in PAIRINGS:
+        raise ConfigError(f"--pairs: '{options.pairing}' is none of {', '.join(PAIRINGS)}")
     if options.pairing == "ends" and not options.scorer:
-        raise UserError("--pairs ends needs --scorer, which says what is best and worst")
+        raise ConfigError("--pairs ends needs --scorer, which decides what is best and worst")
     if options.adapters and not (Path(options.adapters) / lora.FILE).is_file():
-        raise UserError(f"--adapters: {options.adapters} holds no {lora.FILE}")
+        raise ConfigError(f"--adapters: {options.adapters} has no {lora.FILE}")
     if options.scorer:
         check_scorer(options.scorer, "--scorer")
 
 
-def _identity(words: Sequence[str], source: ModelSource, options: GenerateOptions) -> dict[str, Any]:
-    """What decides the table's content, and ``paths``, which the table's writer asks for."""
+def _identity(prompts: Sequence[str], source: ModelSource, options: GenerateOptions) -> dict[str, Any]:
+    """What decides the table's content."""
     adapters = Path(options.adapters) / lora.FILE
     digest = hashlib.sha256(adapters.read_bytes()).hexdigest() if options.adapters else ""
     chosen = {key: value for key, value in asdict(options).items() if key not in ("batch", "adapters", "scorer")}
     return {
         "generated": FORMAT,
-        "prompts": {"count": len(words), "sha256": hashlib.sha256("\n".join(words).encode()).hexdigest()},
+        "prompts": {"count": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
         "unet": weights_identity(source.unet_folder),
         "encoders": encoders_identity(source),
         "adapters": digest,
         "options": {**chosen, "pairs": options.pairing},
         "scorer": scorer_identity(options.scorer),
-        "paths": False,
+        "paths": False,  # as in the summary of an import
     }
 
 
-def _kept(folder: Path, name: str) -> Path:
+def _images_file(folder: Path, name: str) -> Path:
     return folder / f"kept_{name}.data"
 
 

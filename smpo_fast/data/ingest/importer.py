@@ -1,164 +1,149 @@
-"""Program: preference pairs of any source into one canonical table, streamed, counted and checked.
+"""``smpo import``: preference data of any source into one pair table, streamed, counted and checked.
 
-Records become pairs (smpo_fast.formats), every picture is read and looked at, and what is usable is written
-(smpo_fast.table).  Memory is bounded whatever the size of the source.
+A source is located, the meaning of its columns detected, its records turned into candidate pairs, their images
+inspected, and what is usable is written. Memory is bounded whatever the size of the source.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from smpo_fast.common.errors import UserError
-from smpo_fast.common.pools import map_ahead
-from smpo_fast.data import images
-from smpo_fast.data.images import BadImage
-from smpo_fast.data.ingest import columns as ingest_columns
-from smpo_fast.data.ingest import pairing as ingest_pairing
-from smpo_fast.data.ingest import sources
-from smpo_fast.data.ingest.columns import Reading
-from smpo_fast.data.ingest.pairing import Unit
-from smpo_fast.data.ingest.sources import PairSource, Record
-from smpo_fast.data.pairs import reader
-from smpo_fast.data.pairs.rules import reason_kind, same_image
-from smpo_fast.data.pairs.schema import Candidate, FoundImage, Rejected
-from smpo_fast.data.pairs.writer import PART_BYTES, Pair, Seen, TableWriter, schema
+from smpo_fast.common.errors import ConfigError, DataError
+from smpo_fast.data.ingest.candidates import Candidates, make_candidates
+from smpo_fast.data.ingest.columns import FORMATS, ColumnMapping, detect_columns
+from smpo_fast.data.ingest.containers import CONTAINERS
+from smpo_fast.data.ingest.inspection import inspect_images
+from smpo_fast.data.ingest.locate import locate
+from smpo_fast.data.ingest.ranking import PAIRINGS
+from smpo_fast.data.ingest.records import Record
+from smpo_fast.data.ingest.sources import PairSource
+from smpo_fast.data.pairs import summary as pairs_summary
+from smpo_fast.data.pairs.pair import Rejected, UsablePair
+from smpo_fast.data.pairs.rules import reason_kind
+from smpo_fast.data.pairs.schema import table_schema
+from smpo_fast.data.pairs.writer import PART_BYTES, TableWriter
 
 FORMAT = 1
-_LOOK = 200  # records of a dry run
-_WORKERS = 4  # threads that read, hash and look at pictures; more do not help where pictures are in the records
+_DRY_RUN_RECORDS = 200
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """How to import; the defaults find out what they can."""
+    """How to import; empty values are detected."""
 
-    format: str = ""
-    container: str = ""
-    columns: Mapping[str, str] = field(default_factory=dict)  # meaning -> column
+    format: str = ""  # a key of columns.FORMATS
+    container: str = ""  # one of containers.CONTAINERS
+    columns: Mapping[str, str] = field(default_factory=dict)  # role -> column
     split: str = ""
-    revision: str = ""
+    revision: str = ""  # on the hub
     root: str = ""  # folder that paths start from, where it is not the source's own
-    pairs: str = ""  # formats.PAIRINGS; '': all of a ranking, single pictures once
+    pairs: str = ""  # a key of ranking.PAIRINGS; '': all of a ranking, single images once
     paths: bool = False  # store paths, not bytes
-    check: bool = False  # decode every picture
-    strict: bool = False
+    check: bool = False  # decode every image
+    strict: bool = False  # stop at the first rejected row
 
 
 def import_pairs(given: str, out: Path, options: ImportOptions, *, part_bytes: int = PART_BYTES) -> dict[str, Any]:
-    """Import ``given`` into the folder ``out`` and return what ``import.json`` says; print a report.
+    """Import the source ``given`` into the folder ``out``, print a report and return what ``import.json`` says.
 
-    An ``out`` that holds this very import is returned as it is.  Raises SettingsError for a source that is not
-    understood, an ``out`` that holds something else, no usable pair, and with ``strict`` for the first bad row.
+    An ``out`` that holds the result of this very import is returned as it is. Raises DataError for a source that is
+    not understood, an ``out`` that holds something else, an import without a usable pair, and with ``strict`` for the
+    first rejected row; ConfigError for impossible options; EnvironmentProblem for what the machine lacks.
     """
-    source, reading, pairing = _understand(given, options)
-    identity = _identity(source, reading, pairing, options)
-    if (out / reader.IMPORT_INFO).is_file():
-        return _finished(out, identity)
-    print(f"{given}: {source.container}{f', split {source.split}' if source.split else ''}; {reading}", flush=True)
-    columns = schema(out, source.root if options.paths else "")
-    with TableWriter(out, identity, columns, part_bytes) as output:
-        if output.next_unit:
-            print(f"{out}: going on with an interrupted import after {output.pairs} pairs", flush=True)
-        for unit in _checked(_units(source, reading, pairing, output), options.check):
+    source, mapping, pairing = _understand(given, options)
+    identity = _identity(source, mapping, pairing, options)
+    if pairs_summary.exists(out):
+        summary = pairs_summary.read(out, identity)
+        print(f"{out}: imported already\n{pairs_summary.report(summary)}", flush=True)
+        return summary
+    print(f"{given}: {source.container}{f', split {source.split}' if source.split else ''}; {mapping}", flush=True)
+    schema = table_schema(out, source.root if options.paths else "")
+    with TableWriter(out, identity, schema, part_bytes) as table:
+        if table.next_unit:
+            print(f"{out}: resuming an interrupted import after {table.pairs} pairs", flush=True)
+        for unit in inspect_images(_candidates(source, mapping, pairing, table), decode=options.check):
             if options.strict:
-                _refuse(given, unit)
-            output.add(unit)
-        summary = {**identity, "given": given, "rejected": dict(output.reasons.most_common()), **output.finish()}
+                _refuse_rejected(given, unit)
+            table.add(unit)
+        rejected = dict(table.rejected_by_kind.most_common())
+        summary = {**identity, "given": given, "rejected": rejected, **table.finish()}
         if not summary["pairs"]:
-            raise UserError(f"{given}: no usable pair; rejected: {_listed(output.reasons)}. {output.example}")
-        output.publish(summary)
-    print(report(summary), flush=True)
+            counts = pairs_summary.list_counts(rejected)
+            raise DataError(f"{given}: no usable pair; rejected: {counts}. {table.first_rejected}")
+        table.publish(summary)
+    print(pairs_summary.report(summary), flush=True)
     return summary
 
 
 def dry_run(given: str, options: ImportOptions, rows: int = 5) -> str:
-    """What would be understood and the first ``rows`` pairs, from the first records; writes nothing."""
-    source, reading, pairing = _understand(given, options)
+    """What an import would understand, and the first ``rows`` rows, from the first records; writes nothing.
+
+    Raises the errors of ``import_pairs`` about the source and the options.
+    """
+    source, mapping, pairing = _understand(given, options)
     records = source.count()
     lines = [
         f"{given}: {source.container}, {len(source.files)} file(s)"
         + (f", split {source.split}" if source.split else ""),
-        f"format {reading.format}, pairs: {pairing} ({ingest_pairing.PAIRINGS[pairing]})",
-        *(f"  {role:<9} = column '{column}'" for role, column in reading.columns.items()),
+        f"format {mapping.format}, pairs: {pairing} ({PAIRINGS[pairing]})",
+        *(f"  {role:<9} = column '{column}'" for role, column in mapping.columns.items()),
     ]
-    reasons: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
     shown: list[str] = []
     made = 0
-    with tempfile.TemporaryDirectory() as folder, closing(_records(source, reading)) as stream:
-        found = ingest_pairing.units(source, reading, pairing, islice(stream, _LOOK), Path(folder))
-        for unit in _checked(found, options.check):
+    with tempfile.TemporaryDirectory() as spool, closing(_records(source, mapping)) as stream:
+        found = make_candidates(source, mapping, pairing, islice(stream, _DRY_RUN_RECORDS), Path(spool))
+        for unit in inspect_images(found, decode=options.check):
             for item in unit:
                 if isinstance(item, Rejected):
-                    reasons[reason_kind(item.reason)] += 1
+                    rejected[reason_kind(item.reason)] += 1
                 else:
                     made += 1
                 if len(shown) < rows:
-                    shown.append(_shown(item))
+                    shown.append(_describe(item))
     total = "number of records unknown until they are read" if records is None else f"{records} records"
-    lines += ["first rows:", *shown, f"{total}; of the first {_LOOK}: {made} pairs, rejected: {_listed(reasons)}"]
+    counts = pairs_summary.list_counts(rejected)
+    lines += ["first rows:", *shown, f"{total}; in the first {_DRY_RUN_RECORDS}: {made} pairs, rejected: {counts}"]
     return "\n".join(lines)
 
 
-def report(summary: Mapping[str, Any]) -> str:
-    """What an import came to, as a few lines of text."""
-    facts = summary["statistics"]
-    small, middle, large = facts["shorter_side"]
-    rejected = _listed(Counter(summary["rejected"]))
-    lines = [
-        f"{summary['pairs']} pairs in {len(summary['parts'])} part(s), rejected: {rejected}",
-        f"  labels: {facts['labelled']}, of these {facts['ties']} ties; picture 0 is preferred in "
-        f"{facts['first_preferred']:.1%} of the others; rewards: {facts['scored']}",
-        f"  pictures: {facts['pictures']} different ones, {facts['pictures_in_several_pairs']} in several pairs; "
-        f"shorter side {small} to {large} px, median {middle}; {facts['unequal_sizes']} pairs of unequal sizes",
-        f"  prompts: {facts['prompts']} different ones, {facts['empty_prompts']} pairs with the empty one, "
-        f"{facts['pairs_of_commonest_prompt']} with the most frequent one",
-        f"  repeated pairs: {facts['repeated_pairs']}, of these {facts['swapped_pairs']} in the other order and "
-        f"{facts['contradicting_pairs']} with the other picture preferred",
-    ]
-    if facts["undecided"]:
-        lines.append(f"  {facts['undecided']} pairs have neither label nor rewards: score them (data.scorer)")
-    return "\n".join(lines)
-
-
-# --- what is asked for ------------------------------------------------------------------------------------------
-
-
-def _understand(given: str, options: ImportOptions) -> tuple[PairSource, Reading, str]:
+def _understand(given: str, options: ImportOptions) -> tuple[PairSource, ColumnMapping, str]:
+    """The source, the meaning of its columns, and the key of PAIRINGS to use."""
     for name, value, allowed in (
-        ("--format", options.format, ingest_columns.FORMATS),
-        ("--container", options.container, sources.CONTAINERS),
-        ("--pairs", options.pairs, ingest_pairing.PAIRINGS),
+        ("--format", options.format, FORMATS),
+        ("--container", options.container, CONTAINERS),
+        ("--pairs", options.pairs, PAIRINGS),
     ):
         if value and value not in allowed:
-            raise UserError(f"{name}: '{value}' is none of {', '.join(allowed)}")
-    source = sources.locate(
+            raise ConfigError(f"{name}: '{value}' is none of {', '.join(allowed)}")
+    source = locate(
         given, container=options.container, split=options.split, revision=options.revision, root=options.root
     )
-    if options.paths and (not source.local or source.fence != source.root):
-        raise UserError(f"--paths: the pictures of {given} are not in a folder here that will stay: leave it out")
-    reading = ingest_columns.understand(source, options.format, options.columns)
-    return source, reading, options.pairs or ("once" if reading.format == "single" else "all")
+    if options.paths and (not source.local or source.boundary != source.root):
+        raise ConfigError(
+            f"--paths: the images of {given} are not in a permanent folder on this machine: leave --paths out"
+        )
+    mapping = detect_columns(source, options.format, options.columns)
+    return (source, mapping, options.pairs or ("once" if mapping.format == "single" else "all"))
 
 
-def _identity(source: PairSource, reading: Reading, pairing: str, options: ImportOptions) -> dict[str, Any]:
-    """What decides the table's content: compared before an import is taken up, and kept in its summary."""
+def _identity(source: PairSource, mapping: ColumnMapping, pairing: str, options: ImportOptions) -> dict[str, Any]:
+    """What decides the table's content: compared before an import is resumed, and kept in its summary."""
     return {
         "format_version": FORMAT,
-        "source": {"root": source.root, "split": source.split, "files": source.facts()},
+        "source": {"root": source.root, "split": source.split, "files": source.stamps()},
         "container": source.container,
-        "format": reading.format,
-        "columns": reading.columns,
+        "format": mapping.format,
+        "columns": mapping.columns,
         "pairing": pairing,
         "paths": options.paths,
         "check": options.check,
@@ -166,90 +151,33 @@ def _identity(source: PairSource, reading: Reading, pairing: str, options: Impor
     }
 
 
-def _finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        summary = json.loads((out / reader.IMPORT_INFO).read_text())
-    except ValueError as error:
-        raise UserError(f"{out / reader.IMPORT_INFO} is damaged ({error}): remove {out}") from error
-    other = [key for key, value in identity.items() if summary.get(key) != value]
-    if other:
-        raise UserError(f"{out} holds another import (it differs in {', '.join(other)}): remove it, or name another")
-    print(f"{out}: imported already\n{report(summary)}", flush=True)
-    return summary
+def _records(source: PairSource, mapping: ColumnMapping, start: int = 0) -> Generator[Record, None, None]:
+    return source.records(start, list(mapping.columns.values()))
 
 
-def _records(source: PairSource, reading: Reading, start: int = 0) -> Generator[Record, None, None]:
-    return source.records(start, list(reading.columns.values()))
-
-
-def _units(source: PairSource, reading: Reading, pairing: str, output: TableWriter) -> Iterator[Unit]:
-    """The units that are not in a finished part yet, with a progress bar over the records."""
-    # A unit is a record, except of single pictures, which must all be known first.
-    start = 0 if reading.format == "single" else output.next_unit
+def _candidates(source: PairSource, mapping: ColumnMapping, pairing: str, table: TableWriter) -> Iterator[Candidates]:
+    """The candidates that are not in a finished part yet, with a progress bar over the records."""
+    # One list of candidates for each record, except for single images, of which all records must be read first.
+    start = 0 if mapping.format == "single" else table.next_unit
     with (
-        closing(_records(source, reading, start)) as records,
+        closing(_records(source, mapping, start)) as records,
         tqdm(records, total=source.count(), initial=start, unit=" records", desc="import", mininterval=0.5) as bar,
     ):
-        found = ingest_pairing.units(source, reading, pairing, bar, output.folder)
-        yield from islice(found, output.next_unit - start, None)
+        found = make_candidates(source, mapping, pairing, bar, table.folder)
+        yield from islice(found, table.next_unit - start, None)
 
 
-def _refuse(given: str, unit: Sequence[Pair | Rejected]) -> None:
+def _refuse_rejected(given: str, unit: Sequence[UsablePair | Rejected]) -> None:
     for item in unit:
         if isinstance(item, Rejected):
-            raise UserError(f"{given}: row {item.row} ({item.uid}) cannot be used: {item.reason} (--strict)")
+            raise DataError(f"{given}: row {item.row} ({item.uid}) cannot be used: {item.reason} (--strict)")
 
 
-def _listed(reasons: Counter[str]) -> str:
-    listed = ", ".join(f"{kind} ({count})" for kind, count in reasons.most_common())
-    return f"{reasons.total()}: {listed}" if listed else "none"
-
-
-# --- looking at pictures ----------------------------------------------------------------------------------------
-
-
-def _checked(units: Iterable[Unit], check: bool) -> Iterator[list[Pair | Rejected]]:
-    """Units whose pictures were read and looked at, in order, in threads, a bounded number ahead."""
-    look = partial(_look_at, check=check)
-    return map_ahead(look, units, _WORKERS, ahead=2 * _WORKERS)
-
-
-def _look_at(unit: Unit, *, check: bool) -> list[Pair | Rejected]:
-    seen: dict[int, Seen | BadImage] = {}
-    found: list[Pair | Rejected] = []
-    for item in unit:
-        found.append(item if isinstance(item, Rejected) else _look_at_pair(item, seen, check))
-    return found
-
-
-def _look_at_pair(candidate: Candidate, seen: dict[int, Seen | BadImage], check: bool) -> Pair | Rejected:
-    pictures = []
-    for name, picture in zip(("jpg_0", "jpg_1"), candidate.pictures, strict=True):
-        if id(picture) not in seen:
-            seen[id(picture)] = _see(picture, check)
-        one = seen[id(picture)]
-        if isinstance(one, BadImage):
-            return Rejected(candidate.row, candidate.uid, f"{name} {one}")
-        pictures.append(one)
-    if reason := same_image(pictures[0].hash, pictures[1].hash):
-        return Rejected(candidate.row, candidate.uid, reason)
-    return Pair(candidate, (pictures[0], pictures[1]))
-
-
-def _see(picture: FoundImage, check: bool) -> Seen | BadImage:
-    try:
-        content = picture.read()
-        size = images.decode(content).size if check else images.sniff(content)
-        return Seen(content, picture.path, images.content_hash(content), size)
-    except BadImage as error:
-        return error
-
-
-def _shown(item: Pair | Rejected) -> str:
+def _describe(item: UsablePair | Rejected) -> str:
     if isinstance(item, Rejected):
         return f"  row {item.row} ({item.uid}) rejected: {item.reason}"
-    candidate, (one, two) = item.candidate, item.pictures
-    sizes = " and ".join("{}x{}".format(*seen.size) for seen in (one, two))
+    candidate = item.candidate
+    sizes = " and ".join("{}x{}".format(*image.size) for image in item.images)
     return (
         f"  row {candidate.row} ({candidate.uid}): label_0 = {candidate.label}, rewards = {candidate.rewards}, "
         f"{sizes} px, '{candidate.prompt[:60]}'"

@@ -9,12 +9,18 @@ from collections.abc import Iterator
 import fsspec
 
 from smpo_fast.data import images
-from smpo_fast.data.ingest.manifests import _parsed
-from smpo_fast.data.ingest.records import _DAMAGE, PICTURES, TEXTS, Problem, Values, _decoded
+from smpo_fast.data.ingest.records import (
+    DAMAGE_ERRORS,
+    TEXT_SUFFIXES,
+    Cells,
+    UnreadableRecord,
+    decode_text,
+    parse_object,
+)
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose broken header is an error: tarfile takes one for the end of the archive."""
+    """A member whose broken header is an error: tarfile takes it for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
@@ -24,17 +30,20 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def _tar(fs: fsspec.AbstractFileSystem, file: str) -> Iterator[Values | Problem]:
-    """Samples of webdataset: neighbours with the same name before its first dot. The rest names the column."""
+def read_tar(fs: fsspec.AbstractFileSystem, file: str) -> Iterator[Cells | UnreadableRecord]:
+    """The samples of an archive: neighbouring members with the same name up to its first dot; the rest is the column.
+
+    Raises the errors of ``tarfile`` for what is not a tar archive.
+    """
     key, parts = "", {}  # type: str, dict[str, bytes]
     with fs.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
         try:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them
                 if member.isdir():
                     continue
                 if refusal := _refusal(member):
-                    yield Problem(f"refused: tar member '{member.name}' {refusal}")
+                    yield UnreadableRecord(f"refused: tar member '{member.name}' {refusal}")
                     continue
                 folder, name = posixpath.split(posixpath.normpath(member.name))
                 stem, _, column = name.partition(".")
@@ -44,9 +53,11 @@ def _tar(fs: fsspec.AbstractFileSystem, file: str) -> Iterator[Values | Problem]
                 key = posixpath.join(folder, stem)
                 content = archive.extractfile(member)
                 parts[column.lower()] = content.read() if content else b""
-        except _DAMAGE as error:
-            # the sample that was being read may lack a file, so it is not believed
-            yield Problem(f"damaged: {posixpath.basename(file)} cannot be read from sample '{key}' on ({error})")
+        except DAMAGE_ERRORS as error:
+            # the sample that was being read may lack a member, so it is not used
+            yield UnreadableRecord(
+                f"damaged: {posixpath.basename(file)} cannot be read from sample '{key}' on ({error})"
+            )
             return
     if parts:
         yield _sample(key, parts)
@@ -62,26 +73,26 @@ def _refusal(member: tarfile.TarInfo) -> str:
     return ""
 
 
-def _sample(key: str, parts: dict[str, bytes]) -> Values | Problem:
-    values: Values = {"__key__": key}
+def _sample(key: str, parts: dict[str, bytes]) -> Cells | UnreadableRecord:
+    cells: Cells = {"__key__": key}
     numbered: dict[int, bytes] = {}
     for column, content in parts.items():
         name, _, ending = column.rpartition(".")
-        if f".{ending}" in PICTURES:
-            values[name or "image"] = content
+        if f".{ending}" in images.SUFFIXES:
+            cells[name or "image"] = content
             if name.isdecimal():
                 numbered[int(name)] = content
-        elif ending in TEXTS:
-            values[name or ending] = _decoded(content)
+        elif ending in TEXT_SUFFIXES:
+            cells[name or ending] = decode_text(content)
         elif ending == "json":
-            found = _parsed(content)
-            if isinstance(found, Problem):
-                return Problem(f"{found.reason} (sample '{key}')")
-            values |= {k: v for k, v in found.items() if k not in values}
+            found = parse_object(content)
+            if isinstance(found, UnreadableRecord):
+                return UnreadableRecord(f"{found.reason} (sample '{key}')")
+            cells |= {k: v for k, v in found.items() if k not in cells}
         elif column in ("jpg_0", "jpg_1"):
-            values[column] = content
-    if len(numbered) > 1:  # 0.jpg, 1.jpg, ..: in this order
-        values["images"] = [numbered[i] for i in sorted(numbered)]
+            cells[column] = content
+    if len(numbered) > 1:  # 0.jpg, 1.jpg, ..: a list in this order
+        cells["images"] = [numbered[i] for i in sorted(numbered)]
         if len(numbered) == 2:
-            values |= dict(zip(("image_0", "image_1"), values["images"], strict=True))
-    return values
+            cells |= dict(zip(("image_0", "image_1"), cells["images"], strict=True))
+    return cells

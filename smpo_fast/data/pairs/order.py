@@ -1,10 +1,10 @@
-"""Which pair stands at which position of a run: a pure function of the seed and the position.
+"""The order in which a run visits the pairs: a pure function of the seed and the position in the run.
 
-A run visits positions 0, 1, 2, ... Where all pairs have one shape, position ``v`` is pair
-``permutation(seed, v // N)[v % N]``. Where they lie in buckets of several shapes, an epoch is made of runs of
-G = gcd(pairs_per_step, 64) pairs of one shape: each bucket's pairs are shuffled and cut into runs, its last run is
-filled up from the bucket's beginning, and the runs are shuffled. So a step sees few shapes, in groups that divide
-evenly among any number of ranks that divides G.
+A run visits positions 0, 1, 2, ... If all pairs have one shape, position ``v`` is pair
+``permutation(seed, v // N)[v % N]``. If they are in aspect-ratio buckets of several shapes, an epoch consists of
+runs of G = gcd(pairs_per_step, 64) pairs of one shape: each bucket is shuffled and cut into runs, its last run is
+filled up from the bucket's beginning, and the runs are shuffled. A step batch thus contains few shapes, in groups that
+any number of ranks that divides G can share evenly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LONGEST_RUN = 64
 
 
 class Order:
-    """The order in which a run visits N pairs. shapes: int [N], the shape of each."""
+    """The order in which a run visits N pairs. shapes: int [N], a number for the shape of each pair."""
 
     def __init__(self, seed: int, shapes: np.ndarray, pairs_per_step: int) -> None:
         self.seed, self.pairs = seed, len(shapes)
@@ -37,11 +37,11 @@ class Order:
 
     @property
     def repeats(self) -> int:
-        """Positions of an epoch that fill up runs: visits of pairs that the epoch sees once already."""
+        """Positions of an epoch that fill up runs: second visits of a pair within the epoch."""
         return self._length - self.pairs
 
     def at(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The pairs at some positions: int64, 0 .. N-1."""
+        """The pairs at some positions. positions: int [n].  Returns int64 [n], each 0 .. N-1."""
         where = np.asarray(positions, dtype=np.int64)
         found = np.empty(len(where), np.int64)
         for epoch in np.unique(where // self._length):

@@ -1,11 +1,11 @@
-"""The canonical table as it is written: parts of bounded size that are there whole or not at all, and their statistics.
+"""Writes a pair table: usable pairs and rejected rows in; a folder of parquet parts, complete or absent, out.
 
-    OUT/pairs-00000.parquet ..   the table (read by smpo_fast.data)
+    OUT/pairs-00000.parquet ..   the table (read by smpo_fast.data.pairs.reader)
     OUT/rejected.parquet         row, uid and reason of every record or pair that was left out
-    OUT/import.json              what was understood, the source's files, counts, parts
+    OUT/import.json              the summary (smpo_fast.data.pairs.summary)
 
-Until all is there it grows in the hidden folder ``.OUT.partial`` beside it, where every finished part has a note of
-how far it goes; an import that was interrupted is taken up after the last one.
+Until it is complete the table grows in the hidden folder ``.OUT.partial`` next to OUT. Every finished part has a
+manifest there that says how far it goes; an interrupted import resumes after the last one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,104 +22,53 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import DataError
 from smpo_fast.common.storage import as_json, publish_folder, sync, take_lock, write_json
-from smpo_fast.data.pairs import reader
 from smpo_fast.data.pairs import schema as pairs_schema
+from smpo_fast.data.pairs.pair import Rejected, UsablePair
 from smpo_fast.data.pairs.rules import reason_kind
-from smpo_fast.data.pairs.schema import Candidate, Rejected
-from smpo_fast.data.pairs.statistics import _statistics
+from smpo_fast.data.pairs.schema import REJECTED_FILE, REJECTED_SCHEMA
+from smpo_fast.data.pairs.statistics import table_statistics
+from smpo_fast.data.pairs.summary import SUMMARY_FILE
 
 PART_BYTES = 256 << 20
-_GROUP_BYTES, _GROUP_ROWS = 8 << 20, 4096  # of a row group, which waits in memory
+_GROUP_BYTES, _GROUP_ROWS = (8 << 20, 4096)  # of a row group, which is kept in memory until it is written
 _REJECTED_ROWS = 50_000  # of a part
-_MARK = "identity.json"
-_REJECTED = pa.schema([("row", pa.int64()), ("uid", pa.string()), ("reason", pa.string())])
-
-
-@dataclass(frozen=True)
-class Seen:
-    """An encoded picture that was looked at."""
-
-    content: bytes
-    path: str | None
-    hash: int
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A usable pair."""
-
-    candidate: Candidate
-    pictures: tuple[Seen, Seen]
-
-
-def schema(out: Path, pictures: str = "") -> pa.Schema:
-    """Columns of the table at ``out``; pictures: the folder of the pictures, where their paths are stored."""
-    picture = pa.binary() if not pictures else pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    kinds = {
-        "caption": pa.string(), "jpg_0": picture, "jpg_1": picture, "label_0": pa.float32(),
-        "reward_0": pa.float64(), "reward_1": pa.float64(), "image_0_uid": pa.string(), "image_1_uid": pa.string(),
-        "source_row": pa.int64(), "hash_0": pa.uint64(), "hash_1": pa.uint64(),
-        "width_0": pa.int32(), "height_0": pa.int32(), "width_1": pa.int32(), "height_1": pa.int32(),
-    }  # fmt: skip
-    if not pictures:
-        return pa.schema(kinds)
-    root = os.path.realpath(pictures)
-    places = [root, os.path.relpath(root, os.path.realpath(out))]
-    return pa.schema(kinds, metadata={pairs_schema.PICTURES_KEY: json.dumps(places).encode()})
-
-
-def _table_row(pair: Pair, paths: bool) -> dict[str, Any]:
-    candidate, (one, two) = pair.candidate, pair.pictures
-    rewards = candidate.rewards or (None, None)
-    row: dict[str, Any] = {"caption": candidate.prompt, "label_0": candidate.label, "source_row": candidate.row}
-    for side, seen, picture in ((0, one, candidate.pictures[0]), (1, two, candidate.pictures[1])):
-        by_path = {"bytes": None if seen.path else seen.content, "path": seen.path}
-        row |= {
-            f"jpg_{side}": by_path if paths else seen.content,
-            f"reward_{side}": rewards[side],
-            f"image_{side}_uid": picture.uid and _plain(picture.uid),
-            f"hash_{side}": seen.hash,
-            f"width_{side}": seen.size[0],
-            f"height_{side}": seen.size[1],
-        }
-    return row
-
-
-def _stored_bytes(row: Mapping[str, Any]) -> int:
-    pictures = (row["jpg_0"], row["jpg_1"])
-    return len(row["caption"]) + sum(len(p) if isinstance(p, bytes) else len(p["bytes"] or b"") for p in pictures)
+_IDENTITY_FILE = "identity.json"
 
 
 class TableWriter:
-    """The table as it grows: row groups, parts with a note each, and at the end the folder under its name.
+    """A table that grows by row groups and parts, and gets its final folder at the end.
 
-    As a context manager it holds a lock, which the system releases however the process ends.
+    As a context manager it holds a lock, which the system releases however the process ends. Raises DataError for an
+    ``out`` that holds something else, and while another process writes the same table; EnvironmentProblem where the
+    file system has no locks.
+
+    identity: what decides the table's content; unfinished work is resumed only if it has the same identity.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], schema: pa.Schema, part_bytes: int) -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists already and is no import: remove it, or name another folder")
-        self.out, self.folder = out.absolute(), out.absolute().parent / f".{out.name}.partial"
-        self.identity, self.schema, self.part_bytes = as_json(identity), schema, part_bytes
-        self.reasons: Counter[str] = Counter()
-        self.example = ""
+            raise DataError(f"{out} exists already and is not an import: remove it, or choose another folder")
+        self.out, self.folder = (out.absolute(), out.absolute().parent / f".{out.name}.partial")
+        self.identity, self.schema, self.part_bytes = (as_json(identity), schema, part_bytes)
+        self.rejected_by_kind: Counter[str] = Counter()
+        self.first_rejected = ""  # a sentence about the first rejected row of this process
+        self._store_paths = pairs_schema.stores_paths(schema)
         self._parts: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._row_bytes = self._part_rows = self._part_bytes = 0
         self._rejected: list[Rejected] = []
         self._writer: pq.ParquetWriter | None = None
-        self._unit = 0
+        self._units = 0
 
     def __enter__(self) -> TableWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         if not take_lock(self._lock, wait=False):
             self._lock.close()
-            raise UserError(f"another process is importing to {self.out}: wait for it or end it")
-        self._take_up()
+            raise DataError(f"another process is importing to {self.out}: wait for it or end it")
+        self._resume()
         return self
 
     def __exit__(
@@ -129,12 +77,12 @@ class TableWriter:
         if self._writer is not None:
             self._writer.close()
         if not any(part["pairs"] for part in self._parts):
-            shutil.rmtree(self.folder, ignore_errors=True)  # nothing that a next run could take up
+            shutil.rmtree(self.folder, ignore_errors=True)  # nothing to resume from
         self._lock.close()
 
     @property
     def next_unit(self) -> int:
-        """Units below this one are in finished parts already."""
+        """Number of units (see ``add``) that are in finished parts."""
         return self._parts[-1]["next_unit"] if self._parts else 0
 
     @property
@@ -142,44 +90,44 @@ class TableWriter:
         """Pairs in finished parts."""
         return sum(part["pairs"] for part in self._parts)
 
-    def add(self, unit: Sequence[Pair | Rejected]) -> None:
-        """Add what came of the next unit; a part ends only between units."""
+    def add(self, unit: Sequence[UsablePair | Rejected]) -> None:
+        """Add the rows of the next unit of the source. A part ends only between units, so that work can be resumed."""
         for item in unit:
             if isinstance(item, Rejected):
-                self.reasons[reason_kind(item.reason)] += 1
-                self.example = self.example or f"The first: row {item.row} ({item.uid}): {item.reason}"
+                self.rejected_by_kind[reason_kind(item.reason)] += 1
+                self.first_rejected = self.first_rejected or f"The first: row {item.row} ({item.uid}): {item.reason}"
                 self._rejected.append(item)
             else:
-                self._rows.append(_table_row(item, self.identity["paths"]))
+                self._rows.append(_table_row(item, self._store_paths))
                 self._row_bytes += _stored_bytes(self._rows[-1])
                 if self._row_bytes >= _GROUP_BYTES or len(self._rows) >= _GROUP_ROWS:
                     self._write_group()
-        self._unit += 1
+        self._units += 1
         if self._part_bytes + self._row_bytes >= self.part_bytes or len(self._rejected) >= _REJECTED_ROWS:
             self._end_part()
 
     def finish(self) -> dict[str, Any]:
         """End the last part and describe the table: parts, number of pairs, statistics."""
         self._end_part()
-        names = [part["name"] for part in self._parts if part["pairs"]]
-        with pq.ParquetWriter(self.folder / reader.REJECTED_FILE, _REJECTED) as writer:
+        with pq.ParquetWriter(self.folder / REJECTED_FILE, REJECTED_SCHEMA) as writer:
             for part in self._parts:
                 if part["rejected"]:
                     writer.write_table(pq.read_table(self.folder / f"rejected-{part['name']}"))
-        files = [self.folder / name for name in names]
+        with_pairs = [part for part in self._parts if part["pairs"]]
+        files = [self.folder / part["name"] for part in with_pairs]
         parts = [
             {"name": part["name"], "pairs": part["pairs"], "bytes": file.stat().st_size}
-            for part, file in zip((p for p in self._parts if p["pairs"]), files, strict=True)
+            for part, file in zip(with_pairs, files, strict=True)
         ]
-        return {"pairs": self.pairs, "statistics": _statistics(files), "parts": parts}
+        return {"pairs": self.pairs, "statistics": table_statistics(files), "parts": parts}
 
     def publish(self, summary: Mapping[str, Any]) -> None:
-        """Give the finished folder its name."""
-        sync(self.folder / reader.REJECTED_FILE)
-        write_json(self.folder / reader.IMPORT_INFO, summary, indent=2)
+        """Write the summary and rename the finished folder to ``out``."""
+        sync(self.folder / REJECTED_FILE)
+        write_json(self.folder / SUMMARY_FILE, summary, indent=2)
         publish_folder(self.folder, self.out)
-        for notes in ("rejected-*", "pairs-*.json", _MARK, "lock"):
-            for file in self.out.glob(notes):
+        for leftovers in ("rejected-*", "pairs-*.json", _IDENTITY_FILE, "lock"):
+            for file in self.out.glob(leftovers):
                 file.unlink()
 
     @property
@@ -190,18 +138,18 @@ class TableWriter:
     def _draft(self) -> Path:
         return self.folder / f"{self._name}.tmp"
 
-    def _take_up(self) -> None:
-        """Believe the finished parts of the same import, and remove everything else."""
-        mark = self.folder / _MARK
+    def _resume(self) -> None:
+        """Keep the finished parts of the same import, and remove everything else."""
+        mark = self.folder / _IDENTITY_FILE
         try:
             same = json.loads(mark.read_text()) == self.identity
         except (OSError, ValueError):
             same = False
-        while same and (note := self.folder / f"{self._name}.json").is_file():
-            part = json.loads(note.read_text())
-            self.reasons.update(part["reasons"])
+        while same and (manifest := self.folder / f"{self._name}.json").is_file():
+            part = json.loads(manifest.read_text())
+            self.rejected_by_kind.update(part["reasons"])
             self._parts.append(part)
-        self._unit = self.next_unit
+        self._units = self.next_unit
         known = {
             name for part in self._parts for name in (part["name"], f"{part['name']}.json", f"rejected-{part['name']}")
         }
@@ -213,19 +161,12 @@ class TableWriter:
     def _write_group(self) -> None:
         if self._writer is None:
             self._writer = pq.ParquetWriter(
-                self._draft, self.schema, use_dictionary=["caption"], compression=self._compression()
+                self._draft, self.schema, use_dictionary=["caption"], compression=_compression(self.schema)
             )
         self._writer.write_table(pa.Table.from_pylist(self._rows, self.schema))
         self._part_rows += len(self._rows)
         self._part_bytes += self._row_bytes
         self._rows, self._row_bytes = [], 0
-
-    def _compression(self) -> dict[str, str]:
-        """Pictures are compressed already."""
-        leaves = [name for name in self.schema.names if not pa.types.is_struct(self.schema.field(name).type)]
-        kinds = dict.fromkeys(leaves, "zstd")
-        kinds |= {f"jpg_{side}.{leaf}": "NONE" for side in (0, 1) for leaf in ("bytes", "path")}
-        return kinds | {f"jpg_{side}": "NONE" for side in (0, 1)}
 
     def _end_part(self) -> None:
         if self._rows:
@@ -239,25 +180,58 @@ class TableWriter:
             sync(self._draft)
             os.replace(self._draft, self.folder / name)
         if self._rejected:
-            file = self.folder / f"rejected-{name}"
-            table = [
-                {"row": item.row, "uid": _plain(item.uid), "reason": _plain(item.reason)} for item in self._rejected
-            ]
-            pq.write_table(pa.Table.from_pylist(table, _REJECTED), file)
-            sync(file)
-        part = {
+            self._write_rejected(self.folder / f"rejected-{name}")
+        manifest = {
             "name": name,
             "pairs": self._part_rows,
             "rejected": len(self._rejected),
             "reasons": Counter(reason_kind(item.reason) for item in self._rejected),
-            "next_unit": self._unit,
+            "next_unit": self._units,
         }
-        write_json(self.folder / f"{name}.json", part)  # from here on the part is believed
+        write_json(self.folder / f"{name}.json", manifest)  # with it the part counts as finished
         sync(self.folder)
-        self._parts.append(part)
+        self._parts.append(manifest)
         self._rejected, self._part_rows, self._part_bytes = [], 0, 0
 
+    def _write_rejected(self, file: Path) -> None:
+        rows = [
+            {"row": item.row, "uid": _valid_utf8(item.uid), "reason": _valid_utf8(item.reason)}
+            for item in self._rejected
+        ]
+        pq.write_table(pa.Table.from_pylist(rows, REJECTED_SCHEMA), file)
+        sync(file)
 
-def _plain(text: str) -> str:
-    """Without the surrogates that stand for the bytes of a file name that is not UTF-8."""
+
+def _table_row(pair: UsablePair, store_paths: bool) -> dict[str, Any]:
+    candidate = pair.candidate
+    rewards = candidate.rewards or (None, None)
+    row: dict[str, Any] = {"caption": candidate.prompt, "label_0": candidate.label, "source_row": candidate.row}
+    for side, (image, ref) in enumerate(zip(pair.images, candidate.images, strict=True)):
+        by_path = {"bytes": None if image.path else image.content, "path": image.path}
+        row |= {
+            f"jpg_{side}": by_path if store_paths else image.content,
+            f"reward_{side}": rewards[side],
+            f"image_{side}_uid": ref.uid and _valid_utf8(ref.uid),
+            f"hash_{side}": image.hash,
+            f"width_{side}": image.size[0],
+            f"height_{side}": image.size[1],
+        }
+    return row
+
+
+def _stored_bytes(row: Mapping[str, Any]) -> int:
+    images = (row["jpg_0"], row["jpg_1"])
+    return len(row["caption"]) + sum(len(i) if isinstance(i, bytes) else len(i["bytes"] or b"") for i in images)
+
+
+def _compression(schema: pa.Schema) -> dict[str, str]:
+    """Compression by column: none for images, which are compressed already."""
+    leaves = [name for name in schema.names if not pa.types.is_struct(schema.field(name).type)]
+    kinds = dict.fromkeys(leaves, "zstd")
+    kinds |= {f"jpg_{side}.{leaf}": "NONE" for side in (0, 1) for leaf in ("bytes", "path")}
+    return kinds | {f"jpg_{side}": "NONE" for side in (0, 1)}
+
+
+def _valid_utf8(text: str) -> str:
+    """Without the surrogates by which Python represents the bytes of a file name that is not UTF-8."""
     return text.encode("utf-8", "replace").decode()

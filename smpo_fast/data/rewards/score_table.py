@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 
 from smpo_fast.common import storage
 from smpo_fast.common.errors import UserError
+from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.pairs.rules import no_finite_score
-from smpo_fast.data.pairs.schema import RawPair, Rejected
 
 SCORES, PAIRS, REJECTED, FACTS = "scores.parquet", "pairs.parquet", "rejected.parquet", "scores.json"
 KEY = np.dtype("S64")  # sha256 of the picture, then of the prompt

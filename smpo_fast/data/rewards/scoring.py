@@ -28,8 +28,8 @@ from smpo_fast.config.schema import Labels
 from smpo_fast.data import images
 from smpo_fast.data.images import BadImage
 from smpo_fast.data.pairs import reader
+from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.pairs.rules import no_finite_score, reason_kind
-from smpo_fast.data.pairs.schema import RawPair, Rejected
 from smpo_fast.data.rewards import score_table
 from smpo_fast.data.rewards.score_table import KEY
 from smpo_fast.data.rewards.scorers import KINDS, Scorer, check_scorer, load_scorer, scorer_identity, terms
