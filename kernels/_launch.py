@@ -39,12 +39,18 @@ def operator(name: str, signature: str, run: Callable[..., Any], shapes: Callabl
     return getattr(torch.ops.smpo_fast, name).default
 
 
-def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: Any) -> None:
-    """Run ``programs`` instances of a kernel on the device of ``x``, which need not be the current one."""
+def launch(kernel: Any, programs: int, *, device: torch.device, **arguments: Any) -> None:
+    """Run ``programs`` programs of a kernel on ``device``, which need not be the current one.
+
+    ``arguments`` are all of the kernel's parameters and, if needed, options of the compiler (``num_warps``, ...).
+    Raises KeyError for a parameter that is missing.
+    """
     if programs == 0:
         return
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        kernel[(programs,)](*arguments, **options)
+    # by position, since Triton passes keywords through three calls
+    values = [arguments.pop(name) for name in kernel.arg_names]
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*values, **arguments)
 
 
 _TICKETS: dict[tuple[torch.device, int], Tensor] = {}

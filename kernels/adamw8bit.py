@@ -367,20 +367,32 @@ def _tile() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _sizes(x: Tensor, scale: Tensor, offset: int) -> dict[str, int]:
+    """Elements, the first one's place in its block, and blocks."""
+    return {"n": len(x), "lead": offset % BLOCK, "blocks": len(scale)}
+
+
+def _gradient_scale(grad_scale: Tensor | float, unread: Tensor) -> dict[str, Any]:
+    """A scale on the device is read there; one on the host is passed by value, with any tensor as the pointer."""
+    if isinstance(grad_scale, Tensor):
+        return {"p_grad_scale": grad_scale, "grad_scale": 1.0, "SCALE": True}
+    return {"p_grad_scale": unread, "grad_scale": float(grad_scale), "SCALE": False}
+
+
 def _step(
     weight: Tensor, grad: Tensor, m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor,
     *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
     grad_scale: Tensor | float, seed: int, offset: int, m_max: Tensor | None, v_max: Tensor | None,
 ) -> None:  # fmt: skip
-    n, blocks, on_device = len(weight), len(m_scale), isinstance(grad_scale, Tensor)
+    decay, rate, root = _factors(lr, beta1, beta2, weight_decay, step)
     launch(
-        _step_kernel, cdiv(blocks, ROWS), weight,
-        weight, grad, m8, v8, m_scale, v_scale,
-        m_scale if m_max is None else m_max, v_scale if v_max is None else v_max,
-        grad_scale if on_device else m_scale, 1.0 if on_device else float(grad_scale),
-        n, offset % BLOCK, blocks, offset // BLOCK, step, _signed(seed), _signed(seed >> 32),
-        beta1, beta2, 1 - beta1, 1 - beta2, eps, *_factors(lr, beta1, beta2, weight_decay, step),
-        SCALE=on_device, M_JOINT=m_max is not None, V_JOINT=v_max is not None, **_tile(),
+        _step_kernel, cdiv(len(m_scale), ROWS), device=weight.device,
+        p_weight=weight, p_grad=grad, p_m8=m8, p_v8=v8, p_m_scale=m_scale, p_v_scale=v_scale,
+        p_m_max=m_scale if m_max is None else m_max, p_v_max=v_scale if v_max is None else v_max,
+        **_gradient_scale(grad_scale, m_scale), **_sizes(weight, m_scale, offset), first_block=offset // BLOCK,
+        step=step, seed_low=_signed(seed), seed_high=_signed(seed >> 32),
+        beta1=beta1, beta2=beta2, new1=1 - beta1, new2=1 - beta2, eps=eps, decay=decay, rate=rate, root=root,
+        M_JOINT=m_max is not None, V_JOINT=v_max is not None, **_tile(),
     )  # fmt: skip
 
 
@@ -388,12 +400,12 @@ def _block_max(
     grad: Tensor, m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor,
     *, beta1: float, beta2: float, grad_scale: Tensor | float, offset: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    m_max, v_max, on_device = torch.empty_like(m_scale), torch.empty_like(v_scale), isinstance(grad_scale, Tensor)
+    m_max, v_max = torch.empty_like(m_scale), torch.empty_like(v_scale)
     launch(
-        _block_max_kernel, cdiv(len(m_scale), ROWS), grad,
-        grad, m8, v8, m_scale, v_scale, m_max, v_max,
-        grad_scale if on_device else m_scale, 1.0 if on_device else float(grad_scale),
-        len(grad), offset % BLOCK, len(m_scale), beta1, beta2, 1 - beta1, 1 - beta2, SCALE=on_device, **_tile(),
+        _block_max_kernel, cdiv(len(m_scale), ROWS), device=grad.device,
+        p_grad=grad, p_m8=m8, p_v8=v8, p_m_scale=m_scale, p_v_scale=v_scale, p_m_max=m_max, p_v_max=v_max,
+        **_gradient_scale(grad_scale, m_scale), **_sizes(grad, m_scale, offset),
+        beta1=beta1, beta2=beta2, new1=1 - beta1, new2=1 - beta2, **_tile(),
     )  # fmt: skip
     return m_max, v_max
 

@@ -82,26 +82,27 @@ def _geglu_bwd_kernel(p_x, p_grad_y, p_grad_x, rows, features, pieces, ROWS: tl.
 # --- launchers -------------------------------------------------------------------------------------------------
 
 
-def _grid(rows: int, features: int) -> tuple[int, tuple[int, int, int], dict[str, int]]:
-    """Programs, sizes and tile."""
+def _grid(rows: int, features: int) -> tuple[int, dict[str, int]]:
+    """The number of programs, and the sizes, tile and warps that both kernels take."""
     block = min(TILE, power_of_2(features))
-    tile, pieces = {"ROWS": TILE // block, "BLOCK": block, "num_warps": WARPS}, cdiv(features, block)
-    return cdiv(rows, tile["ROWS"]) * pieces, (rows, features, pieces), tile
+    tile, pieces = TILE // block, cdiv(features, block)
+    sizes = {"rows": rows, "features": features, "pieces": pieces}
+    return cdiv(rows, tile) * pieces, {**sizes, "ROWS": tile, "BLOCK": block, "num_warps": WARPS}
 
 
 def _geglu_fwd(x: Tensor) -> Tensor:
     x, features = x.contiguous(), x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
-    programs, sizes, tile = _grid(x.shape[:-1].numel(), features)
-    launch(_geglu_fwd_kernel, programs, x, x, y, *sizes, **tile)
+    programs, grid = _grid(x.shape[:-1].numel(), features)
+    launch(_geglu_fwd_kernel, programs, device=x.device, p_x=x, p_y=y, **grid)
     return y
 
 
 def _geglu_bwd(grad_y: Tensor, x: Tensor) -> Tensor:
     x, grad_y = x.contiguous(), grad_y.contiguous()
     grad_x = torch.empty_like(x)
-    programs, sizes, tile = _grid(x.shape[:-1].numel(), grad_y.shape[-1])
-    launch(_geglu_bwd_kernel, programs, x, x, grad_y, grad_x, *sizes, **tile)
+    programs, grid = _grid(x.shape[:-1].numel(), grad_y.shape[-1])
+    launch(_geglu_bwd_kernel, programs, device=x.device, p_x=x, p_grad_y=grad_y, p_grad_x=grad_x, **grid)
     return grad_x
 
 

@@ -123,8 +123,9 @@ def _geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tile = _tile(rows, depth, x.dtype, _shared_memory(x))
     tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     launch(
-        _geglu_linear_kernel, cdiv(rows, tile["BM"]) * cdiv(features, tile["BN"]), x,
-        x, weight, weight if bias is None else bias.contiguous(), y, rows, features, depth,
+        _geglu_linear_kernel, cdiv(rows, tile["BM"]) * cdiv(features, tile["BN"]), device=x.device,
+        p_x=x, p_weight=weight, p_bias=weight if bias is None else bias.contiguous(), p_y=y,
+        rows=rows, features=features, depth=depth,
         BIAS=bias is not None, EVEN=depth % tile["BK"] == 0, PRECISION="tf32" if tf32 else "ieee", GROUP=GROUP, **tile,
         INTERPRETED=INTERPRET,
     )  # fmt: skip

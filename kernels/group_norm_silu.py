@@ -42,6 +42,7 @@ from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, 
 PIXELS, CHANNELS = 128, 64  # a tile of a channels-last picture; 64 divides every width of SDXL and SD1.5
 TILE = 4096  # elements of a tile of a contiguous picture
 WARPS = 8
+S, T, U = ("s_n", "s_c", "s_p"), ("t_n", "t_c", "t_p"), ("u_n", "u_c", "u_p")  # names of strides in the kernels
 
 
 # --- eager reference -------------------------------------------------------------------------------------------
@@ -252,6 +253,11 @@ def _tiles(x: Tensor) -> tuple[int, int, dict[str, int]]:
     return cdiv(pixels, p), cdiv(channels, cb), {"P": p, "CB": cb}
 
 
+def _strides(names: tuple[str, str, str], x: Tensor) -> dict[str, int]:
+    """The strides of [N, C, pixels] by the kernels' parameter names."""
+    return dict(zip(names, x.stride(), strict=True))
+
+
 def _join(chunks: int, size: int) -> dict[str, int]:
     d = power_of_2(size)
     return {"K": min(power_of_2(chunks), max(1, 256 // d)), "D": d, "num_warps": 4}
@@ -266,16 +272,21 @@ def _group_norm_fwd(
     n, channels, pixels = a.shape
     chunks, blocks, tile = _tiles(a)
     tile_mean, tile_m2 = torch.empty((2, n, chunks, channels), dtype=torch.float32, device=x.device).unbind()
-    programs, cut = n * chunks * blocks, (pixels, channels, chunks, blocks)
-    launch(_statistics_kernel, programs, x, a, tile_mean, tile_m2, *cut, *a.stride(), **tile, num_warps=WARPS)
+    programs, sizes = n * chunks * blocks, {"pixels": pixels, "channels": channels, "chunks": chunks}
     launch(
-        _groups_kernel, n * groups, x,
-        tile_mean, tile_m2, mean, rstd, pixels, channels, chunks, groups, eps,
+        _statistics_kernel, programs, device=x.device, p_x=a, p_mean=tile_mean, p_m2=tile_m2,
+        **sizes, blocks=blocks, **_strides(S, a), **tile, num_warps=WARPS,
+    )  # fmt: skip
+    launch(
+        _groups_kernel, n * groups, device=x.device,
+        p_mean=tile_mean, p_m2=tile_m2, p_group_mean=mean, p_group_rstd=rstd, **sizes, groups=groups, eps=eps,
         P=tile["P"], **_join(chunks, channels // groups),
     )  # fmt: skip
     launch(
-        _apply_kernel, programs, x,
-        a, b, mean, rstd, weight, bias, *cut, groups, *a.stride(), *b.stride(), SILU=silu, **tile, num_warps=WARPS,
+        _apply_kernel, programs, device=x.device,
+        p_x=a, p_y=b, p_mean=mean, p_rstd=rstd, p_weight=weight, p_bias=bias,
+        **sizes, blocks=blocks, groups=groups, **_strides(S, a), **_strides(T, b),
+        SILU=silu, **tile, num_warps=WARPS,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -290,20 +301,23 @@ def _group_norm_bwd(
     options = {"dtype": torch.float32, "device": x.device}
     sums = torch.empty((2, n, chunks, channels), **options)
     channel_sums, group_means = torch.empty((2, n, channels), **options), torch.empty((2, n, groups), **options)
-    programs, cut = n * chunks * blocks, (n, pixels, channels, chunks, blocks, groups)
+    programs = n * chunks * blocks
+    sizes = {"pictures": n, "pixels": pixels, "channels": channels, "chunks": chunks, "groups": groups}
+    values = {"p_mean": mean, "p_rstd": rstd, "p_weight": weight, "p_bias": bias}
+    strides = {**_strides(S, a), **_strides(T, b)}
     launch(
-        _bwd_sums_kernel, programs, x,
-        a, b, mean, rstd, weight, bias, sums, *cut, *a.stride(), *b.stride(), SILU=silu, **tile, num_warps=WARPS,
+        _bwd_sums_kernel, programs, device=x.device, p_x=a, p_grad_y=b, **values, p_sums=sums,
+        **sizes, blocks=blocks, **strides, SILU=silu, **tile, num_warps=WARPS,
     )  # fmt: skip
     launch(
-        _bwd_groups_kernel, n * groups, x,
-        sums, weight, channel_sums, group_means, n, pixels, channels, chunks, groups,
+        _bwd_groups_kernel, n * groups, device=x.device,
+        p_sums=sums, p_weight=weight, p_channel_sums=channel_sums, p_group_means=group_means, **sizes,
         **_join(chunks, channels // groups),
     )  # fmt: skip
     launch(
-        _bwd_apply_kernel, programs, x,
-        a, b, c, mean, rstd, weight, bias, group_means, *cut, *a.stride(), *b.stride(), *c.stride(),
-        SILU=silu, **tile, num_warps=WARPS,
+        _bwd_apply_kernel, programs, device=x.device,
+        p_x=a, p_grad_y=b, p_grad_x=c, **values, p_group_means=group_means,
+        **sizes, blocks=blocks, **strides, **_strides(U, c), SILU=silu, **tile, num_warps=WARPS,
     )  # fmt: skip
     of_bias, of_weight = (sums.sum(0).to(weight.dtype) for sums in channel_sums)
     return grad_x, of_weight, of_bias

@@ -144,9 +144,10 @@ def _layer_norm_fwd(
     total, y, mean, rstd = _fwd_shapes(x, residual, weight, bias, eps)
     features, rows, tile = x.shape[-1], mean.numel(), _tile(x)
     launch(
-        _layer_norm_fwd_kernel, cdiv(rows, tile["ROWS"]), x,
-        x, x if residual is None else residual, weight, bias, y if residual is None else total, y, mean, rstd,
-        rows, features, eps,
+        _layer_norm_fwd_kernel, cdiv(rows, tile["ROWS"]), device=x.device,
+        p_x=x, p_residual=x if residual is None else residual, p_weight=weight, p_bias=bias,
+        p_total=y if residual is None else total, p_y=y, p_mean=mean, p_rstd=rstd,
+        rows=rows, features=features, eps=eps,
         RESIDUAL=residual is not None, **tile,
     )  # fmt: skip
     return total, y, mean, rstd
@@ -163,9 +164,10 @@ def _layer_norm_bwd(
     programs = min(PROGRAMS, cdiv(rows, tile["ROWS"]))
     partial = torch.empty((2, programs if grad_weight else 0, features), dtype=torch.float32, device=total.device)
     launch(
-        _layer_norm_bwd_kernel, programs, total,
-        total, grad_y, grad_y if grad_total is None else grad_total, weight, mean, rstd, grad_x, partial,
-        rows, features, cdiv(rows, max(programs, 1)),
+        _layer_norm_bwd_kernel, programs, device=total.device,
+        p_total=total, p_grad_y=grad_y, p_grad_total=grad_y if grad_total is None else grad_total,
+        p_weight=weight, p_mean=mean, p_rstd=rstd, p_grad_x=grad_x, p_partial=partial,
+        rows=rows, features=features, rows_each=cdiv(rows, max(programs, 1)),
         GRAD_TOTAL=grad_total is not None, GRAD_WEIGHT=grad_weight, **tile,
     )  # fmt: skip
     if not grad_weight:

@@ -287,11 +287,13 @@ def _launch_forward(
     sums = torch.empty((pairs, 2 if predicted else 1, 2, pieces), dtype=torch.float32, device=target.device)
     errors, reference_errors, loss, logit, slope = out if len(out) == 5 else (*out, *[sums] * 4)
     launch(
-        _pair_loss_kernel, 2 * pairs * pieces, target,
-        prediction, target if reference is None else reference, target, x_0, signal, noise,
-        sums if weight is None else weight.contiguous(),
-        sums, tickets(pairs, target.device), errors, reference_errors, loss, logit, slope,
-        n, pieces, max(minor, 1), beta,
+        _pair_loss_kernel, 2 * pairs * pieces, device=target.device,
+        p_prediction=prediction, p_reference=target if reference is None else reference,
+        p_target=target, p_clean=x_0, p_signal=signal, p_noise=noise,
+        p_weight=sums if weight is None else weight.contiguous(),
+        p_sums=sums, p_tickets=tickets(pairs, target.device), p_errors=errors, p_reference_errors=reference_errors,
+        p_loss=loss, p_logit=logit, p_slope=slope,
+        n=n, pieces=pieces, minor=max(minor, 1), beta=beta,
         LINK=link, REFERENCE=predicted, TRAJECTORY=bool(levels), TRANSPOSED=minor > 0,
         BLOCK=BLOCK, PIECES=min(1024, triton.next_power_of_2(pieces)), num_warps=WARPS,
         enable_fp_fusion=False,  # fused or not, square and sum must round alike for both networks
@@ -325,9 +327,10 @@ def _pair_loss_bwd(
     n = prediction.shape[2:].numel()
     pieces, minor = cdiv(n, BLOCK), transposition(prediction, target)
     launch(
-        _pair_loss_bwd_kernel, 2 * len(prediction) * pieces, prediction,
-        prediction, target, x_0, signal, noise, slope, grad_loss.contiguous(), grad,
-        n, pieces, max(minor, 1),
+        _pair_loss_bwd_kernel, 2 * len(prediction) * pieces, device=prediction.device,
+        p_prediction=prediction, p_target=target, p_clean=x_0, p_signal=signal, p_noise=noise,
+        p_slope=slope, p_grad_loss=grad_loss.contiguous(), p_grad=grad,
+        n=n, pieces=pieces, minor=max(minor, 1),
         TRAJECTORY=bool(levels), TRANSPOSED=minor > 0, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return grad

@@ -155,12 +155,12 @@ def _correct_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------
 
 
-def _sizes(total: Tensor) -> tuple[int, tuple[int, int, int]]:
-    """Programs; elements of a picture, its pieces, and its inner extent in the order of ``total``."""
+def _sizes(total: Tensor) -> tuple[int, dict[str, int]]:
+    """The number of programs; elements of a picture, its pieces, and its inner extent in the order of ``total``."""
     channels, n = total.shape[2], total.shape[2:].numel()
     pieces = cdiv(n, BLOCK)
     minor = channels if channels_last(total) else n // max(channels, 1)
-    return 2 * len(total) * pieces, (n, pieces, max(minor, 1))
+    return 2 * len(total) * pieces, {"n": n, "pieces": pieces, "minor": max(minor, 1)}
 
 
 def _turns(total: Tensor, x: Tensor, x_0: Tensor, estimate: Tensor) -> dict[str, bool]:
@@ -177,9 +177,10 @@ def _predict(
     check(rest is None or channels_last(e) == channels_last(rest), "estimates and their sum lie in different orders")
     programs, sizes = _sizes(total)
     launch(
-        _predict_kernel, programs, x,
-        x, x_0, total, e, total if rest is None else rest,
-        signal.contiguous(), inverse_start.contiguous(), signal if h is None else h.contiguous(), *sizes,
+        _predict_kernel, programs, device=x.device,
+        p_x=x, p_x_0=x_0, p_total=total, p_estimate=e, p_rest=total if rest is None else rest,
+        p_signal=signal.contiguous(), p_inverse_start=inverse_start.contiguous(),
+        p_h=signal if h is None else h.contiguous(), **sizes,
         ESTIMATE=estimate is not None, REST=rest is not None, **_turns(total, x, x_0, e),
         BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -192,10 +193,12 @@ def _correct(
     x_0, estimate = packed(x_0), packed(estimate)
     programs, sizes = _sizes(total)
     launch(
-        _correct_kernel, programs, x,
-        x, x_0, total, estimate, estimate if rest is None else packed_like(rest, estimate),
-        signal.contiguous(), inverse_start.contiguous(), h.contiguous(),
-        h if last is None else last.contiguous(), h if earlier is None else earlier.contiguous(), *sizes,
+        _correct_kernel, programs, device=x.device,
+        p_x=x, p_x_0=x_0, p_total=total, p_estimate=estimate,
+        p_rest=estimate if rest is None else packed_like(rest, estimate),
+        p_signal=signal.contiguous(), p_inverse_start=inverse_start.contiguous(), p_h=h.contiguous(),
+        p_last=h if last is None else last.contiguous(), p_earlier=h if earlier is None else earlier.contiguous(),
+        **sizes,
         REST=rest is not None, **_turns(total, x, x_0, estimate), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 

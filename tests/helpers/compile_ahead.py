@@ -29,7 +29,7 @@ POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+Launch = tuple[Any, dict[str, Any]]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = False) -> Tensor:
@@ -158,8 +158,8 @@ def launches(make: Callable[[], None]) -> Iterator[Launch]:
     """What ``make`` would launch, each kernel once."""
     caught: dict[str, Launch] = {}
 
-    def catch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: Any) -> None:
-        caught.setdefault(kernel.fn.__name__, (kernel, arguments, options))
+    def catch(kernel: Any, programs: int, *, device: torch.device, **arguments: Any) -> None:
+        caught.setdefault(kernel.fn.__name__, (kernel, arguments))
 
     for room in (adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
         room.launch = catch  # type: ignore[assignment]
@@ -167,14 +167,13 @@ def launches(make: Callable[[], None]) -> Iterator[Launch]:
     return iter(caught.values())
 
 
-def source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:
+def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """Triton's view of a launch: pointers are 16-byte aligned, a 1 is a constant, multiples of 16 are known as such."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     divisible = {}
-    values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **options}
     for place, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
+        name, value = parameter.name, arguments[parameter.name]
         special = not parameter.do_not_specialize
         if parameter.is_constexpr or (special and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
@@ -196,12 +195,11 @@ def cuobjdump() -> str:
 
 def measure(launch: Launch, capability: int) -> dict[str, Any]:
     """Registers and bytes of spills, local and shared memory of one kernel, and the widths in bytes of its accesses."""
-    kernel, arguments, options = launch
-    warps = options.get("num_warps", 4)
-    compiler = {"num_warps": warps, "num_stages": options.get("num_stages", 3)}
-    compiler["enable_fp_fusion"] = options.get("enable_fp_fusion", True)
+    kernel, arguments = launch
+    options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
+    assert options.keys() <= {"num_warps", "num_stages", "enable_fp_fusion"}, f"{kernel.fn.__name__} has no {options}"
     target = GPUTarget("cuda", capability, 32)
-    built = triton.compile(source(kernel, arguments, options), target=target, options=compiler)
+    built = triton.compile(source(kernel, arguments), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -209,7 +207,8 @@ def measure(launch: Launch, capability: int) -> dict[str, Any]:
     usage = {name: int(told.partition(f" {name}:")[2].split()[0]) for name in ("STACK", "LOCAL")}
     registers = int(told.partition("REG:")[2].split()[0])
     return {
-        "registers": registers, "spills": sum(usage.values()), "shared": built.metadata.shared, "warps": warps,
+        "registers": registers, "spills": sum(usage.values()), "shared": built.metadata.shared,
+        "warps": options["num_warps"],
         "loads": widths(built.asm["ptx"], "ld"), "stores": widths(built.asm["ptx"], "st"),
         "order": memory_order(built.asm["ptx"]),
     }  # fmt: skip
