@@ -1,9 +1,8 @@
-"""pair_loss: the losses of preference pairs from the networks' predictions, without materialised targets.
+"""pair_loss: the losses of preference pairs, and their gradient, from the networks' predictions.
 
 Forward, for a pair with pictures i = w (winner), l (loser), over the n = C*H*W elements of a picture::
 
-    tau_i  = target_i                            or  (x_t_i - signal x_0_i) / noise
-    m_i    = mean (prediction_i - tau_i)^2       r_i likewise for the reference (or given)
+    m_i    = mean (prediction_i - target_i)^2    r_i likewise for the reference (or given)
     D      = (m_w - m_l) - (r_w - r_l)           logit = -(beta/2) weight D
     loss   = softplus(-logit)                    link "sigmoid"
              relu(1 - logit)                     link "hinge"
@@ -11,10 +10,10 @@ Forward, for a pair with pictures i = w (winner), l (loser), over the n = C*H*W 
 
 Backward, with g the gradient of the pair's loss and s the sign, + for the winner and - for the loser::
 
-    d prediction_i = s g (d loss/d logit) (-(beta/2) weight) (2/n) (prediction_i - tau_i)
+    d prediction_i = s g (d loss/d logit) (-(beta/2) weight) (2/n) (prediction_i - target_i)
 
-Shapes: prediction, reference, target, x_t, x_0 [B, 2, C, H, W], winner first; weight, signal, noise, loss, logit [B];
-errors [B, 2]. Pictures may lie contiguous or channels-last, each tensor as it likes; any other layout is copied first.
+Shapes: prediction, reference, target [B, 2, C, H, W], winner first; weight, loss, logit [B]; errors [B, 2].
+Pictures may lie contiguous or channels-last, each tensor as it likes; any other layout is copied first.
 
 Dtypes: any float in; differences and partial sums in fp32, the sums' sum, the margin and the link in fp64 (a few
 numbers a pair); loss, logit and errors out in fp32; the gradient in the prediction's dtype. At beta 5000 an average
@@ -26,8 +25,8 @@ not depend, in any bit, on its neighbours, the batch or the order of arrival. Th
 integers. ``pair_errors`` is the same kernel and sums in the same order, so that equal networks give a logit of exactly
 0 also when the reference's errors are computed apart.
 
-Bytes: forward reads prediction, reference and target once (x_t and x_0 in place of the target); backward reads
-prediction and target and writes the gradient. 4x128x128, half predictions, fp32 target: 8 bytes an element forward
+Bytes: forward reads prediction, reference and target once; backward reads prediction and target and writes the
+gradient. 4x128x128, half predictions, fp32 target: 8 bytes an element forward
 (6 with given reference errors), 8 backward: two passes. Launches: 1 forward, 1 backward, whatever the batch.
 
 Status: not measured on a GPU. At the batch sizes of training it is launch overhead either way, by prediction under
@@ -61,15 +60,6 @@ BLOCK = 2048  # elements of a program; fixed, since the order of summation follo
 WARPS = 4
 
 
-class Trajectory(NamedTuple):
-    """A target by its trajectory: tau = (x_t - signal x_0) / noise; [B, 2, C, H, W] twice, [B] twice."""
-
-    x_t: Tensor
-    x_0: Tensor
-    signal: Tensor
-    noise: Tensor
-
-
 class PairLoss(NamedTuple):
     """loss [B], logit [B], errors of the policy and of the reference [B, 2], all fp32; only the loss has a gradient."""
 
@@ -82,19 +72,15 @@ class PairLoss(NamedTuple):
 # --- eager reference -------------------------------------------------------------------------------------------
 
 
-def pair_errors_reference(prediction: Tensor, target: Tensor | Trajectory) -> Tensor:
+def pair_errors_reference(prediction: Tensor, target: Tensor) -> Tensor:
     """``pair_errors`` in eager PyTorch; float64 inputs stay float64."""
-    prediction, tau = _upcast(prediction), target
-    if isinstance(target, Trajectory):
-        signal, noise = (_upcast(c)[:, None, None, None, None] for c in (target.signal, target.noise))
-        tau = (_upcast(target.x_t) - signal * _upcast(target.x_0)) / noise
-    return (prediction - _upcast(tau)).square().mean(dim=(2, 3, 4))
+    return (_upcast(prediction) - _upcast(target)).square().mean(dim=(2, 3, 4))
 
 
 def pair_loss_reference(
     prediction: Tensor,
     reference: Tensor,
-    target: Tensor | Trajectory,
+    target: Tensor,
     weight: Tensor,
     *,
     beta: float,
@@ -122,27 +108,9 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _load_tau(p_target, p_clean, o_target, m, signal, inverse_noise, TRAJECTORY: tl.constexpr):
-    b_tau = tl.load(p_target + o_target, mask=m, other=0.0).to(tl.float32)
-    if TRAJECTORY:
-        b_clean = tl.load(p_clean + o_target, mask=m, other=0.0).to(tl.float32)
-        b_tau = (b_tau - signal * b_clean) * inverse_noise
-    return b_tau
-
-
-@triton.jit
-def _levels(p_signal, p_noise, i_pair, TRAJECTORY: tl.constexpr):
-    signal, inverse_noise = 0.0, 0.0
-    if TRAJECTORY:
-        signal = tl.load(p_signal + i_pair).to(tl.float32)
-        inverse_noise = 1.0 / tl.load(p_noise + i_pair).to(tl.float32)
-    return signal, inverse_noise
-
-
-@triton.jit
-def _squared_error(b_prediction, b_tau, m):
-    # where: beyond the picture's end tau is 0 / noise, which is not 0 for a noise of 0
-    b_error = b_prediction.to(tl.float32) - b_tau
+def _squared_error(b_prediction, b_target, m):
+    b_error = b_prediction.to(tl.float32) - b_target
+    # masked loads are 0 already; with the mask here too the kernel takes 2 to 4 registers fewer on sm_80 and sm_89
     return tl.sum(tl.where(m, b_error * b_error, 0.0), 0)
 
 
@@ -197,11 +165,10 @@ def _arrives_last(p_ticket, programs):
 
 @triton.jit
 def _pair_loss_kernel(
-    p_prediction, p_reference, p_target, p_clean, p_signal, p_noise, p_weight,
+    p_prediction, p_reference, p_target, p_weight,
     p_sums, p_tickets, p_errors, p_reference_errors, p_loss, p_logit, p_slope,
     n, pieces, minor, beta,
-    LINK: tl.constexpr, REFERENCE: tl.constexpr, TRAJECTORY: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    LINK: tl.constexpr, REFERENCE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Squared errors of one piece of one picture; the last program of a pair makes its numbers of all of them.
 
@@ -215,15 +182,14 @@ def _pair_loss_kernel(
     m = o < n
     first = i_picture.to(tl.int64) * n
     o_target = (o % minor) * (n // minor) + o // minor if TRANSPOSED else o
-    signal, inverse_noise = _levels(p_signal, p_noise, i_pair, TRAJECTORY)
-    b_tau = _load_tau(p_target + first, p_clean + first, o_target, m, signal, inverse_noise, TRAJECTORY)
+    b_target = tl.load(p_target + first + o_target, mask=m, other=0.0).to(tl.float32)
     p_sums += i_pair * (4 if REFERENCE else 2) * pieces
     o_sum = (i_picture % 2) * pieces + i_piece
     b_prediction = tl.load(p_prediction + first + o, mask=m, other=0.0)
-    tl.store(p_sums + o_sum, _squared_error(b_prediction, b_tau, m))
+    tl.store(p_sums + o_sum, _squared_error(b_prediction, b_target, m))
     if REFERENCE:
         b_prediction = tl.load(p_reference + first + o, mask=m, other=0.0)
-        tl.store(p_sums + 2 * pieces + o_sum, _squared_error(b_prediction, b_tau, m))
+        tl.store(p_sums + 2 * pieces + o_sum, _squared_error(b_prediction, b_target, m))
 
     if _arrives_last(p_tickets + i_pair, 2 * pieces):
         m_w = _mean_error(p_sums, n, pieces, PIECES)
@@ -250,9 +216,9 @@ def _pair_loss_kernel(
 
 @triton.jit
 def _pair_loss_bwd_kernel(
-    p_prediction, p_target, p_clean, p_signal, p_noise, p_slope, p_grad_loss, p_grad,
+    p_prediction, p_target, p_slope, p_grad_loss, p_grad,
     n, pieces, minor,
-    TRAJECTORY: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one piece of one picture's prediction."""
     i_picture = tl.program_id(0) // pieces
@@ -260,9 +226,8 @@ def _pair_loss_bwd_kernel(
     m = o < n
     first = i_picture.to(tl.int64) * n
     o_target = (o % minor) * (n // minor) + o // minor if TRANSPOSED else o
-    signal, inverse_noise = _levels(p_signal, p_noise, i_picture // 2, TRAJECTORY)
-    b_tau = _load_tau(p_target + first, p_clean + first, o_target, m, signal, inverse_noise, TRAJECTORY)
-    b_error = tl.load(p_prediction + first + o, mask=m, other=0.0).to(tl.float32) - b_tau
+    b_target = tl.load(p_target + first + o_target, mask=m, other=0.0).to(tl.float32)
+    b_error = tl.load(p_prediction + first + o, mask=m, other=0.0).to(tl.float32) - b_target
     slope = tl.load(p_slope + i_picture // 2) * tl.load(p_grad_loss + i_picture // 2).to(tl.float32)
     slope = tl.where(i_picture % 2 == 0, slope, -slope)
     b_grad = slope * (2.0 * b_error / n)
@@ -273,8 +238,8 @@ def _pair_loss_bwd_kernel(
 
 
 def _launch_forward(
-    prediction: Tensor, reference: Tensor | None, target: Tensor, weight: Tensor | None, levels: list[Tensor],
-    beta: float, link: int, out: tuple[Tensor, ...],
+    prediction: Tensor, reference: Tensor | None, target: Tensor, weight: Tensor | None, beta: float, link: int,
+    out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Fill ``out``. reference: predictions, errors [B, 2], or None together with a link of -1 and no weight."""
     prediction, target = packed(prediction), packed(target)
@@ -283,73 +248,57 @@ def _launch_forward(
     predicted = reference is not None and reference.ndim == 5
     if reference is not None:
         reference = packed_like(reference, prediction) if predicted else reference.contiguous()
-    x_0, signal, noise = _levels_or(levels, target)
     sums = torch.empty((pairs, 2 if predicted else 1, 2, pieces), dtype=torch.float32, device=target.device)
     errors, reference_errors, loss, logit, slope = out if len(out) == 5 else (*out, *[sums] * 4)
     launch(
         _pair_loss_kernel, 2 * pairs * pieces, device=target.device,
         p_prediction=prediction, p_reference=target if reference is None else reference,
-        p_target=target, p_clean=x_0, p_signal=signal, p_noise=noise,
-        p_weight=sums if weight is None else weight.contiguous(),
+        p_target=target, p_weight=sums if weight is None else weight.contiguous(),
         p_sums=sums, p_tickets=tickets(pairs, target.device), p_errors=errors, p_reference_errors=reference_errors,
         p_loss=loss, p_logit=logit, p_slope=slope,
         n=n, pieces=pieces, minor=max(minor, 1), beta=beta,
-        LINK=link, REFERENCE=predicted, TRAJECTORY=bool(levels), TRANSPOSED=minor > 0,
+        LINK=link, REFERENCE=predicted, TRANSPOSED=minor > 0,
         BLOCK=BLOCK, PIECES=min(1024, triton.next_power_of_2(pieces)), num_warps=WARPS,
         enable_fp_fusion=False,  # fused or not, square and sum must round alike for both networks
     )  # fmt: skip
 
 
-def _pair_errors(prediction: Tensor, target: Tensor, levels: list[Tensor]) -> Tensor:
-    errors = _pair_errors_shapes(prediction, target, levels)
-    _launch_forward(prediction, None, target, None, levels, 1.0, -1, (errors,))
+def _pair_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    errors = _pair_errors_shapes(prediction, target)
+    _launch_forward(prediction, None, target, None, 1.0, -1, (errors,))
     return errors
 
 
 def _pair_loss_fwd(
-    prediction: Tensor, reference: Tensor, target: Tensor, weight: Tensor, levels: list[Tensor], beta: float, link: int
+    prediction: Tensor, reference: Tensor, target: Tensor, weight: Tensor, beta: float, link: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, logit, policy errors, reference errors, and the slope that the backward pass needs."""
-    out = _pair_loss_shapes(prediction, reference, target, weight, levels, beta, link)
+    out = _pair_loss_shapes(prediction, reference, target, weight, beta, link)
     loss, logit, errors, reference_errors, slope = out
-    _launch_forward(
-        prediction, reference, target, weight, levels, beta, link, (errors, reference_errors, loss, logit, slope)
-    )
+    _launch_forward(prediction, reference, target, weight, beta, link, (errors, reference_errors, loss, logit, slope))
     return out
 
 
-def _pair_loss_bwd(
-    grad_loss: Tensor, slope: Tensor, prediction: Tensor, target: Tensor, levels: list[Tensor]
-) -> Tensor:
+def _pair_loss_bwd(grad_loss: Tensor, slope: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     prediction, target = packed(prediction), packed(target)
-    x_0, signal, noise = _levels_or(levels, target)
     grad = torch.empty_like(prediction)
     n = prediction.shape[2:].numel()
     pieces, minor = cdiv(n, BLOCK), transposition(prediction, target)
     launch(
         _pair_loss_bwd_kernel, 2 * len(prediction) * pieces, device=prediction.device,
-        p_prediction=prediction, p_target=target, p_clean=x_0, p_signal=signal, p_noise=noise,
-        p_slope=slope, p_grad_loss=grad_loss.contiguous(), p_grad=grad,
+        p_prediction=prediction, p_target=target, p_slope=slope, p_grad_loss=grad_loss.contiguous(), p_grad=grad,
         n=n, pieces=pieces, minor=max(minor, 1),
-        TRAJECTORY=bool(levels), TRANSPOSED=minor > 0, BLOCK=BLOCK, num_warps=WARPS,
+        TRANSPOSED=minor > 0, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return grad
 
 
-def _levels_or(levels: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x_0 in the target's order, signal, noise; anything valid where the target is given directly."""
-    if not levels:
-        return target, target, target
-    x_0, signal, noise = levels
-    return packed_like(x_0, target), signal.contiguous(), noise.contiguous()
-
-
-def _pair_errors_shapes(prediction: Tensor, target: Tensor, levels: list[Tensor]) -> Tensor:
+def _pair_errors_shapes(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.empty(prediction.shape[:2], dtype=torch.float32, device=prediction.device)
 
 
 def _pair_loss_shapes(
-    prediction: Tensor, reference: Tensor, target: Tensor, weight: Tensor, levels: list[Tensor], beta: float, link: int
+    prediction: Tensor, reference: Tensor, target: Tensor, weight: Tensor, beta: float, link: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     pairs, options = prediction.shape[0], {"dtype": torch.float32, "device": prediction.device}
     shapes = ((pairs,), (pairs,), (pairs, 2), (pairs, 2), (pairs,))
@@ -357,25 +306,21 @@ def _pair_loss_shapes(
     return loss, logit, errors, reference_errors, slope
 
 
-def _pair_loss_bwd_shapes(
-    grad_loss: Tensor, slope: Tensor, prediction: Tensor, target: Tensor, levels: list[Tensor]
-) -> Tensor:
+def _pair_loss_bwd_shapes(grad_loss: Tensor, slope: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     return torch.empty_like(packed(prediction))
 
 
-_errors_op = operator(
-    "pair_errors", "(Tensor prediction, Tensor target, Tensor[] levels) -> Tensor", _pair_errors, _pair_errors_shapes
-)
+_errors_op = operator("pair_errors", "(Tensor prediction, Tensor target) -> Tensor", _pair_errors, _pair_errors_shapes)
 _fwd_op = operator(
     "pair_loss",
-    "(Tensor prediction, Tensor reference, Tensor target, Tensor weight, Tensor[] levels, float beta, int link)"
+    "(Tensor prediction, Tensor reference, Tensor target, Tensor weight, float beta, int link)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pair_loss_fwd,
     _pair_loss_shapes,
 )
 _bwd_op = operator(
     "pair_loss_backward",
-    "(Tensor grad_loss, Tensor slope, Tensor prediction, Tensor target, Tensor[] levels) -> Tensor",
+    "(Tensor grad_loss, Tensor slope, Tensor prediction, Tensor target) -> Tensor",
     _pair_loss_bwd,
     _pair_loss_bwd_shapes,
 )
@@ -386,36 +331,32 @@ _bwd_op = operator(
 
 class _PairLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prediction, reference, weight, beta, link, target, *levels):  # type: ignore[no-untyped-def]
-        loss, logit, errors, reference_errors, slope = _fwd_op(
-            prediction, reference, target, weight, list(levels), beta, link
-        )
-        ctx.save_for_backward(prediction, slope, target, *levels)
+    def forward(ctx: Any, prediction, reference, target, weight, beta, link):  # type: ignore[no-untyped-def]
+        loss, logit, errors, reference_errors, slope = _fwd_op(prediction, reference, target, weight, beta, link)
+        ctx.save_for_backward(slope, prediction, target)
         ctx.mark_non_differentiable(logit, errors, reference_errors)
         return loss, logit, errors, reference_errors
 
     @staticmethod
     def backward(ctx: Any, grad_loss, *_):  # type: ignore[no-untyped-def]
-        prediction, slope, target, *levels = ctx.saved_tensors
-        grad = _bwd_op(grad_loss, slope, prediction, target, list(levels))
-        return (grad, *[None] * (5 + len(levels)))
+        return _bwd_op(grad_loss, *ctx.saved_tensors), None, None, None, None, None
 
 
 # --- public ----------------------------------------------------------------------------------------------------
 
 
-def pair_errors(prediction: Tensor, target: Tensor | Trajectory) -> Tensor:
+def pair_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each picture, [B, 2] fp32, without a gradient; see the top of this file."""
-    tau, levels = _checked(prediction, target)
+    _check(prediction, target)
     if not on_kernel(prediction):
         return pair_errors_reference(prediction, target).detach()
-    return _errors_op(prediction.detach(), tau, levels)
+    return _errors_op(prediction.detach(), target.detach())
 
 
 def pair_loss(
     prediction: Tensor,
     reference: Tensor,
-    target: Tensor | Trajectory,
+    target: Tensor,
     weight: Tensor,
     *,
     beta: float,
@@ -424,27 +365,21 @@ def pair_loss(
     """Losses of pairs with their gradient to ``prediction``; see the top of this file.
 
     prediction: [B, 2, C, H, W]; reference: the reference's prediction of that shape, or its errors [B, 2];
-    target: tau of that shape, or a Trajectory; weight: [B]; link: one of LINKS.
+    target: of that shape; weight: [B]; link: one of LINKS.
     """
     check(link in LINKS, f"link = '{link}': one of {', '.join(LINKS)}")
-    tau, levels = _checked(prediction, target)
+    _check(prediction, target)
     pairs = prediction.shape[0]
     check(reference.shape in (prediction.shape, (pairs, 2)), f"reference has the shape {tuple(reference.shape)}")
     check(weight.shape == (pairs,), f"weight has the shape {tuple(weight.shape)}, wanted ({pairs},)")
     if not on_kernel(prediction):
         return pair_loss_reference(prediction, reference, target, weight, beta=beta, link=link)
-    out = _PairLoss.apply(prediction, reference.detach(), weight.detach(), beta, LINKS.index(link), tau, *levels)
-    return PairLoss(*out)
+    frozen = (x.detach() for x in (reference, target, weight))
+    return PairLoss(*_PairLoss.apply(prediction, *frozen, beta, LINKS.index(link)))
 
 
-def _checked(prediction: Tensor, target: Tensor | Trajectory) -> tuple[Tensor, list[Tensor]]:
-    """The target (or x_t) and [x_0, signal, noise] where it is a trajectory."""
+def _check(prediction: Tensor, target: Tensor) -> None:
     shape = prediction.shape
     check(len(shape) == 5 and shape[1] == 2, f"predictions are [B, 2, C, H, W]; found {tuple(shape)}")
     check(shape[2:].numel() < 2**31 - BLOCK, "a picture has 2^31 elements or more")
-    tau, *levels = target if isinstance(target, Trajectory) else (target,)
-    for x in (tau, *levels[:1]):
-        check(x.shape == shape, f"the target has the shape {tuple(x.shape)}, the prediction {tuple(shape)}")
-    for level in levels[1:]:
-        check(level.shape == shape[:1], f"signal and noise have one entry a pair; found {tuple(level.shape)}")
-    return tau.detach(), [x.detach() for x in levels]
+    check(target.shape == shape, f"the target has the shape {tuple(target.shape)}, the prediction {tuple(shape)}")

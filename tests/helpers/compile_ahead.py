@@ -45,22 +45,21 @@ def numbers(count: int = 4) -> Tensor:
     return meta(count, dtype=torch.float32)
 
 
-def pair_loss_launches(pairs: int, dtype: torch.dtype, *, trajectory: bool, turned: bool = False) -> None:
+def pair_loss_launches(pairs: int, dtype: torch.dtype, *, turned: bool = False) -> None:
     policy, target, weight = pictures(pairs, dtype), pictures(pairs), numbers(pairs)
     if turned:
         policy = meta(pairs, 2, 128, 128, 4, dtype=dtype).permute(0, 1, 4, 2, 3)
-    levels = [pictures(pairs), numbers(pairs), numbers(pairs)] if trajectory else []
-    pair_loss._pair_loss_fwd(policy, policy, target, weight, levels, 5000.0, 0)
-    pair_loss._pair_loss_bwd(weight, weight, policy, target, levels)
+    pair_loss._pair_loss_fwd(policy, policy, target, weight, 5000.0, 0)
+    pair_loss._pair_loss_bwd(weight, weight, policy, target)
 
 
 def pair_errors_launches(pairs: int, *, given: bool) -> None:
     """The kernel of pair_loss without the reference's predictions: for errors alone, or with errors at hand."""
     policy, target, weight = pictures(pairs, BF16), pictures(pairs), numbers(pairs)
     if given:
-        pair_loss._pair_loss_fwd(policy, meta(pairs, 2, dtype=FP32), target, weight, [], 5000.0, 0)
+        pair_loss._pair_loss_fwd(policy, meta(pairs, 2, dtype=FP32), target, weight, 5000.0, 0)
     else:
-        pair_loss._pair_errors(policy, target, [])
+        pair_loss._pair_errors(policy, target)
 
 
 def renoise_launches(turned: bool) -> None:
@@ -111,9 +110,8 @@ def adamw8bit_launches(weight: torch.dtype, grad: torch.dtype, n: int = 2048 * 1
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL_SHARED, LARGE_SHARED = 99 * 1024, 227 * 1024  # bytes a program may use on sm_89, and from sm_90 on
 CASES: dict[str, Callable[[], None]] = {
-    "pair_loss": lambda: pair_loss_launches(4, BF16, trajectory=False),
-    "pair_loss trajectory": lambda: pair_loss_launches(4, BF16, trajectory=True),
-    "pair_loss channels-last": lambda: pair_loss_launches(4, BF16, trajectory=False, turned=True),
+    "pair_loss": lambda: pair_loss_launches(4, BF16),
+    "pair_loss channels-last": lambda: pair_loss_launches(4, BF16, turned=True),
     "pair_loss errors given": lambda: pair_errors_launches(4, given=True),
     "pair_errors": lambda: pair_errors_launches(4, given=False),
     "renoise_step": lambda: renoise_launches(turned=False),
@@ -132,7 +130,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 # what more there is to compile: one pair, one picture (a size of 1 is a constant to Triton), fp32, odd sizes
 EDGE_CASES: dict[str, Callable[[], None]] = {
-    "pair_loss one": lambda: pair_loss_launches(1, FP32, trajectory=True),
+    "pair_loss one": lambda: pair_loss_launches(1, FP32),
     "group_norm_silu one": lambda: group_norm_launches(1, 32, 1, FP32, last=True),
     "group_norm_silu fp32": lambda: group_norm_launches(2, 320, 128, FP32, last=True),
     "layer_norm one": lambda: layer_norm_launches(1, 1, FP32, residual=True),

@@ -21,8 +21,6 @@ TABLE_OF = "3.9."
 CEILINGS = {
     "pair_loss: pair_loss": (38, 16),
     "pair_loss: pair_loss_bwd": (40, 0),
-    "pair_loss trajectory: pair_loss": (44, 16),
-    "pair_loss trajectory: pair_loss_bwd": (48, 0),
     "pair_loss channels-last: pair_loss": (48, 16),
     "pair_loss channels-last: pair_loss_bwd": (48, 0),
     "pair_loss errors given: pair_loss": (34, 16),

@@ -26,7 +26,6 @@ from smpo_fast.kernels import pair_loss as room
 from smpo_fast.kernels._launch import INTERPRET, tickets
 from smpo_fast.kernels.pair_loss import (
     LINKS,
-    Trajectory,
     _bwd_op,
     _errors_op,
     _fwd_op,
@@ -56,7 +55,7 @@ def pictures(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: Any,
 
 
 def problem(
-    shape: tuple[int, ...], dtype: torch.dtype, device: Any, *, given_errors: bool, trajectory: bool,
+    shape: tuple[int, ...], dtype: torch.dtype, device: Any, *, given_errors: bool,
     layouts: tuple[str, str, str] = ("plain", "plain", "plain"),
 ) -> tuple[list[Tensor], Callable[..., Callable[..., Any]]]:  # fmt: skip
     """Inputs, and what makes an op of them out of pair_loss or its reference."""
@@ -70,16 +69,9 @@ def problem(
         reference = pair_errors_reference(reference, target)
     weight = draw(shape[0], seed=3, device=device)
     inputs = [policy, reference, target, weight]
-    if trajectory:
-        noise = torch.rand(shape[0], generator=torch.Generator().manual_seed(4)).to(device) * 0.9 + 0.05
-        inputs += [pictures(shape, 5, torch.float32, device, layouts[1]), (1 - noise**2).sqrt(), noise]
 
     def make(op: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        def call(policy: Tensor, reference: Tensor, target: Tensor, weight: Tensor, *levels: Tensor) -> Any:
-            to = Trajectory(target, *levels) if levels else target
-            return op(policy, reference, to, weight, **{"beta": 20.0, **options})
-
-        return call
+        return lambda *tensors: op(*tensors, **{"beta": 20.0, **options})
 
     return inputs, make
 
@@ -106,18 +98,17 @@ def judge(make: Callable[..., Any], inputs: list[Tensor], **options: Any) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_worse_than_eager_over_many_pairs(dtype: torch.dtype, device: torch.device) -> None:
     """Enough pairs that no luck is left: here the rule holds as it stands."""
-    inputs, make = problem((100, 4, 8, 8), dtype, device, given_errors=False, trajectory=False)
+    inputs, make = problem((100, 4, 8, 8), dtype, device, given_errors=False)
     assert_no_worse_than_eager(make(pair_loss), make(pair_loss_reference), inputs, wrt=[0])
 
 
-@pytest.mark.parametrize("trajectory", [False, True], ids=["tau", "trajectory"])
 @pytest.mark.parametrize("given_errors", [False, True], ids=["reference", "errors"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_eager(
-    shape: tuple[int, ...], dtype: torch.dtype, given_errors: bool, trajectory: bool, device: torch.device
+    shape: tuple[int, ...], dtype: torch.dtype, given_errors: bool, device: torch.device
 ) -> None:
-    inputs, make = problem(shape, dtype, device, given_errors=given_errors, trajectory=trajectory)
+    inputs, make = problem(shape, dtype, device, given_errors=given_errors)
     judge(make, inputs)
 
 
@@ -125,17 +116,16 @@ def test_no_worse_than_eager(
     ("channels_last", "channels_last", "plain"), ("plain", "channels_last", "channels_last"),
     ("channels_last", "plain", "channels_last"), ("sliced", "plain", "channels_last"), ("plain", "sliced", "sliced"),
 ], ids="-".join)  # fmt: skip
-@pytest.mark.parametrize("trajectory", [False, True], ids=["tau", "trajectory"])
-def test_layouts(layouts: tuple[str, str, str], trajectory: bool, device: torch.device) -> None:
+def test_layouts(layouts: tuple[str, str, str], device: torch.device) -> None:
     shape = (3, 4, 6, 10)
-    inputs, make = problem(shape, torch.float32, device, given_errors=False, trajectory=trajectory, layouts=layouts)
+    inputs, make = problem(shape, torch.float32, device, given_errors=False, layouts=layouts)
     judge(make, inputs)
 
 
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("beta", [0.1, 20.0, 5000.0])
 def test_links(link: str, beta: float, device: torch.device) -> None:
-    inputs, make = problem((16, 4, 5, 5), torch.float32, device, given_errors=False, trajectory=False)
+    inputs, make = problem((16, 4, 5, 5), torch.float32, device, given_errors=False)
     judge(make, inputs, link=link, beta=beta)
 
 
@@ -155,9 +145,7 @@ def test_each_loss_alone_far_out(weight: float, device: torch.device) -> None:
 @pytest.mark.parametrize("name", ["smpo", "dpo"])
 def test_is_the_objective(name: str, device: torch.device) -> None:
     """The same numbers as smpo_fast.objective, which training uses without kernels."""
-    (policy, reference, target, weight), _ = problem(
-        (3, 4, 8, 8), torch.float32, device, given_errors=False, trajectory=False
-    )
+    (policy, reference, target, weight), _ = problem((3, 4, 8, 8), torch.float32, device, given_errors=False)
     errors, frozen = objective.pair_errors(policy, target), objective.pair_errors(reference, target)
     used = objective.OBJECTIVES[name].weigh(weight)
     out = pair_loss(policy, pair_errors(reference, target), target, used, beta=20.0)
@@ -166,24 +154,21 @@ def test_is_the_objective(name: str, device: torch.device) -> None:
     assert torch.allclose(out.policy, errors) and torch.allclose(out.reference, frozen)
 
 
-@pytest.mark.parametrize("trajectory", [False, True], ids=["tau", "trajectory"])
 @pytest.mark.parametrize("given_errors", [False, True], ids=["reference", "errors"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_networks_give_logit_zero_and_log_two(
-    dtype: torch.dtype, given_errors: bool, trajectory: bool, device: torch.device
+    dtype: torch.dtype, given_errors: bool, device: torch.device
 ) -> None:
-    inputs, _ = problem((3, 4, 33, 31), dtype, device, given_errors=False, trajectory=trajectory)
-    policy, _, target, weight, *levels = inputs
-    to = Trajectory(target, *levels) if levels else target
-    reference = pair_errors(policy.clone(), to) if given_errors else policy.clone()
-    out = pair_loss(policy, reference, to, 10 * weight, beta=5000.0)
+    inputs, _ = problem((3, 4, 33, 31), dtype, device, given_errors=False)
+    policy, _, target, weight = inputs
+    reference = pair_errors(policy.clone(), target) if given_errors else policy.clone()
+    out = pair_loss(policy, reference, target, 10 * weight, beta=5000.0)
     assert (out.logit == 0).all() and torch.equal(out.policy, out.reference)
     assert torch.equal(out.loss, torch.full_like(out.loss, math.log(2)))
 
 
-@pytest.mark.parametrize("trajectory", [False, True], ids=["tau", "trajectory"])
-def test_a_pair_does_not_depend_on_its_neighbours(trajectory: bool, device: torch.device) -> None:
-    inputs, make = problem((5, 4, 29, 31), torch.float16, device, given_errors=False, trajectory=trajectory)
+def test_a_pair_does_not_depend_on_its_neighbours(device: torch.device) -> None:
+    inputs, make = problem((5, 4, 29, 31), torch.float16, device, given_errors=False)
     op = make(pair_loss)
     upstream = draw(5, seed=9, device=device)
 
@@ -202,9 +187,7 @@ def test_a_pair_does_not_depend_on_its_neighbours(trajectory: bool, device: torc
 
 
 def test_swapping_the_pair_and_the_sign_changes_nothing(device: torch.device) -> None:
-    (policy, reference, target, weight), _ = problem(
-        (4, 4, 9, 9), torch.float32, device, given_errors=False, trajectory=False
-    )
+    (policy, reference, target, weight), _ = problem((4, 4, 9, 9), torch.float32, device, given_errors=False)
     a = pair_loss(policy, reference, target, weight, beta=20.0)
     b = pair_loss(policy.flip(1), reference.flip(1), target.flip(1), -weight, beta=20.0)
     assert torch.equal(a.loss, b.loss) and torch.equal(a.logit, b.logit)
@@ -214,7 +197,7 @@ def test_swapping_the_pair_and_the_sign_changes_nothing(device: torch.device) ->
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 @pytest.mark.parametrize("link", LINKS)
 def test_the_nonfinite_comes_through(link: str, place: int, value: float, device: torch.device) -> None:
-    inputs, make = problem((3, 4, 5, 7), torch.float32, device, given_errors=False, trajectory=False)
+    inputs, make = problem((3, 4, 5, 7), torch.float32, device, given_errors=False)
     inputs[place].view(3, -1)[1, -1] = value
     found, eager = (run(make(op, link=link), inputs, [0]) for op in (pair_loss, pair_loss_reference))
     for name, wanted in eager.items():
@@ -226,32 +209,31 @@ def test_the_nonfinite_comes_through(link: str, place: int, value: float, device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_and_small_values(dtype: torch.dtype, scale: float, device: torch.device) -> None:
     """300 squared is more than fp16 holds."""
-    inputs, make = problem((2, 4, 8, 8), dtype, device, given_errors=False, trajectory=False)
+    inputs, make = problem((2, 4, 8, 8), dtype, device, given_errors=False)
     inputs = [(x * min(scale, 6e4 / x.abs().max().item())).to(x.dtype) for x in inputs[:3]] + inputs[3:]
     judge(make, inputs, beta=1e-9)
 
 
-@pytest.mark.parametrize("trajectory", [False, True], ids=["tau", "trajectory"])
-def test_repeatable_and_compilable(trajectory: bool, device: torch.device) -> None:
-    inputs, make = problem((2, 4, 40, 40), torch.bfloat16, device, given_errors=False, trajectory=trajectory)
+def test_repeatable_and_compilable(device: torch.device) -> None:
+    inputs, make = problem((2, 4, 40, 40), torch.bfloat16, device, given_errors=False)
     assert_bitwise_repeatable(make(pair_loss), inputs, wrt=[0])
     assert_compiles(make(pair_loss), inputs, wrt=[0])
 
 
 def test_operators_pass_opcheck(device: torch.device) -> None:
-    inputs, _ = problem((2, 4, 6, 6), torch.float16, device, given_errors=False, trajectory=True)
-    policy, reference, target, weight, *levels = inputs
-    torch.library.opcheck(_fwd_op, (policy, reference, target, weight, levels, 2.0, 0))
-    torch.library.opcheck(_fwd_op, (policy, pair_errors(reference, target), target, weight, [], 2.0, 0))
-    torch.library.opcheck(_errors_op, (policy, target, levels))
+    inputs, _ = problem((2, 4, 6, 6), torch.float16, device, given_errors=False)
+    policy, reference, target, weight = inputs
+    torch.library.opcheck(_fwd_op, (policy, reference, target, weight, 2.0, 0))
+    torch.library.opcheck(_fwd_op, (policy, pair_errors(reference, target), target, weight, 2.0, 0))
+    torch.library.opcheck(_errors_op, (policy, target))
     last = policy.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    torch.library.opcheck(_bwd_op, (weight, weight, last, target, []))
+    torch.library.opcheck(_bwd_op, (weight, weight, last, target))
 
 
 @pytest.mark.parametrize("given_errors", [False, True], ids=["reference", "errors"])
 def test_one_launch_forward_and_one_backward(given_errors: bool, launches: list[str], device: torch.device) -> None:
     for pairs in (1, 7):
-        inputs, make = problem((pairs, 4, 48, 48), torch.float16, device, given_errors=given_errors, trajectory=False)
+        inputs, make = problem((pairs, 4, 48, 48), torch.float16, device, given_errors=given_errors)
         launches.clear()
         loss = make(pair_loss)(inputs[0].requires_grad_(), *inputs[1:]).loss
         loss.sum().backward()
@@ -280,14 +262,14 @@ class Operations(TorchDispatchMode):
 def test_nothing_is_copied_cast_or_zeroed_beside_the_launches(
     pairs: int, given_errors: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs, _ = problem((pairs, 4, 48, 48), torch.float16, device, given_errors=given_errors, trajectory=True)
-    policy, reference, target, weight, *levels = inputs
+    inputs, _ = problem((pairs, 4, 48, 48), torch.float16, device, given_errors=given_errors)
+    policy, reference, target, weight = inputs
     monkeypatch.undo()  # also the poison, which writes
     monkeypatch.setattr(room, "launch", lambda *_, **__: None)
     tickets(pairs, device)  # a stream's first call makes them
     with Operations() as seen:
-        _pair_loss_fwd(policy, reference, target, weight, levels, 20.0, 0)
-        _pair_loss_bwd(weight, weight, policy, target, levels)
+        _pair_loss_fwd(policy, reference, target, weight, 20.0, 0)
+        _pair_loss_bwd(weight, weight, policy, target)
     # off the GPU, where nobody counts launches, the tickets are made for each call
     assert seen.names == (["zeros"] if device.type == "cpu" else [])
 
@@ -299,7 +281,7 @@ def test_the_order_of_arrival_changes_no_bit(order: str, device: torch.device, m
     from triton.runtime.interpreter import interpreter_builder
 
     pairs, pieces = 3, 5
-    inputs, make = problem((pairs, 4, 48, 50), torch.float16, device, given_errors=False, trajectory=True)
+    inputs, make = problem((pairs, 4, 48, 50), torch.float16, device, given_errors=False)
     assert -(-4 * 48 * 50 // 2048) == pieces
     op, shared = make(pair_loss), torch.zeros(pairs, dtype=torch.int32)
     wanted = [*op(*inputs), pair_errors(inputs[0], inputs[2])]
@@ -320,7 +302,7 @@ def test_the_order_of_arrival_changes_no_bit(order: str, device: torch.device, m
 
 @pytest.mark.gpu
 def test_calls_on_streams_and_in_graphs_do_not_share_tickets() -> None:
-    inputs, make = problem((4, 4, 128, 128), torch.float16, "cuda", given_errors=False, trajectory=False)
+    inputs, make = problem((4, 4, 128, 128), torch.float16, "cuda", given_errors=False)
     op, streams = make(pair_loss), [torch.cuda.Stream() for _ in range(3)]
     wanted = op(*inputs)
     graphs = []
@@ -368,16 +350,15 @@ def test_mistakes_are_named(device: torch.device) -> None:
     dtype=st.sampled_from(DTYPES),
     link=st.sampled_from(LINKS),
     given_errors=st.booleans(),
-    trajectory=st.booleans(),
     beta=st.floats(1e-3, 1e4),
     layouts=st.tuples(*[st.sampled_from(["plain", "channels_last", "sliced"])] * 3),
 )
 def test_any_shape_and_layout(
-    shape: tuple[int, ...], dtype: torch.dtype, link: str, given_errors: bool, trajectory: bool, beta: float,
+    shape: tuple[int, ...], dtype: torch.dtype, link: str, given_errors: bool, beta: float,
     layouts: tuple[str, str, str],
 ) -> None:  # fmt: skip
     device = "cpu" if INTERPRET else "cuda"
-    inputs, make = problem(shape, dtype, device, given_errors=given_errors, trajectory=trajectory, layouts=layouts)
+    inputs, make = problem(shape, dtype, device, given_errors=given_errors, layouts=layouts)
     judge(make, inputs, link=link, beta=beta)
 
 
