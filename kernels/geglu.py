@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
 
@@ -130,6 +131,7 @@ class _Geglu(torch.autograd.Function):
         return _fwd_op(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         return _bwd_op(grad_y, *ctx.saved_tensors)
 

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
 
@@ -363,6 +364,7 @@ class _GroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y):  # type: ignore[no-untyped-def]
         grad_x, grad_w, grad_b = _bwd_op(grad_y, *ctx.saved_tensors, ctx.groups, ctx.silu)
         wanted = ctx.needs_input_grad

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
 
@@ -222,6 +223,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y):  # type: ignore[no-untyped-def]
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grad_x, grad_w, grad_b = _bwd_op(grad_y, None, *ctx.saved_tensors, wanted)
@@ -236,6 +238,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return total, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total, grad_y):  # type: ignore[no-untyped-def]
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         grad_x, grad_w, grad_b = _bwd_op(grad_y, grad_total, *ctx.saved_tensors, wanted)

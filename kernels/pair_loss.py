@@ -42,6 +42,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from smpo_fast.kernels._launch import (
     cdiv,
@@ -338,6 +339,7 @@ class _PairLoss(torch.autograd.Function):
         return loss, logit, errors, reference_errors
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss, *_):  # type: ignore[no-untyped-def]
         return _bwd_op(grad_loss, *ctx.saved_tensors), None, None, None, None, None
 

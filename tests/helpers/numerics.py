@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -100,6 +101,14 @@ def assert_compiles(op: Op, inputs: Sequence[Tensor | None], wrt: Sequence[int] 
     for name, value in plain.items():
         assert torch.equal(value, traced[name]), name
         assert value.dtype == traced[name].dtype, name
+
+
+def assert_second_derivatives_are_refused(op: Op, inputs: Sequence[Tensor], wrt: Sequence[int]) -> None:
+    leaves = [x.detach().requires_grad_(i in wrt) for i, x in enumerate(inputs)]
+    out = [o for o in outputs(op(*leaves)) if o.requires_grad]
+    first = torch.autograd.grad([o.square().sum() for o in out], [leaves[i] for i in wrt], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.square().sum() for g in first).backward()  # type: ignore[union-attr]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ from numerics import (
     assert_bitwise_repeatable,
     assert_compiles,
     assert_no_worse_than_eager,
+    assert_second_derivatives_are_refused,
     draw,
     run,
     same_bits,
@@ -85,6 +86,11 @@ def test_one_launch_each_and_nothing_kept_but_the_input(launches: list[str], dev
     y.sum().backward()
     assert launches == ["_geglu_fwd_kernel", "_geglu_bwd_kernel"]
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    """Autograd cannot see into the backward kernels: without the refusal it would leave their part out."""
+    assert_second_derivatives_are_refused(geglu, [draw(3, 10, seed=0, device=device)], [0])
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (3, 0)])

@@ -14,6 +14,7 @@ from numerics import (
     assert_bitwise_repeatable,
     assert_compiles,
     assert_no_worse_than_eager,
+    assert_second_derivatives_are_refused,
     draw,
     run,
     same_bits,
@@ -166,6 +167,12 @@ def test_launches_and_programs(launches: list[str], device: torch.device) -> Non
     group_norm_silu(x.requires_grad_(), w, b, num_groups=2).sum().backward()
     assert launches == ["_statistics_kernel", "_groups_kernel", "_apply_kernel", "_bwd_sums_kernel",
                         "_bwd_groups_kernel", "_bwd_apply_kernel"]  # fmt: skip
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    """Autograd cannot see into the backward kernels: without the refusal it would leave their part out."""
+    inputs = problem((2, 6, 3, 4), torch.float32, device)
+    assert_second_derivatives_are_refused(partial(group_norm_silu, num_groups=3), inputs, range(3))
 
 
 def test_no_pictures(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from numerics import (
     assert_bitwise_repeatable,
     assert_compiles,
     assert_no_worse_than_eager,
+    assert_second_derivatives_are_refused,
     draw,
     run,
     same_bits,
@@ -132,6 +133,13 @@ def test_operators_pass_opcheck(device: torch.device) -> None:
     mean, rstd = draw(3, 2, seed=8, device=device), draw(3, 2, seed=9, device=device)
     torch.library.opcheck(_bwd_op, (r, x, x, w, mean, rstd, True))
     torch.library.opcheck(_bwd_op, (r, None, x, w, mean, rstd, False))
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    """Autograd cannot see into the backward kernels: without the refusal it would leave their part out."""
+    for residual in (False, True):
+        inputs = problem((3, 10), torch.float32, device, residual=residual)
+        assert_second_derivatives_are_refused(layer_norm, inputs, range(len(inputs)))
 
 
 def test_no_rows(device: torch.device) -> None:

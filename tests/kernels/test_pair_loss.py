@@ -15,6 +15,7 @@ from numerics import (
     assert_bitwise_repeatable,
     assert_compiles,
     assert_no_worse_than_eager,
+    assert_second_derivatives_are_refused,
     draw,
     run,
     same_bits,
@@ -322,6 +323,12 @@ def test_calls_on_streams_and_in_graphs_do_not_share_tickets() -> None:
             found.append(out)
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for out in found for a, b in zip(out, wanted, strict=True))
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    """Autograd cannot see into the backward kernels: without the refusal it would leave their part out."""
+    inputs, make = problem((2, 4, 3, 3), torch.float32, device, given_errors=False)
+    assert_second_derivatives_are_refused(make(pair_loss), inputs, [0])
 
 
 def test_no_pairs(device: torch.device) -> None:
