@@ -379,6 +379,7 @@ def group_norm_silu(
 ) -> Tensor:
     """GroupNorm of x [N, C, *] and, unless ``silu`` is off, SiLU of it; see the top of this file."""
     channels = x.shape[1] if x.ndim > 1 else 0
+    check(num_groups > 0, f"num_groups is at least 1; found {num_groups}")
     check(x.ndim >= 3 and channels % num_groups == 0, f"{num_groups} groups for a tensor {tuple(x.shape)}")
     check(weight.shape == bias.shape == (channels,), f"weights {tuple(weight.shape)} for {channels} channels")
     if not on_kernel(x):

@@ -186,6 +186,8 @@ def test_mistakes_are_named(device: torch.device) -> None:
     x, w = torch.zeros(2, 8, 4, 4, device=device), torch.zeros(8, device=device)
     with pytest.raises(ValueError, match="3 groups for a tensor"):
         group_norm_silu(x, w, w, num_groups=3)
+    with pytest.raises(ValueError, match="num_groups is at least 1; found 0"):
+        group_norm_silu(x, w, w, num_groups=0)
     with pytest.raises(ValueError, match="8 channels"):
         group_norm_silu(x, w[:4], w[:4], num_groups=2)
 
