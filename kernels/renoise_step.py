@@ -237,6 +237,8 @@ def predict_(
     estimate and h go together; rest: fp32, laid out like the estimate, or None.
     """
     check((estimate is None) == (h is None), "an estimate needs its h")
+    sums = torch.float32 if rest is None else rest.dtype
+    check(sums == torch.float32, f"rest, the running sum of estimates, is fp32; found {sums}")
     _check(x, x_0, total, (signal, inverse_start, h), (estimate, rest), written=(x, rest))
     if not on_kernel(x):
         predict_reference(x, x_0, total, signal, inverse_start, estimate, h, rest)

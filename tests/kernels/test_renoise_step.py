@@ -209,6 +209,8 @@ def test_mistakes_are_named(device: torch.device) -> None:
         predict_(x, x, x, c[:1], c)
     with pytest.raises(ValueError, match="fp32"):
         predict_(x, x, x.half(), c, c)
+    with pytest.raises(ValueError, match="rest, the running sum of estimates, is fp32; found torch.float16"):
+        predict_(x, x, x, c, c, x, c, x.half())
     with pytest.raises(ValueError, match="needs its h"):
         predict_(x, x, x, c, c, x)
     with pytest.raises(ValueError, match="needs its weights"):
