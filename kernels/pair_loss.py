@@ -336,12 +336,14 @@ class _PairLoss(torch.autograd.Function):
         loss, logit, errors, reference_errors, slope = _fwd_op(prediction, reference, target, weight, beta, link)
         ctx.save_for_backward(slope, prediction, target)
         ctx.mark_non_differentiable(logit, errors, reference_errors)
+        ctx.set_materialize_grads(False)  # else backward would be given zeros for these three
         return loss, logit, errors, reference_errors
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss, *_):  # type: ignore[no-untyped-def]
-        return _bwd_op(grad_loss, *ctx.saved_tensors), None, None, None, None, None
+        grad = None if grad_loss is None else _bwd_op(grad_loss, *ctx.saved_tensors)
+        return grad, None, None, None, None, None
 
 
 # --- public ----------------------------------------------------------------------------------------------------

@@ -275,6 +275,17 @@ def test_nothing_is_copied_cast_or_zeroed_beside_the_launches(
     assert seen.names == (["zeros"] if device.type == "cpu" else [])
 
 
+def test_the_backward_pass_makes_no_zeros(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the outputs without a gradient either; autograd would, one memset each."""
+    inputs, make = problem((2, 4, 8, 8), torch.float16, device, given_errors=False)
+    out, upstream = make(pair_loss)(inputs[0].requires_grad_(), *inputs[1:]), torch.ones(2, device=device)
+    monkeypatch.undo()
+    monkeypatch.setattr(room, "launch", lambda *_, **__: None)
+    with Operations() as seen:
+        torch.autograd.grad(out.loss, inputs[0], upstream)
+    assert [name for name in seen.names if "zero" in name] == []
+
+
 @pytest.mark.skipif(not INTERPRET, reason="a GPU runs programs in an order of its own")
 @pytest.mark.parametrize("order", ["backwards", "shuffled", "losers first"])
 def test_the_order_of_arrival_changes_no_bit(order: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
