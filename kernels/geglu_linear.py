@@ -68,7 +68,7 @@ def _geglu_linear_kernel(
     # rows beyond the end read the last one: what they give is not stored
     p_x += tl.minimum(o_m, rows - 1).to(tl.int64)[:, None] * depth + o_k[None, :]
     p_value = p_weight + tl.minimum(o_n, features - 1).to(tl.int64)[None, :] * depth + o_k[:, None]
-    p_gate = p_value + features.to(tl.int64) * depth
+    p_gate = p_value + tl.cast(features, tl.int64) * depth  # not .to: a size of 1 is a constant
     b_value, b_gate = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     for k in range(0, depth, BK):
         if EVEN:

@@ -143,6 +143,7 @@ EDGE_CASES: dict[str, Callable[[], None]] = {
     "geglu_linear few": lambda: geglu_linear_launches(64, 1280, 5120, BF16, SMALL_SHARED),
     "geglu_linear fewest": lambda: geglu_linear_launches(16, 1280, 5120, BF16, SMALL_SHARED),
     "geglu_linear odd": lambda: geglu_linear_launches(1, 37, 11, FP32, SMALL_SHARED),
+    "geglu_linear one feature": lambda: geglu_linear_launches(40, 64, 1, BF16, SMALL_SHARED),
     "geglu_linear odd half": lambda: geglu_linear_launches(131, 37, 11, BF16, SMALL_SHARED),
     "adamw8bit cut": lambda: adamw8bit_launches(BF16, FP32, 4099, cut=True),
 }
