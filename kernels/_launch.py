@@ -1,12 +1,13 @@
-"""What the kernels share: the switch between eager code and Triton, operator registration, launches, picture layout.
+"""Shared by all kernels: eager/Triton dispatch, operator registration, launching, and image memory layout.
 
-The switch is ``on_kernel``: Triton on CUDA tensors, Triton's interpreter on any tensor when ``TRITON_INTERPRET=1``
-was set before Triton (or PyTorch, which imports it) was imported, eager code otherwise. Nothing here or in the ops
-touches a device at import.
+``on_kernel`` decides what runs: Triton on CUDA tensors; Triton's interpreter on any tensor if ``TRITON_INTERPRET=1``
+was set before Triton (or PyTorch, which imports it) was imported; eager code otherwise. Importing these modules never
+touches a device.
 
-Every launcher is registered as an operator of the library ``smpo_fast``, with a rule for the shapes of its results,
-so that ``torch.compile`` puts it into its graph as it is. The operators know nothing of gradients: each room has an
-``autograd.Function`` around them, which costs half the host time of ``torch.library.custom_op``.
+Every launcher is registered as an operator of the library ``smpo_fast`` together with a function that computes the
+shapes of its results, so that ``torch.compile`` includes it in its graph unchanged. The operators define no gradients:
+each module wraps them in a ``torch.autograd.Function``, which costs half the host time of
+``torch.library.custom_op``.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ _LIBRARY = torch.library.Library("smpo_fast", "FRAGMENT")
 
 
 def on_kernel(x: Tensor) -> bool:
-    """Whether an op on ``x`` runs its kernel; otherwise (also in float64) it runs its eager reference."""
+    """Whether an op on ``x`` runs its kernel; otherwise (and always in float64) it runs its eager reference."""
     return (x.is_cuda or INTERPRET) and x.dtype in FLOATS
 
 
 def operator(name: str, signature: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Register ``run`` as torch.ops.smpo_fast.<name>; ``shapes`` makes its results without data. Returns the op."""
+    """Register ``run`` as torch.ops.smpo_fast.<name> and return it; ``shapes`` allocates its results without data."""
     _LIBRARY.define(name + signature)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"smpo_fast::{name}", shapes, lib=_LIBRARY)
@@ -57,12 +58,13 @@ _TICKETS: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def tickets(count: int, device: torch.device) -> Tensor:
-    """int32 zeros [>= count], on which the programs of a launch count their arrivals and which they leave at zero.
+    """int32 zeros [>= count]: counters with which a launch finds its last-arriving programs, and which it resets to 0.
 
-    Zeroing them for every call would be a second launch, so a buffer is kept for each stream: the calls of a stream
-    follow one another and each finds what the last one left. A CUDA graph is replayed on any stream, beside others
-    that were captured on the same one, so a captured call gets a buffer of its own in the graph's memory, zeroed by
-    a node of the graph. Under torch.compile the operator runs as it is, and one of the two holds.
+    Zeroing them for every call would cost a second launch, so one buffer is kept per stream: calls on a stream run one
+    after another, and each finds the zeros that the previous one left. A CUDA graph can be replayed on any stream,
+    concurrently with other graphs captured on the same one, so a captured call gets its own buffer in the graph's
+    memory, zeroed by a node of the graph. ``torch.compile`` runs the operator unchanged, so one of these two cases
+    applies.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -82,40 +84,41 @@ def power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def channels_last(pictures: Tensor) -> bool:
-    """Whether [B, 2, C, H, W] lies in memory as [B, 2, H, W, C] and not as it is written."""
-    return not pictures.is_contiguous() and pictures.permute(0, 1, 3, 4, 2).is_contiguous()
+def channels_last(images: Tensor) -> bool:
+    """Whether [B, 2, C, H, W] is stored as [B, 2, H, W, C] rather than contiguously."""
+    return not images.is_contiguous() and images.permute(0, 1, 3, 4, 2).is_contiguous()
 
 
-def is_packed(pictures: Tensor) -> bool:
-    """Whether [B, 2, C, H, W] has no gaps and its pictures lie in the order C, H, W or H, W, C."""
-    return pictures.is_contiguous() or channels_last(pictures)
+def is_packed(images: Tensor) -> bool:
+    """Whether [B, 2, C, H, W] has no gaps and its images are stored in the order C, H, W or H, W, C."""
+    return images.is_contiguous() or channels_last(images)
 
 
-def packed(pictures: Tensor) -> Tensor:
-    """``pictures`` if it is packed, else a packed copy."""
-    return pictures if is_packed(pictures) else pictures.contiguous()
+def packed(images: Tensor) -> Tensor:
+    """``images`` if it is packed (see ``is_packed``), else a contiguous copy."""
+    return images if is_packed(images) else images.contiguous()
 
 
-def packed_like(pictures: Tensor, like: Tensor) -> Tensor:
-    """``pictures`` in the memory order of ``like``, which is packed: a copy only of what lies otherwise."""
+def packed_like(images: Tensor, like: Tensor) -> Tensor:
+    """``images`` in the memory order of ``like``, which must be packed; copied only if its order differs."""
     if channels_last(like):
-        return pictures.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    return pictures.contiguous()
+        return images.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    return images.contiguous()
 
 
-def transposition(pictures: Tensor, other: Tensor) -> int:
-    """How to find element i of a packed picture in another packed tensor of the same shape.
+def transposition(images: Tensor, other: Tensor) -> int:
+    """Where to find element i of a packed image in another packed tensor of the same shape.
 
-    0: at i, the orders agree. Else m: at ``(i % m) * (n // m) + i // m`` for pictures of n elements.
+    Returns 0 if the memory orders agree (element i is at i). Otherwise returns m, and element i is at
+    ``(i % m) * (n // m) + i // m`` for images of n elements.
     """
-    channels, height, width = pictures.shape[2:]
-    if channels_last(pictures) == channels_last(other):
+    channels, height, width = images.shape[2:]
+    if channels_last(images) == channels_last(other):
         return 0
-    return channels if channels_last(pictures) else height * width
+    return channels if channels_last(images) else height * width
 
 
 def check(condition: bool, message: str) -> None:
-    """Raise ValueError: the caller handed over tensors that an op cannot take."""
+    """Raise ValueError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)

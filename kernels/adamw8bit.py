@@ -1,35 +1,38 @@
-"""adamw8bit: one AdamW step over a flat parameter with 8-bit states, in one pass, however the parameter is cut.
+"""adamw8bit: one AdamW step with 8-bit states over a flat parameter, in one pass, independent of how it is sharded.
 
-With g the gradient times ``grad_scale``, t the step (the first is 1), for every element::
+AdamW (arXiv 1711.05101) with g the gradient times ``grad_scale``, t the step (the first is 1), for every element::
 
     m = beta1 m + (1 - beta1) g              v = beta2 v + (1 - beta2) g^2
     w = (1 - lr weight_decay) w - lr/(1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
-m and v of this step enter the update unrounded; what is kept of them is a code of 8 bits and, for each block of 256
-elements, the largest |m| and the largest v in fp32::
+This step's m and v enter the update unrounded. Stored are 8-bit codes (block-wise quantisation as in 8-bit Adam, arXiv
+2110.02861, with the codes below instead of its dynamic ones) and, per block of 256 elements, the largest |m| and the
+largest v in fp32::
 
     m = m_scale sign(k) (k/127)^4,  k = -127..127       v = v_scale (k/255)^4,  k = 0..255
 
-Codes are fourth roots: 2 to 3 % apart near the block's largest value, 30 % apart 4 decades below it. Products,
-quotients and square roots are rounded as IEEE says and nothing is contracted, so that no table is searched and every
-device finds the same codes. m goes to the nearest code. v goes up or down by chance, with the probability that leaves
-its mean: beta2 = 0.999 moves v by a thousandth of it a step, less than half a code, and to the nearest code it would
-hardly move again after its first hundred steps. A v above 0 is never rounded to 0: an element whose gradients are tiny
-beside its neighbours' takes steps of the wrong size, up to 3 times too large or too small, but none without bound.
+The values of neighbouring codes differ by 2 to 3 % near the block's largest value and by 30 % four decades below it.
+Products, quotients and square roots follow IEEE rounding and nothing is contracted into fused multiply-adds, so no
+lookup table is needed and every device computes the same codes. m is rounded to the nearest code. v is rounded
+stochastically, which preserves its mean: beta2 = 0.999 changes v by a thousandth per step, less than half a code, so
+with rounding to nearest it would hardly change after its first hundred steps. A positive v is never rounded to 0: an
+element whose gradients are tiny compared to its neighbours' takes steps up to 3 times too large or too small, but never
+unbounded ones.
 
-Weights are fp32, or bf16 rounded up or down by chance: at a learning rate of 1e-5 a step is a fraction of bf16's
-spacing, and rounding to nearest would leave the weight where it is.
+Weights are fp32, or bf16 with stochastic rounding: at a learning rate of 1e-5 a step is a fraction of bf16's spacing,
+and rounding to nearest would leave the weight unchanged.
 
-Chance is Philox4x32-10 with the key ``seed`` and the counter (i // 4, step), i the element's place in its parameter:
-word i % 4 belongs to it, the upper half to v, the lower to the weight. Blocks are counted from the parameter's start
-as well. So a slice gives, in every bit, what the whole gives; only a block that a cut divides needs the maxima of
-both sides, which ``adamw8bit_block_max`` tells. Give every parameter a seed of its own.
+Random numbers are Philox4x32-10 (Salmon et al., SC 2011) with key ``seed`` and counter (i // 4, step), i the element's
+index in its parameter. Element i uses word i % 4: the upper half for v, the lower half for the weight. Blocks too are
+counted from the parameter's start. A slice therefore gives exactly the bits that the whole parameter gives; only a
+block divided between slices needs the maxima of both sides, see ``adamw8bit_block_max``. Use a different seed for every
+parameter.
 
 Shapes: everything [n], scales [blocks touched]. Dtypes: weight fp32 or bf16, gradient any float, arithmetic fp32.
 
-Bytes an element: states 2.03; moved by a step 16.1 (fp32 weight and gradient), 12.1 (bf16 weight), 10.1 (both bf16).
+Bytes per element: states 2.03; moved per step 16.1 (fp32 weight and gradient), 12.1 (bf16 weight), 10.1 (both bf16).
 
-Status: not measured on a GPU. On a CPU, and where Triton is missing, the eager reference serves, with the same bits.
+Status: not measured on a GPU. On a CPU, and without Triton, the eager reference runs instead and gives the same bits.
 """
 
 from __future__ import annotations
@@ -47,13 +50,13 @@ from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, on_kernel
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the optimizer also serves machines without it
+except ImportError:  # the optimizer also runs on machines without Triton
     triton = None
 
 BLOCK = 256  # elements that share their scales
 M_CODES, V_CODES = 127, 255
-ROWS, WARPS = 64 if INTERPRET else 4, 4  # blocks of a program: a warp each, or what NumPy takes at once
-CPU_CHUNK, CHUNK = 256, 2**16  # blocks that eager code works on at a time; a CPU's stay in its cache
+ROWS, WARPS = 64 if INTERPRET else 4, 4  # blocks per program: one per warp, or many under the interpreter, for speed
+CPU_CHUNK, CHUNK = 256, 2**16  # blocks per iteration of eager code; on a CPU they should fit its cache
 
 
 class State(NamedTuple):
@@ -101,7 +104,7 @@ def adamw8bit_step_reference(
     m_max: Tensor | None = None,
     v_max: Tensor | None = None,
 ) -> None:
-    """``adamw8bit_step`` in eager PyTorch, the same bits."""
+    """``adamw8bit_step`` in eager PyTorch: the same arguments, and the same results to the bit."""
     decay, rate, root = _factors(lr, beta1, beta2, weight_decay, step)
     for part, blocks, first in _chunks(weight, offset):
         w, g, codes_m, codes_v = weight[part], grad[part], m8[part], v8[part]
@@ -117,7 +120,7 @@ def adamw8bit_step_reference(
             codes.copy_(_flat(encoded, lead, len(w)))
         update = _flat(m / (_sqrt(v) * root + eps), lead, len(w))
         new = w.float() * decay - update * rate
-        w.copy_(new if w.dtype == torch.float32 else _round_by_chance(new, _flat(words, lead, len(w))))
+        w.copy_(new if w.dtype == torch.float32 else _round_stochastically(new, _flat(words, lead, len(w))))
 
 
 def adamw8bit_block_max_reference(
@@ -132,7 +135,7 @@ def adamw8bit_block_max_reference(
     grad_scale: Tensor | float = 1.0,
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """``adamw8bit_block_max`` in eager PyTorch, the same bits."""
+    """``adamw8bit_block_max`` in eager PyTorch: the same arguments, and the same results to the bit."""
     found = []
     for part, blocks, first in _chunks(grad, offset):
         scales = (m_scale[blocks], v_scale[blocks])
@@ -144,12 +147,12 @@ def adamw8bit_block_max_reference(
 
 
 def _factors(lr: float, beta1: float, beta2: float, weight_decay: float, step: int) -> tuple[float, float, float]:
-    """What a step multiplies: the weight, the update, and sqrt(v) in it."""
+    """A step's factors: of the weight, of the update, and of sqrt(v) in the update."""
     return 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
 
 
 def _chunks(x: Tensor, offset: int) -> Iterator[tuple[slice, slice, int]]:
-    """Slices of the elements, of the blocks touched, and the first element's place in the parameter."""
+    """Slices of the elements and of the blocks touched, and the index of the first element in the parameter."""
     lead, n, chunk = offset % BLOCK, len(x), CPU_CHUNK if x.device.type == "cpu" else CHUNK
     for block in range(0, blocks_touched(n, offset), chunk):
         begin, end = max(0, block * BLOCK - lead), min(n, (block + chunk) * BLOCK - lead)
@@ -157,7 +160,7 @@ def _chunks(x: Tensor, offset: int) -> Iterator[tuple[slice, slice, int]]:
 
 
 def _by_block(x: Tensor, lead: int) -> Tensor:
-    """[n] -> [blocks, BLOCK], zeros where the first and the last block belong to others."""
+    """[n] -> [blocks, BLOCK], with zeros where the first and the last block extend beyond the slice."""
     tail = -(lead + len(x)) % BLOCK
     return (F.pad(x, (lead, tail)) if lead or tail else x).view(-1, BLOCK)
 
@@ -183,13 +186,13 @@ def _fourth_power(code: Tensor, codes: int) -> Tensor:
 
 
 def _encode_m(m: Tensor, scale: Tensor) -> Tensor:
-    """The nearest code."""
+    """The nearest code, int8."""
     x, low, bottom, top = _between(m.abs(), scale, M_CODES)
     return (torch.where(x - bottom > (top - bottom) * 0.5, low + 1, low) * m.sign()).to(torch.int8)
 
 
 def _encode_v(v: Tensor, scale: Tensor, words: Tensor) -> Tensor:
-    """The code below or above, by the upper half of the words; never 0 for a v above 0."""
+    """Stochastic rounding to the code below or above, by the words' upper half; never 0 for a positive v."""
     x, low, bottom, top = _between(v, scale, V_CODES)
     chance = ((words >> 16).float() + 0.5) * 2**-16
     code = torch.where(x - bottom > (top - bottom) * chance, low + 1, low)
@@ -204,12 +207,12 @@ def _between(x: Tensor, scale: Tensor, codes: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Rounded to nearest, which PyTorch's own for fp32 is not on every CPU."""
+    """Correctly rounded square root, which PyTorch's for fp32 is not on every CPU."""
     return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
 
 
 def _random_words(n: int, first: int, step: int, seed: int, device: torch.device) -> Tensor:
-    """Words of 32 bits, int64 [n], of the elements from ``first`` on; n and first are multiples of 4."""
+    """One 32-bit word per element as int64 [n], from element ``first`` on; n and first are multiples of 4."""
     quad = torch.arange(first // 4, (first + n) // 4, device=device)
     c0, c1 = quad & 0xFFFFFFFF, quad >> 32
     c2, c3 = torch.full_like(quad, step), torch.zeros_like(quad)
@@ -223,8 +226,8 @@ def _random_words(n: int, first: int, step: int, seed: int, device: torch.device
     return torch.stack((c0, c1, c2, c3), dim=1).view(-1)
 
 
-def _round_by_chance(x: Tensor, words: Tensor) -> Tensor:
-    """fp32 to bf16: up with the probability that leaves the mean; NaN and infinities as they are."""
+def _round_stochastically(x: Tensor, words: Tensor) -> Tensor:
+    """fp32 to bf16 by stochastic rounding, which preserves the mean; NaN and infinities are unchanged."""
     bits = x.contiguous().view(torch.int32)
     rounded = (bits + (words & 0xFFFF).to(torch.int32)) & -65536
     return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
@@ -252,7 +255,7 @@ def _new_moments(
     n, lead, blocks, beta1, beta2, new1, new2,
     SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, M_CODES: tl.constexpr, V_CODES: tl.constexpr,
 ):  # fmt: skip
-    """m and v of this step [ROWS, BLOCK]; blocks [ROWS], elements, and the masks of both."""
+    """This step's m and v [ROWS, BLOCK]; the block indices [ROWS] and element offsets, each with its mask."""
     i_block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_block = i_block < blocks
     o = i_block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :] - lead
@@ -272,7 +275,7 @@ def _new_moments(
 
 @_jit
 def _store_largest(p_scale, p_joint, b_x, i_block, m_block, JOINT: tl.constexpr):
-    """The largest value of each block, or the one given; stored, and returned [ROWS, 1]."""
+    """The largest value of each block, or the given one if JOINT; stored, and returned as [ROWS, 1]."""
     b_largest = tl.max(b_x, 1)
     if JOINT:
         b_joint = tl.load(p_joint + i_block, mask=m_block, other=0.0)
@@ -283,7 +286,7 @@ def _store_largest(p_scale, p_joint, b_x, i_block, m_block, JOINT: tl.constexpr)
 
 @_jit
 def _code(b_x, b_scale, b_chance, CODES: tl.constexpr):
-    """The code below x / scale, or the one above if x lies higher between them than ``chance``; fp32."""
+    """The code below x / scale, or the one above if x is further between the two than ``chance`` (0 to 1); fp32."""
     b_x = tl.div_rn(b_x, tl.where(b_scale > 0, b_scale, 1.0))
     b_low = tl.floor(tl.sqrt_rn(tl.sqrt_rn(b_x)) * CODES)
     b_low = tl.minimum(b_low, CODES - 1.0)
@@ -293,7 +296,7 @@ def _code(b_x, b_scale, b_chance, CODES: tl.constexpr):
 
 @_jit
 def _words(i_block, seed_low, seed_high, step, ROWS: tl.constexpr, QUADS: tl.constexpr):
-    """A random word for each element [ROWS, 4 QUADS], uint32; a Philox counter serves four."""
+    """A random uint32 word per element [ROWS, 4 QUADS]; one Philox call yields four."""
     i_quad = i_block[:, None] * QUADS + tl.arange(0, QUADS)[None, :]
     zero = tl.zeros([ROWS, QUADS], tl.uint32)
     w0, w1, w2, w3 = tl.philox_impl(
@@ -307,7 +310,7 @@ def _words(i_block, seed_low, seed_high, step, ROWS: tl.constexpr, QUADS: tl.con
 def _round_to_bf16(b_x, b_words):
     b_bits = b_x.to(tl.uint32, bitcast=True)
     b_rounded = (b_bits + (b_words & 0xFFFF)) >> 16
-    # an infinity stays one, and a NaN keeps a bit that says so
+    # an infinity stays one, and a NaN keeps a mantissa bit, without which it would become an infinity
     b_special = (b_bits >> 16) | tl.where((b_bits & 0x7FFFFF) != 0, 0x40, 0)
     b_rounded = tl.where((b_bits & 0x7F800000) == 0x7F800000, b_special, b_rounded)
     return b_rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -320,7 +323,7 @@ def _step_kernel(
     SCALE: tl.constexpr, M_JOINT: tl.constexpr, V_JOINT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, M_CODES: tl.constexpr, V_CODES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS blocks: weights, codes and scales."""
+    """Update the weights, codes and scales of ROWS blocks."""
     b_m, b_v, i_block, m_block, o, m = _new_moments(
         p_grad, p_m8, p_v8, p_m_scale, p_v_scale, p_grad_scale, grad_scale,
         n, lead, blocks, beta1, beta2, new1, new2, SCALE, ROWS, BLOCK, M_CODES, V_CODES,
@@ -362,13 +365,13 @@ def _block_max_kernel(
 def _tile() -> dict[str, Any]:
     return {
         "ROWS": ROWS, "BLOCK": BLOCK, "M_CODES": M_CODES, "V_CODES": V_CODES,
-        # contracted products would be rounded otherwise than on a CPU
+        # fused multiply-adds would round differently from a CPU
         "num_warps": WARPS, "enable_fp_fusion": False,
     }  # fmt: skip
 
 
 def _sizes(x: Tensor, scale: Tensor, offset: int) -> dict[str, int]:
-    """Elements, the first one's place in its block, and blocks."""
+    """Number of elements, position of the first one in its block, and number of blocks."""
     return {"n": len(x), "lead": offset % BLOCK, "blocks": len(scale)}
 
 
@@ -411,7 +414,7 @@ def _block_max(
 
 
 def _signed(word: int) -> int:
-    """The lower 32 bits as int32, so that no seed is of another type than the one before it."""
+    """The lower 32 bits as int32, so that every seed has the same type and none triggers a recompilation."""
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
@@ -442,9 +445,9 @@ def adamw8bit_step(
 
     weight: [n] fp32 or bf16; grad: [n]; m8, v8: [n] int8 and uint8; m_scale, v_scale: [blocks touched] fp32; all
     contiguous, as ``adamw8bit_state`` makes them. step: 1, 2, ...; grad_scale: a number, or a tensor of one on the
-    weight's device; seed: 0 to 2^63 - 1; offset: the place of the first element in its parameter. m_max, v_max:
-    [blocks touched] fp32, taken for the blocks' largest values instead of what this slice holds; an entry below 0
-    leaves a block to itself. They are needed where a cut divides a block. Raises ValueError for other shapes.
+    weight's device; seed: 0 to 2^63 - 1; offset: the index of the first element in its parameter. m_max, v_max:
+    [blocks touched] fp32, used as the blocks' largest values instead of the maxima over this slice, except where
+    negative; needed for blocks that are divided between slices. Raises ValueError for other shapes and dtypes.
     """
     _check(weight, grad, m8, v8, m_scale, v_scale, offset)
     check(weight.dtype in (torch.float32, torch.bfloat16), f"weights are fp32 or bf16; found {weight.dtype}")
@@ -468,10 +471,10 @@ def adamw8bit_block_max(
     grad_scale: Tensor | float = 1.0,
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The largest |m| and v that the next step would find in each block touched, [blocks touched] fp32 twice.
+    """The largest |m| and v of each block touched after the next step: two tensors [blocks touched] fp32.
 
-    For blocks that a cut divides: take the larger one of both sides (``all_reduce`` with MAX), and hand it to
-    ``adamw8bit_step`` as m_max and v_max. Arguments as there; nothing is written.
+    For blocks divided between slices: take the maximum of both sides (``all_reduce`` with MAX) and pass it to
+    ``adamw8bit_step`` as m_max and v_max. Arguments and errors as there; nothing is written.
     """
     _check(grad, grad, m8, v8, m_scale, v_scale, offset)
     run = _block_max if triton is not None and on_kernel(grad) else adamw8bit_block_max_reference

@@ -1,21 +1,21 @@
-"""geglu: value times GELU of gate, the gated activation of diffusers' feed-forward blocks.
+"""geglu: value times GELU of gate, the gated activation of diffusers' feed-forward blocks (Shazeer, arXiv 2002.05202).
 
-With ``x = [a, g]`` along the last dimension (value first, gate second), Phi and phi the normal law and its density::
+With ``x = [a, g]`` along the last dimension (value first, gate second), and Phi and phi the distribution function and
+density of the standard normal (exact GELU: Hendrycks and Gimpel, arXiv 1606.08415)::
 
-    y  = a g Phi(g)                    Phi(g) = (1 + erf(g / sqrt 2)) / 2: exact GELU, not the tanh approximation
+    y  = a g Phi(g)                    Phi(g) = (1 + erf(g / sqrt 2)) / 2, not the tanh approximation
     da = dy g Phi(g)
     dg = dy a (Phi(g) + g phi(g))
 
-Shapes: x [..., 2F], y [..., F]. Dtypes: any float in, fp32 inside, one rounding to the input's dtype at the end (eager
-code rounds GELU and product). Nothing but x is kept for the backward pass, which computes GELU again; eager code keeps
+Shapes: x [..., 2F], y [..., F]. Dtypes: any float in; computed in fp32 and rounded once to the input's dtype (eager
+code rounds the GELU and the product). Only x is kept for the backward pass, which recomputes the GELU; eager code keeps
 the GELU as well.
 
-Bytes an output element, halves: forward 6 (eager 10: GELU reads and writes, the product reads twice and writes),
-backward 10. SDXL, 1024 px, two pictures: 70 calls a forward pass, 5.0 GB instead of 8.4 GB.
+Bytes per output element in half precision: forward 6 (eager 10: the GELU reads and writes, the product reads twice and
+writes), backward 10. SDXL at 1024 px with two images: 70 calls per forward pass, 5.0 GB instead of 8.4 GB.
 
-Status: not measured on a GPU. As an epilogue of the up-projection it would save the 5.0 GB too; that needs a matrix
-multiplication as good as the library's, is not built, and is the first thing to try where this op is measured.
-Libraries: Liger's GEGLU is the tanh approximation, another function.
+Status: not measured on a GPU. Related: ``geglu_linear`` fuses this op into the projection in front of it, without
+gradients. Liger's GEGLU uses the tanh approximation, which is a different function.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
 
-TILE = 1024  # elements of a program: of one row at the widths of SDXL and SD1.5, of several narrow ones
+TILE = 1024  # elements per program: part of one row at the widths of SDXL and SD1.5, several rows if they are narrow
 WARPS = 4
 
 
@@ -39,7 +39,7 @@ WARPS = 4
 
 
 def geglu_reference(x: Tensor) -> Tensor:
-    """``geglu`` in eager PyTorch, as diffusers has it."""
+    """``geglu`` in eager PyTorch, as in diffusers: [..., 2F] -> [..., F], any float dtype."""
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
@@ -140,15 +140,21 @@ class _Geglu(torch.autograd.Function):
 
 
 def geglu(x: Tensor) -> Tensor:
-    """[..., 2F] -> [..., F]: first half times exact GELU of the second; see the top of this file."""
-    check(x.ndim > 0 and x.shape[-1] % 2 == 0, f"geglu halves the last dimension; found {tuple(x.shape)}")
+    """First half of the last dimension times the exact GELU of the second half; see the top of this file.
+
+    x: [..., 2F], any float dtype. Returns [..., F] in x's dtype. Raises ValueError if the last dimension is odd.
+    """
+    check(
+        x.ndim > 0 and x.shape[-1] % 2 == 0,
+        f"geglu halves the last dimension, which must be even; found {tuple(x.shape)}",
+    )
     if not on_kernel(x):
         return geglu_reference(x)
     return _Geglu.apply(x)
 
 
 class FusedGEGLU(nn.Module):
-    """The forward pass of diffusers' GEGLU with the op; ``proj`` is its linear layer (or LoRA's around it)."""
+    """A mixin for diffusers' GEGLU that runs the op; ``proj`` is its linear layer, possibly wrapped by LoRA."""
 
     proj: nn.Module
 

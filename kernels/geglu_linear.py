@@ -1,22 +1,23 @@
 """geglu_linear: GEGLU as the epilogue of the matrix multiplication in front of it, for calls without a gradient.
 
-With the weight's rows W = [W_a; W_g] and the bias b = [b_a; b_g], value first, gate second::
+With the weight's rows W = [W_a; W_g] and the bias b = [b_a; b_g], value first, gate second (Shazeer,
+arXiv 2002.05202)::
 
     y = (x W_a^T + b_a) GELU(x W_g^T + b_g)        exact GELU, as in geglu
 
-Shapes: x [..., K], weight [2F, K], bias [2F] or None, y [..., F]. Dtypes: x, weight and bias alike, sums, bias and
-GELU in fp32, one rounding at the end (eager code rounds the projection, GELU and product). fp32 is multiplied in fp32,
-or in TF32 where ``torch.set_float32_matmul_precision`` allows it.
+Shapes: x [..., K], weight [2F, K], bias [2F] or None, y [..., F]. Dtypes: x, weight and bias share one float dtype;
+sums, bias and GELU are computed in fp32 and rounded once at the end (eager code rounds the projection, the GELU and the
+product). fp32 inputs are multiplied in fp32, or in TF32 if ``torch.set_float32_matmul_precision`` allows it.
 
-A program computes a tile of values and the tile of gates that belongs to it, so that the projection, twice as wide as
-what remains of it, never leaves the chip. Programs run through the tiles in groups of 8 rows of tiles, which read the
-same columns of the weight from the cache. Tiles are chosen by shape from a table, never by timing.
+Each program computes a tile of values and the matching tile of gates, so the projection, which is twice as wide as the
+result, is never written to memory. Programs process the tiles in groups of 8 rows of tiles, which reuse the same
+columns of the weight from the cache. Tile sizes are chosen by shape from a table, never by timing.
 
-Bytes an output element saved against the projection and geglu, halves: 8 (write and read of 2F). SDXL, 1024 px, two
-pictures: 6.7 GB of a call, 1.6 ms of arithmetic at 4.3 TB/s. A matrix multiplication in Triton may lose more than that
-to the library's: 28 % of a call's operations are here.
+Bytes saved per output element against the projection followed by geglu, in half precision: 8 (writing and reading 2F).
+SDXL at 1024 px with two images: 6.7 GB per network call, which is 1.6 ms at 4.3 TB/s (calculated). A matrix
+multiplication in Triton may lose more than that to the library's: 28 % of a call's operations are here.
 
-Forward only: where a gradient is needed the projection must be kept anyway, and the module is the stock one (or geglu).
+Forward only: where a gradient is needed the projection must be kept anyway, so the stock module (or geglu) runs.
 
 Status: not measured on a GPU.
 """
@@ -33,15 +34,15 @@ from torch import Tensor, nn
 
 from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, on_kernel, operator
 
-GROUP = 8  # rows of tiles that are worked on together
-WIDE_SHARED = 200 * 1024  # bytes a program may use where the widest tile fits
+GROUP = 8  # rows of tiles that are processed together
+WIDE_SHARED = 200 * 1024  # bytes of shared memory per program that the widest tile needs
 
 
 # --- eager reference -------------------------------------------------------------------------------------------
 
 
 def geglu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``geglu_linear`` in eager PyTorch, as diffusers has it."""
+    """``geglu_linear`` in eager PyTorch, as in diffusers: [..., K], [2F, K] and [2F] -> [..., F], any float dtype."""
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
     return value * F.gelu(gate)
 
@@ -65,10 +66,10 @@ def _geglu_linear_kernel(
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
     o_k = tl.arange(0, BK)
-    # rows beyond the end read the last one: what they give is not stored
+    # rows beyond the end read the last row instead of being masked: their results are not stored
     p_x += tl.minimum(o_m, rows - 1).to(tl.int64)[:, None] * depth + o_k[None, :]
     p_value = p_weight + tl.minimum(o_n, features - 1).to(tl.int64)[None, :] * depth + o_k[:, None]
-    p_gate = p_value + tl.cast(features, tl.int64) * depth  # not .to: a size of 1 is a constant
+    p_gate = p_value + tl.cast(features, tl.int64) * depth  # not .to: Triton makes a size of 1 a Python constant
     b_value, b_gate = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     for k in range(0, depth, BK):
         if EVEN:
@@ -78,7 +79,7 @@ def _geglu_linear_kernel(
             b_x = tl.load(p_x, mask=m[None, :], other=0.0)
             b_wv = tl.load(p_value, mask=m[:, None], other=0.0)
             b_wg = tl.load(p_gate, mask=m[:, None], other=0.0)
-        if INTERPRETED:  # the interpreter multiplies bf16's bits as integers
+        if INTERPRETED:  # the interpreter's tl.dot would multiply the bits of bf16 as integers
             b_x, b_wv, b_wg = b_x.to(tl.float32), b_wv.to(tl.float32), b_wg.to(tl.float32)
         b_value = tl.dot(b_x, b_wv, b_value, input_precision=PRECISION)
         b_gate = tl.dot(b_x, b_wg, b_gate, input_precision=PRECISION)
@@ -99,8 +100,8 @@ def _geglu_linear_kernel(
 
 
 def _tile(rows: int, depth: int, dtype: torch.dtype, shared: int) -> dict[str, int]:
-    """Tile, stages and warps. The widest one spills registers before Hopper, which has the shared memory for it."""
-    if dtype == torch.float32 or depth % 64 > 0:  # no tensor cores to feed, or narrow loads
+    """Tile sizes, pipeline stages and warps. The widest tile spills registers before Hopper."""
+    if dtype == torch.float32 or depth % 64 > 0:  # no tensor cores to keep busy, or only narrow loads
         bm, bn, bk, stages, warps = (32 if rows > 16 else 16), 32, 32, 2, 4
     elif rows <= 64:
         bm, bn, bk, stages, warps = (64 if rows > 16 else 16), 64, 64, 3, 4
@@ -112,7 +113,7 @@ def _tile(rows: int, depth: int, dtype: torch.dtype, shared: int) -> dict[str, i
 
 
 def _shared_memory(x: Tensor) -> int:
-    """Bytes that a program may use; none are asked for where there is no GPU."""
+    """Bytes of shared memory that a program may use; 0 without a GPU."""
     return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
 
 
@@ -143,25 +144,30 @@ _op = operator("geglu_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tenso
 
 
 def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[..., K] -> [..., F] for a weight [2F, K]; eager code where a gradient is needed. See the top of this file."""
+    """GEGLU of a linear projection, in eager code where a gradient is needed; see the top of this file.
+
+    x: [..., K]; weight: [2F, K]; bias: [2F] or None; all of one float dtype, which the result [..., F] has too.
+    Raises ValueError for other shapes and for differing dtypes.
+    """
     check(weight.ndim == 2 and weight.shape[0] % 2 == 0, f"the weight is [2F, K]; found {tuple(weight.shape)}")
     check(x.ndim > 0 and x.shape[-1] == weight.shape[1], f"x is [..., {weight.shape[1]}]; found {tuple(x.shape)}")
-    check(bias is None or bias.shape == weight.shape[:1], "the bias has one entry a row of the weight")
+    check(bias is None or bias.shape == weight.shape[:1], "the bias has one entry per row of the weight")
     tensors = [t for t in (x, weight, bias) if t is not None]
     check(all(t.dtype == x.dtype for t in tensors), f"dtypes differ: {[str(t.dtype) for t in tensors]}")
-    if not on_kernel(x) or _learns(*tensors):
+    if not on_kernel(x) or _needs_gradient(*tensors):
         return geglu_linear_reference(x, weight, bias)
     return _op(x, weight, bias)
 
 
-def _learns(*tensors: Tensor) -> bool:
+def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 class FusedGEGLULinear(nn.Module):
-    """The forward pass of diffusers' GEGLU with the op, where nothing is learned and ``proj`` is a plain linear layer.
+    """A mixin for diffusers' GEGLU that runs the op if no gradient is needed and ``proj`` is a plain linear layer.
 
-    Elsewhere the class behind it goes on: LoRA, quantised or sharded weights and hooks are seen at every call.
+    Otherwise the next class in the method resolution order runs. LoRA, quantised or sharded weights, and hooks are
+    looked for in every call, since they may be added later.
     """
 
     proj: nn.Module
@@ -171,7 +177,7 @@ class FusedGEGLULinear(nn.Module):
         if args or kwargs or not plain(proj) or not on_kernel(x):
             return super().forward(hidden_states, *args, **kwargs)
         weight, bias = proj.weight, proj.bias
-        if _learns(x, weight, weight if bias is None else bias):
+        if _needs_gradient(x, weight, weight if bias is None else bias):
             return super().forward(hidden_states)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -180,7 +186,7 @@ class FusedGEGLULinear(nn.Module):
 
 
 def plain(proj: nn.Module) -> bool:
-    """Whether a layer is a linear one and no more: its weight is what the layer multiplies with, here and now."""
+    """Whether a layer is an unmodified nn.Linear, so that multiplying by its weight directly gives its result."""
     return (
         type(proj) is nn.Linear
         and type(proj.weight) is nn.Parameter

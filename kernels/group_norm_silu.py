@@ -1,30 +1,33 @@
-"""group_norm_silu: GroupNorm, and the SiLU behind it, on channels-last or contiguous pictures.
+"""group_norm_silu: GroupNorm (Wu and He, arXiv 1803.08494) and the SiLU after it, channels-last or contiguous.
 
-Forward, over the D*H*W elements of a group of D channels of one picture::
+Forward, over the D*H*W elements of a group of D channels of one image::
 
     mean, var                          rstd = 1 / sqrt(var + eps)            n = (x - mean) rstd
     z = n w + b                        y = z sigmoid(z)   (silu), or z
 
-Backward, with ``dz = dy sigmoid(z) (1 + z (1 - sigmoid(z)))``, or dy, and means over the group::
+Backward, the derivative of the above, with ``dz = dy sigmoid(z) (1 + z (1 - sigmoid(z)))``, or dy, and means over the
+group::
 
-    dw = sum dz n                      db = sum dz        over pictures and pixels, a channel each
+    dw = sum dz n                      db = sum dz        per channel, over images and pixels
     dx = rstd (w dz - mean(w dz) - n mean(w dz n))
 
-Shapes: x, y [N, C, *]; w, b [C]; groups of equal numbers of neighbouring channels. x may be contiguous or channels-last
-(each its own tile, no copy; y and dx lie as x does) or have gaps between pictures or channels; anything else is copied.
+Shapes: x, y [N, C, *]; w, b [C]; groups of equally many adjacent channels. x may be contiguous or channels-last (each
+has its own tile shape, nothing is copied; y and dx have x's memory order) and may have gaps between images or channels;
+any other layout is copied first.
 
-Dtypes: any float in; statistics of tiles in fp32 about the tile's own mean (two passes in registers), joined over tiles
-in fp64, so that no mean is too large for its variance; y in x's dtype, dw and db in the weights'.
+Dtypes: any float in; statistics of a tile in fp32 about the tile's own mean (two passes over registers), combined over
+tiles in fp64, so a large mean does not spoil the variance; y in x's dtype, dw and db in the weights' dtype.
 
-How: a picture is cut into tiles of 128 pixels x 64 channels (channels-last) or of whole channels (contiguous): 1280
-programs for two pictures of 320 x 128 x 128, where a program per group gives 64. Three launches forward (tile
-statistics, groups, apply), three backward and the weights' sums. All sums have a fixed order; there are no atomics.
+Work split: an image is cut into tiles of 128 pixels x 64 channels (channels-last) or of up to 4096 elements
+(contiguous): 1280 programs for two channels-last images of 320 x 128 x 128, where one program per group would give 64.
+Forward takes three launches (tile statistics, group statistics, apply); backward takes three plus the sums for the
+weights. All sums have a fixed order; there are no atomics.
 
-Bytes an element, halves: forward 6 (x twice, y once), plus 6 % for partial statistics; backward 10. z is not kept: the
-backward pass computes it from x. SDXL, 1024 px, two pictures: 46 calls a forward pass, 1.9 GB.
+Bytes per element in half precision: forward 6 (x twice, y once), plus 6 % for partial statistics; backward 10. z is not
+kept: the backward pass recomputes it from x. SDXL at 1024 px with two images: 46 calls per forward pass, 1.9 GB.
 
-Status: not measured on a GPU. Libraries: PyTorch's CUDA GroupNorm copies channels-last pictures to contiguous ones and
-back and runs 64 programs at batch 2; Liger's is contiguous only and has no SiLU.
+Status: not measured on a GPU. PyTorch's CUDA GroupNorm copies channels-last images to contiguous ones and back, and
+runs 64 programs at batch 2; Liger's supports contiguous images only and has no SiLU.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ from torch.autograd.function import once_differentiable
 
 from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
 
-PIXELS, CHANNELS = 128, 64  # a tile of a channels-last picture; 64 divides every width of SDXL and SD1.5
-TILE = 4096  # elements of a tile of a contiguous picture
+PIXELS, CHANNELS = 128, 64  # tile of a channels-last image; 64 divides every width of SDXL and SD1.5
+TILE = 4096  # elements per tile of a contiguous image
 WARPS = 8
 S, T, U = ("s_n", "s_c", "s_p"), ("t_n", "t_c", "t_p"), ("u_n", "u_c", "u_p")  # names of strides in the kernels
 
@@ -52,10 +55,10 @@ S, T, U = ("s_n", "s_c", "s_p"), ("t_n", "t_c", "t_p"), ("u_n", "u_c", "u_p")  #
 def group_norm_silu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float = 1e-5, silu: bool = True
 ) -> Tensor:
-    """``group_norm_silu`` in eager PyTorch."""
+    """``group_norm_silu`` in eager PyTorch: the same arguments and result, in any float dtype."""
     if weight.dtype == x.dtype:
         y = F.group_norm(x, num_groups, weight, bias, eps)
-    else:  # autocast: weights in fp32, activations in half
+    else:  # under autocast: fp32 weights, half-precision activations
         y = F.group_norm(x.float(), num_groups, weight.float(), bias.float(), eps)
     return (F.silu(y) if silu else y).to(x.dtype)
 
@@ -65,7 +68,7 @@ def group_norm_silu_reference(
 
 @triton.jit
 def _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P: tl.constexpr, CB: tl.constexpr):
-    """This program's picture, chunk of pixels and channels; addresses from the tile's start, which is int64."""
+    """This program's image, pixel chunk and channels; offsets within the tile are relative to its int64 start."""
     i_block = tl.program_id(0) % blocks
     i_chunk = (tl.program_id(0) // blocks) % chunks
     i_n = (tl.program_id(0) // blocks // chunks).to(tl.int64)
@@ -78,7 +81,7 @@ def _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P: tl.constexpr, CB: 
 
 @triton.jit
 def _z_and_slope(b_n, b_w, b_b, SILU: tl.constexpr):
-    """y = f(z) of the normalised tile, and f'(z)."""
+    """y = f(z) of the normalised tile, and f'(z); f is SiLU or the identity."""
     b_z = b_n * b_w[:, None] + b_b[:, None]
     if SILU:
         b_s = 1.0 / (1.0 + tl.exp(-b_z))
@@ -98,7 +101,7 @@ def _statistics_kernel(
     b_mean = tl.sum(b_x, 1) / count
     b_x = tl.where(m, b_x - b_mean[:, None], 0.0)
     o_out = (i_n * chunks + i_chunk) * channels + o_c
-    # what rounding left of the mean: a constant picture gives exactly b
+    # the mean's own rounding error: without it a constant image would not give exactly b
     b_rest = tl.sum(b_x, 1) / count
     tl.store(p_mean + o_out, b_mean + b_rest, mask=o_c < channels)
     tl.store(p_m2 + o_out, tl.sum(b_x * b_x, 1), mask=o_c < channels)
@@ -109,7 +112,7 @@ def _groups_kernel(
     p_mean, p_m2, p_group_mean, p_group_rstd, pixels, channels, chunks, groups, eps,
     P: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Mean and rstd of one group of one picture from its channels' tiles."""
+    """Mean and rstd of one group of one image, combined from the tile statistics of its channels."""
     i_n, i_g = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     size = channels // groups
     o_d = tl.arange(0, D)
@@ -165,10 +168,10 @@ def _apply_kernel(
     tl.store(p_y + start_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["pictures"])
+@triton.jit(do_not_specialize=["images"])
 def _bwd_sums_kernel(
     p_x, p_grad_y, p_mean, p_rstd, p_weight, p_bias, p_sums,
-    pictures, pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p,
+    images, pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p,
     SILU: tl.constexpr, P: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz n over each channel of a tile: [2, N, chunks, C]; t are the strides of grad_y."""
@@ -180,22 +183,22 @@ def _bwd_sums_kernel(
     b_dz = tl.load(p_grad_y + start_y + o_y, mask=m, other=0.0).to(tl.float32) * b_slope
     o_out = (i_n * chunks + i_chunk) * channels + o_c
     tl.store(p_sums + o_out, tl.sum(tl.where(m, b_dz, 0.0), 1), mask=m_c)
-    o_out += pictures.to(tl.int64) * chunks * channels
+    o_out += images.to(tl.int64) * chunks * channels
     tl.store(p_sums + o_out, tl.sum(tl.where(m, b_dz * b_n, 0.0), 1), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["pictures"])
+@triton.jit(do_not_specialize=["images"])
 def _bwd_groups_kernel(
-    p_sums, p_weight, p_channel_sums, p_group_means, pictures, pixels, channels, chunks, groups,
+    p_sums, p_weight, p_channel_sums, p_group_means, images, pixels, channels, chunks, groups,
     K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Joins one group of one picture: sums a channel [2, N, C], means of w dz and w dz n a group [2, N, G]."""
+    """One group of one image: sums per channel [2, N, C], and means of w dz and w dz n per group [2, N, G]."""
     i_n, i_g = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     size = channels // groups
     o_d = tl.arange(0, D)
     b_w = tl.load(p_weight + i_g * size + o_d, mask=o_d < size, other=0.0).to(tl.float64)
     for which in range(2):
-        i_row = which * pictures + i_n
+        i_row = which * images + i_n
         b_sum = tl.zeros([K, D], tl.float64)
         for k in range(0, chunks, K):
             o_k = k + tl.arange(0, K)
@@ -208,10 +211,10 @@ def _bwd_groups_kernel(
         tl.store(p_group_means + i_row * groups + i_g, mean.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["pictures"])
+@triton.jit(do_not_specialize=["images"])
 def _bwd_apply_kernel(
     p_x, p_grad_y, p_grad_x, p_mean, p_rstd, p_weight, p_bias, p_group_means,
-    pictures, pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p, u_n, u_c, u_p,
+    images, pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p, u_n, u_c, u_p,
     SILU: tl.constexpr, P: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of x; s, t and u are the strides of x, grad_y and grad_x."""
@@ -220,7 +223,7 @@ def _bwd_apply_kernel(
     _, _, _, _, start_x, o_x = _tile(pixels, channels, chunks, blocks, u_n, u_c, u_p, P, CB)
     o_g, m_c, b_mean, b_rstd, b_w, b_b = _channel_values(p_mean, p_rstd, p_weight, p_bias, i_n, o_c, channels, groups)
     b_c1 = tl.load(p_group_means + o_g, mask=m_c, other=0.0)
-    b_c2 = tl.load(p_group_means + pictures.to(tl.int64) * groups + o_g, mask=m_c, other=0.0)
+    b_c2 = tl.load(p_group_means + images.to(tl.int64) * groups + o_g, mask=m_c, other=0.0)
     b_n = (tl.load(p_x + start + o, mask=m, other=0.0).to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
     _, b_slope = _z_and_slope(b_n, b_w, b_b, SILU)
     b_dz = tl.load(p_grad_y + start_y + o_y, mask=m, other=0.0).to(tl.float32) * b_slope
@@ -232,7 +235,7 @@ def _bwd_apply_kernel(
 
 
 def _strided(x: Tensor) -> Tensor:
-    """[N, C, pixels], a view where the pixels have one stride, else a copy."""
+    """[N, C, pixels]: a view if the pixels have a single stride, else a copy."""
     return x.flatten(2)
 
 
@@ -244,7 +247,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _tiles(x: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Chunks of pixels, blocks of channels and the tile for [N, C, pixels]."""
+    """How many chunks of pixels and blocks of channels cover [N, C, pixels], and the tile size."""
     channels, pixels = x.shape[1:]
     if x.stride(1) == 1 and channels > 1:
         p, cb = min(PIXELS, power_of_2(pixels)), min(CHANNELS, power_of_2(channels))
@@ -303,7 +306,7 @@ def _group_norm_bwd(
     sums = torch.empty((2, n, chunks, channels), **options)
     channel_sums, group_means = torch.empty((2, n, channels), **options), torch.empty((2, n, groups), **options)
     programs = n * chunks * blocks
-    sizes = {"pictures": n, "pixels": pixels, "channels": channels, "chunks": chunks, "groups": groups}
+    sizes = {"images": n, "pixels": pixels, "channels": channels, "chunks": chunks, "groups": groups}
     values = {"p_mean": mean, "p_rstd": rstd, "p_weight": weight, "p_bias": bias}
     strides = {**_strides(S, a), **_strides(T, b)}
     launch(
@@ -377,7 +380,11 @@ class _GroupNorm(torch.autograd.Function):
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float = 1e-5, silu: bool = True
 ) -> Tensor:
-    """GroupNorm of x [N, C, *] and, unless ``silu`` is off, SiLU of it; see the top of this file."""
+    """GroupNorm of x and, unless ``silu`` is False, SiLU of the result; see the top of this file.
+
+    x: [N, C, *] with at least three dimensions, any float dtype; weight, bias: [C]. Returns x's shape, dtype and memory
+    order. Raises ValueError for other shapes and if num_groups is below 1 or does not divide C.
+    """
     channels = x.shape[1] if x.ndim > 1 else 0
     check(num_groups > 0, f"num_groups is at least 1; found {num_groups}")
     check(x.ndim >= 3 and channels % num_groups == 0, f"{num_groups} groups for a tensor {tuple(x.shape)}")
@@ -388,14 +395,14 @@ def group_norm_silu(
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """nn.GroupNorm with the op."""
+    """nn.GroupNorm that runs the op, without SiLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm_silu(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, silu=False)
 
 
 class FusedGroupNormSiLU(nn.GroupNorm):
-    """nn.GroupNorm and the SiLU that stands behind it."""
+    """nn.GroupNorm that runs the op together with the SiLU that follows it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm_silu(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, silu=True)

@@ -1,23 +1,23 @@
-"""layer_norm: LayerNorm over the last dimension, with the residual addition in front of it.
+"""layer_norm: LayerNorm (Ba et al., arXiv 1607.06450) over the last dimension, with the residual addition before it.
 
 Forward, over the C elements of a row, ``r`` an optional residual::
 
-    s    = x + r                       rounded to x's dtype, as it is what flows on
+    s    = x + r                       rounded to x's dtype, since s is an output too
     mean = mean(s)                     var = mean (s - mean)^2               rstd = 1 / sqrt(var + eps)
     y    = (s - mean) rstd w + b
 
-Backward, with ``n = (s - mean) rstd``, ``d = w dy`` and ``ds`` the gradient of s where it is an output too::
+Backward, the derivative of the above, with ``n = (s - mean) rstd``, ``d = w dy`` and ``ds`` the gradient of s::
 
     dx = dr = rstd (d - mean(d) - n mean(d n)) + ds           dw = sum_rows dy n           db = sum_rows dy
 
-Shapes: x, r, s, y [..., C]; w, b [C]. Dtypes: any float in, statistics and sums in fp32 (two passes over the row in
-registers, so no mean is too large for its variance), y and s in x's dtype, gradients in the dtype of what they are the
-gradient of. dw and db are sums of the partial sums of 128 programs with fixed rows: deterministic, no atomics.
+Shapes: x, r, s, y [..., C]; w, b [C]. Dtypes: any float in; statistics and sums in fp32 (two passes over a row held in
+registers, so a large mean does not spoil the variance); y and s in x's dtype, each gradient in the dtype of its tensor.
+dw and db add the partial sums of at most 128 programs with fixed rows: deterministic, no atomics.
 
-Bytes an element, halves: forward 4, with the residual 8 (eager: 4 and 10); backward 6, with ds 8.
-SDXL, 1024 px, two pictures: 210 calls a forward pass, 5.0 GB for norm and addition.
+Bytes per element in half precision: forward 4, with the residual 8 (eager: 4 and 10); backward 6, with ds 8.
+SDXL at 1024 px with two images: 210 calls per forward pass, 5.0 GB for norms and additions.
 
-Status: not measured on a GPU. Libraries: Liger and apex have no LayerNorm with a residual in front.
+Status: not measured on a GPU. Liger and apex have no LayerNorm that includes the residual addition.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from torch.autograd.function import once_differentiable
 
 from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
 
-MAX_FEATURES = 4096  # a row is held in registers
-PROGRAMS = 128  # of the backward pass: their partial sums cost 8 % of its bytes at 8192 x 1280, and 132 SMs are busy
+MAX_FEATURES = 4096  # because a row is held in registers
+PROGRAMS = (
+    128  # in the backward pass: enough for the 132 SMs of an H100, and partial sums of 8 % of its bytes at 8192 x 1280
+)
 
 
 # --- eager reference -------------------------------------------------------------------------------------------
@@ -43,11 +45,11 @@ PROGRAMS = 128  # of the backward pass: their partial sums cost 8 % of its bytes
 def layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, eps: float = 1e-5
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``layer_norm`` in eager PyTorch."""
+    """``layer_norm`` in eager PyTorch: the same arguments and results, in any float dtype."""
     total = x if residual is None else x + residual
     if weight.dtype == total.dtype:
         y = F.layer_norm(total, weight.shape, weight, bias, eps)
-    else:  # autocast: weights in fp32, activations in half
+    else:  # under autocast: fp32 weights, half-precision activations
         y = F.layer_norm(total.float(), weight.shape, weight.float(), bias.float(), eps).to(total.dtype)
     return y if residual is None else (total, y)
 
@@ -74,7 +76,9 @@ def _layer_norm_fwd_kernel(
         b_x = b_total.to(tl.float32)
     b_mean = tl.sum(b_x, 1) / features
     b_x = tl.where(m, b_x - b_mean[:, None], 0.0)
-    b_rest = tl.sum(b_x, 1) / features  # what rounding left of the mean: a constant row gives exactly b
+    b_rest = (
+        tl.sum(b_x, 1) / features
+    )  # the mean's own rounding error: without it a constant row would not give exactly b
     b_x = tl.where(m, b_x - b_rest[:, None], 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / features + eps)
     b_w = tl.load(p_weight + o_feature, mask=o_feature < features, other=0.0).to(tl.float32)
@@ -91,7 +95,7 @@ def _layer_norm_bwd_kernel(
     rows, features, rows_each,
     GRAD_TOTAL: tl.constexpr, GRAD_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows i * rows_each ... of program i; p_partial [2, programs, features]: its sums for weight and bias."""
+    """Program i handles rows i * rows_each onwards; p_partial [2, programs, features]: sums for weight and bias."""
     i_program = tl.program_id(0).to(tl.int64)
     i_row, o_feature = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     m_feature = o_feature < features
@@ -131,7 +135,7 @@ def _layer_norm_bwd_kernel(
 
 def _tile(x: Tensor) -> dict[str, int]:
     block = power_of_2(x.shape[-1])
-    # 32 bytes a thread at SDXL's widths: with 64, fp32 rows of 1280 spill registers on sm_80
+    # 32 bytes per thread at SDXL's widths: with 64, fp32 rows of 1280 spill registers on sm_80
     warps = min(16, max(4, block * x.element_size() // 1024))
     return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": warps}
 
@@ -139,7 +143,7 @@ def _tile(x: Tensor) -> dict[str, int]:
 def _layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum (empty without a residual), y, mean and rstd of each row."""
+    """The sum (empty without a residual), y, and mean and rstd of each row."""
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     weight, bias = weight.contiguous(), bias.contiguous()
     total, y, mean, rstd = _fwd_shapes(x, residual, weight, bias, eps)
@@ -158,7 +162,7 @@ def _layer_norm_bwd(
     grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x (and of the residual, which is the same), weight and bias (empty unless asked for)."""
+    """Gradients of x (equal to the residual's), weight and bias (the last two empty unless ``grad_weight``)."""
     total, grad_y, weight = total.contiguous(), grad_y.contiguous(), weight.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad_x, tile, features, rows = torch.empty_like(total), _tile(total), total.shape[-1], mean.numel()
@@ -251,12 +255,16 @@ class _AddLayerNorm(torch.autograd.Function):
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, eps: float = 1e-5
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm of x [..., C]; with a residual of x's shape and dtype: (x + residual, LayerNorm of that).
+    """LayerNorm over the last dimension; with a residual, of x + residual. See the top of this file.
 
-    See the top of this file.
+    x: [..., C], any float dtype, C at most MAX_FEATURES; weight, bias: [C]; residual: shape and dtype of x, or None.
+    Returns y, or (x + residual, y), in x's shape and dtype. Raises ValueError for other shapes or dtypes.
     """
     check(x.shape[-1:] == weight.shape == bias.shape, f"weights {tuple(weight.shape)} for rows of {tuple(x.shape)}")
-    check(residual is None or (residual.shape, residual.dtype) == (x.shape, x.dtype), "x and residual differ")
+    check(
+        residual is None or (residual.shape, residual.dtype) == (x.shape, x.dtype),
+        "x and residual differ in shape or dtype",
+    )
     check(x.shape[-1] <= MAX_FEATURES, f"rows of {x.shape[-1]} elements; at most {MAX_FEATURES} are supported")
     if not on_kernel(x):
         return layer_norm_reference(x, weight, bias, residual, eps=eps)
@@ -266,10 +274,10 @@ def layer_norm(
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over one dimension with the op; given a residual it returns the sum as well."""
+    """nn.LayerNorm over one dimension that runs the op; given a residual it returns (sum, norm of the sum)."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        if residual is not None and residual.dtype != x.dtype:  # autocast may have it so: the sum is in the wider dtype
+        if residual is not None and residual.dtype != x.dtype:  # possible under autocast: add in the wider dtype
             total = x + residual
             return total, layer_norm(total, self.weight, self.bias, eps=self.eps)
         return layer_norm(x, self.weight, self.bias, residual, eps=self.eps)

@@ -1,8 +1,8 @@
 """pair_loss: the losses of preference pairs, and their gradient, from the networks' predictions.
 
-Forward, for a pair with pictures i = w (winner), l (loser), over the n = C*H*W elements of a picture::
+Forward, for a pair with images i = w (winner), l (loser), over the n = C*H*W elements of a image::
 
-    m_i    = mean (prediction_i - target_i)^2    r_i likewise for the reference (or given)
+    m_i    = mean (prediction_i - target_i)^2    r_i: the same of the reference model, computed here or given
     D      = (m_w - m_l) - (r_w - r_l)           logit = -(beta/2) weight D
     loss   = softplus(-logit)                    link "sigmoid"
              relu(1 - logit)                     link "hinge"
@@ -12,25 +12,28 @@ Backward, with g the gradient of the pair's loss and s the sign, + for the winne
 
     d prediction_i = s g (d loss/d logit) (-(beta/2) weight) (2/n) (prediction_i - target_i)
 
-Shapes: prediction, reference, target [B, 2, C, H, W], winner first; weight, loss, logit [B]; errors [B, 2].
-Pictures may lie contiguous or channels-last, each tensor as it likes; any other layout is copied first.
+Sources: Diffusion-DPO (arXiv 2311.12908, eq. 14), with SmPO's soft label as the pair's weight (arXiv 2506.02698); hinge
+is SLiC-HF's (arXiv 2305.10425), ipo is IPO's (arXiv 2310.12036).
 
-Dtypes: any float in; differences and partial sums in fp32, the sums' sum, the margin and the link in fp64 (a few
-numbers a pair); loss, logit and errors out in fp32; the gradient in the prediction's dtype. At beta 5000 an average
-taken in bf16 is wrong by many times the logit: this op is a correctness kernel first.
+Shapes: prediction, reference, target [B, 2, C, H, W], winner first; weight, loss, logit [B]; errors [B, 2]. Each tensor
+may be contiguous or channels-last, independently of the others; any other layout is copied first.
 
-Determinism: a picture is split into fixed pieces of 2048 elements, a program each, and the last program of a pair to
-arrive adds the pieces' sums in a fixed order. Which one is last is chance, what it adds up is not: a pair's numbers do
-not depend, in any bit, on its neighbours, the batch or the order of arrival. The one atomic counts arrivals, in
-integers. ``pair_errors`` is the same kernel and sums in the same order, so that equal networks give a logit of exactly
-0 also when the reference's errors are computed apart.
+Dtypes: any float in; differences and partial sums in fp32; the total of the partial sums, the margin and the link in
+fp64 (a few numbers per pair); loss, logit and errors out in fp32; the gradient in the prediction's dtype. At beta 5000
+an average taken in bf16 is wrong by many times the logit: the main purpose of this op is accuracy.
+
+Determinism: an image is split into fixed pieces of 2048 elements with one program each, and the last-arriving program
+of a pair adds the sums of all pieces in a fixed order. Which program arrives last varies, but not what it adds: every
+bit of a pair's results is independent of the other pairs, the batch size and the order of arrival. The only atomic is
+an integer counter of arrivals. ``pair_errors`` uses the same kernel and order of summation, so identical networks give
+a logit of exactly 0 even if the reference's errors are computed in a separate call.
 
 Bytes: forward reads prediction, reference and target once; backward reads prediction and target and writes the
-gradient. 4x128x128, half predictions, fp32 target: 8 bytes an element forward
-(6 with given reference errors), 8 backward: two passes. Launches: 1 forward, 1 backward, whatever the batch.
+gradient. For 4x128x128 half-precision predictions and an fp32 target: 8 bytes per element forward (6 with given
+reference errors), 8 backward. One launch forward and one backward for any batch size.
 
-Status: not measured on a GPU. At the batch sizes of training it is launch overhead either way, by prediction under
-0.3 % of a step; its worth is accuracy, no fp32 tensors kept for the backward pass, and little host work.
+Status: not measured on a GPU. Predicted to be under 0.3 % of a training step, mostly launch overhead. It is worth
+having for its accuracy, for keeping no fp32 tensors for the backward pass, and for little host work.
 """
 
 from __future__ import annotations
@@ -57,12 +60,12 @@ from smpo_fast.kernels._launch import (
 )
 
 LINKS = ("sigmoid", "hinge", "ipo")
-BLOCK = 2048  # elements of a program; fixed, since the order of summation follows from it
+BLOCK = 2048  # elements per program; fixed, because it determines the order of summation
 WARPS = 4
 
 
 class PairLoss(NamedTuple):
-    """loss [B], logit [B], errors of the policy and of the reference [B, 2], all fp32; only the loss has a gradient."""
+    """Loss and logit [B], errors of policy and reference [B, 2]; all fp32, only the loss is differentiable."""
 
     loss: Tensor
     logit: Tensor
@@ -74,7 +77,7 @@ class PairLoss(NamedTuple):
 
 
 def pair_errors_reference(prediction: Tensor, target: Tensor) -> Tensor:
-    """``pair_errors`` in eager PyTorch; float64 inputs stay float64."""
+    """``pair_errors`` in eager PyTorch, differentiable; float64 inputs are computed in float64."""
     return (_upcast(prediction) - _upcast(target)).square().mean(dim=(2, 3, 4))
 
 
@@ -87,7 +90,7 @@ def pair_loss_reference(
     beta: float,
     link: str = "sigmoid",
 ) -> PairLoss:
-    """``pair_loss`` in eager PyTorch; float64 inputs stay float64."""
+    """``pair_loss`` in eager PyTorch; float64 inputs are computed in float64."""
     policy = pair_errors_reference(prediction, target)
     frozen = reference if reference.ndim == 2 else pair_errors_reference(reference, target).detach()
     difference = (policy[:, 0] - policy[:, 1]) - (frozen[:, 0] - frozen[:, 1])
@@ -117,27 +120,27 @@ def _squared_error(b_prediction, b_target, m):
 
 @triton.jit
 def _mean_error(p_sums, n, pieces, PIECES: tl.constexpr):
-    """Of one picture, from the sums of its pieces, which other programs have written."""
+    """The mean squared error of one image, from the sums of its pieces, which other programs have written."""
     b_sum = tl.zeros([PIECES], tl.float64)
     for i in range(0, pieces, PIECES):
         o = i + tl.arange(0, PIECES)
         b_sum += tl.load(p_sums + o, mask=o < pieces, other=0.0, cache_modifier=".cg").to(tl.float64)
-    # rounded here: given errors are rounded too, and equal networks must give equal errors
+    # rounded to fp32 as given errors are: identical networks must give identical errors
     return (tl.sum(b_sum, 0) / n).to(tl.float32)
 
 
 @triton.jit
 def _log1p(y):
-    """log(1 + y) for y in [0, 1] in fp64, also where 1 + y would round y away."""
+    """log(1 + y) for y in [0, 1] in fp64, accurate also for a y so small that 1 + y rounds to 1."""
     return tl.where(y < 1e-5, y * (1.0 - y * (0.5 - y * 0.3333333333333333)), tl.log(1.0 + y))
 
 
 @triton.jit
 def _link(logit, beta, LINK: tl.constexpr):
-    """Loss and its slope by the logit."""
+    """The loss and its derivative by the logit."""
     if LINK == 0:
         small = tl.exp(-tl.abs(logit))
-        # where, not maximum: the hardware's maximum would hide a NaN
+        # where, not maximum: the hardware's maximum drops a NaN
         loss = tl.where(logit >= 0, 0.0, -logit) + _log1p(small)
         slope = -tl.where(logit >= 0, small, 1.0) / (1.0 + small)
     elif LINK == 1:
@@ -152,10 +155,10 @@ def _link(logit, beta, LINK: tl.constexpr):
 
 @triton.jit
 def _arrives_last(p_ticket, programs):
-    """Whether all other programs of this ticket have been here; what they stored before is then visible.
+    """Whether this is the last-arriving program of this ticket; if so, it sees what the others stored before.
 
-    The barrier puts the stores of all threads before the one thread's atomic, whose release and acquire at the scope
-    of the GPU put them before the loads of the last program. That program leaves the ticket as it was: 0.
+    The barrier orders the stores of all threads before the single thread's atomic, whose release and acquire at GPU
+    scope order them before the loads of the last-arriving program. That program resets the ticket to 0.
     """
     tl.debug_barrier()
     last = tl.atomic_add(p_ticket, 1, sem="acq_rel", scope="gpu") == programs - 1
@@ -171,21 +174,21 @@ def _pair_loss_kernel(
     n, pieces, minor, beta,
     LINK: tl.constexpr, REFERENCE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Squared errors of one piece of one picture; the last program of a pair makes its numbers of all of them.
+    """Squared errors of one piece of one image; the last-arriving program of a pair computes the pair's results.
 
-    p_sums [pairs, 1 or 2 networks, 2 pictures, pieces]. LINK -1: nothing but the policy's errors. The slope is
-    d loss / d m_w, which is - d loss / d m_l.
+    p_sums [pairs, 1 or 2 networks, 2 images, pieces]. LINK -1: only the policy's errors. The slope is
+    d loss / d m_w, which equals - d loss / d m_l.
     """
-    i_picture = tl.program_id(0) // pieces
+    i_image = tl.program_id(0) // pieces
     i_piece = tl.program_id(0) % pieces
-    i_pair = (i_picture // 2).to(tl.int64)
+    i_pair = (i_image // 2).to(tl.int64)
     o = i_piece * BLOCK + tl.arange(0, BLOCK)
     m = o < n
-    first = i_picture.to(tl.int64) * n
+    first = i_image.to(tl.int64) * n
     o_target = (o % minor) * (n // minor) + o // minor if TRANSPOSED else o
     b_target = tl.load(p_target + first + o_target, mask=m, other=0.0).to(tl.float32)
     p_sums += i_pair * (4 if REFERENCE else 2) * pieces
-    o_sum = (i_picture % 2) * pieces + i_piece
+    o_sum = (i_image % 2) * pieces + i_piece
     b_prediction = tl.load(p_prediction + first + o, mask=m, other=0.0)
     tl.store(p_sums + o_sum, _squared_error(b_prediction, b_target, m))
     if REFERENCE:
@@ -221,16 +224,16 @@ def _pair_loss_bwd_kernel(
     n, pieces, minor,
     TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one piece of one picture's prediction."""
-    i_picture = tl.program_id(0) // pieces
+    """The gradient of one piece of one image's prediction."""
+    i_image = tl.program_id(0) // pieces
     o = (tl.program_id(0) % pieces) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
-    first = i_picture.to(tl.int64) * n
+    first = i_image.to(tl.int64) * n
     o_target = (o % minor) * (n // minor) + o // minor if TRANSPOSED else o
     b_target = tl.load(p_target + first + o_target, mask=m, other=0.0).to(tl.float32)
     b_error = tl.load(p_prediction + first + o, mask=m, other=0.0).to(tl.float32) - b_target
-    slope = tl.load(p_slope + i_picture // 2) * tl.load(p_grad_loss + i_picture // 2).to(tl.float32)
-    slope = tl.where(i_picture % 2 == 0, slope, -slope)
+    slope = tl.load(p_slope + i_image // 2) * tl.load(p_grad_loss + i_image // 2).to(tl.float32)
+    slope = tl.where(i_image % 2 == 0, slope, -slope)
     b_grad = slope * (2.0 * b_error / n)
     tl.store(p_grad + first + o, b_grad.to(p_grad.dtype.element_ty), mask=m)
 
@@ -242,7 +245,7 @@ def _launch_forward(
     prediction: Tensor, reference: Tensor | None, target: Tensor, weight: Tensor | None, beta: float, link: int,
     out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
-    """Fill ``out``. reference: predictions, errors [B, 2], or None together with a link of -1 and no weight."""
+    """Fill ``out``. reference: predictions, errors [B, 2], or None (then link is -1 and weight None: errors only)."""
     prediction, target = packed(prediction), packed(target)
     pairs, n = prediction.shape[0], prediction.shape[2:].numel()
     pieces, minor = cdiv(n, BLOCK), transposition(prediction, target)
@@ -260,7 +263,7 @@ def _launch_forward(
         n=n, pieces=pieces, minor=max(minor, 1), beta=beta,
         LINK=link, REFERENCE=predicted, TRANSPOSED=minor > 0,
         BLOCK=BLOCK, PIECES=min(1024, triton.next_power_of_2(pieces)), num_warps=WARPS,
-        enable_fp_fusion=False,  # fused or not, square and sum must round alike for both networks
+        enable_fp_fusion=False,  # square and sum must round in the same way for both networks
     )  # fmt: skip
 
 
@@ -273,7 +276,7 @@ def _pair_errors(prediction: Tensor, target: Tensor) -> Tensor:
 def _pair_loss_fwd(
     prediction: Tensor, reference: Tensor, target: Tensor, weight: Tensor, beta: float, link: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, logit, policy errors, reference errors, and the slope that the backward pass needs."""
+    """Loss, logit, policy errors, reference errors, and the slope that the backward pass needs."""
     out = _pair_loss_shapes(prediction, reference, target, weight, beta, link)
     loss, logit, errors, reference_errors, slope = out
     _launch_forward(prediction, reference, target, weight, beta, link, (errors, reference_errors, loss, logit, slope))
@@ -336,7 +339,7 @@ class _PairLoss(torch.autograd.Function):
         loss, logit, errors, reference_errors, slope = _fwd_op(prediction, reference, target, weight, beta, link)
         ctx.save_for_backward(slope, prediction, target)
         ctx.mark_non_differentiable(logit, errors, reference_errors)
-        ctx.set_materialize_grads(False)  # else backward would be given zeros for these three
+        ctx.set_materialize_grads(False)  # otherwise backward would be given tensors of zeros for these three
         return loss, logit, errors, reference_errors
 
     @staticmethod
@@ -350,7 +353,10 @@ class _PairLoss(torch.autograd.Function):
 
 
 def pair_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each picture, [B, 2] fp32, without a gradient; see the top of this file."""
+    """Mean squared error of each image, without a gradient; see the top of this file.
+
+    prediction, target: [B, 2, C, H, W], any float dtypes. Returns [B, 2] fp32. Raises ValueError for other shapes.
+    """
     _check(prediction, target)
     if not on_kernel(prediction):
         return pair_errors_reference(prediction, target).detach()
@@ -366,10 +372,10 @@ def pair_loss(
     beta: float,
     link: str = "sigmoid",
 ) -> PairLoss:
-    """Losses of pairs with their gradient to ``prediction``; see the top of this file.
+    """Losses of pairs, differentiable with respect to ``prediction`` only and once; see the top of this file.
 
-    prediction: [B, 2, C, H, W]; reference: the reference's prediction of that shape, or its errors [B, 2];
-    target: of that shape; weight: [B]; link: one of LINKS.
+    prediction, target: [B, 2, C, H, W]; reference: the reference model's prediction of that shape, or its errors
+    [B, 2]; weight: [B]; any float dtypes; link: one of LINKS. Raises ValueError for other shapes and links.
     """
     check(link in LINKS, f"link = '{link}': one of {', '.join(LINKS)}")
     _check(prediction, target)
@@ -385,5 +391,5 @@ def pair_loss(
 def _check(prediction: Tensor, target: Tensor) -> None:
     shape = prediction.shape
     check(len(shape) == 5 and shape[1] == 2, f"predictions are [B, 2, C, H, W]; found {tuple(shape)}")
-    check(shape[2:].numel() < 2**31 - BLOCK, "a picture has 2^31 elements or more")
+    check(shape[2:].numel() < 2**31 - BLOCK, "a image has 2^31 elements or more")
     check(target.shape == shape, f"the target has the shape {tuple(target.shape)}, the prediction {tuple(shape)}")

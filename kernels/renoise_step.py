@@ -1,29 +1,30 @@
-"""renoise_step: predictor and corrector of an inversion step for a ragged batch of pairs, one pass each.
+"""renoise_step: predictor and corrector of an inversion step for a batch of pairs that may be at different timesteps.
 
-The state of a picture is the fp32 sum ``S`` of (sigma step) * eps, from which the latent at a level of signal ``s``
-is ``x = s (x_0 i + S)``, i = 1 / (signal of the start). With a pair's own coefficients::
+ReNoise inversion: Garibi et al., ECCV 2024, arXiv 2403.14602. An image's state is the fp32 sum ``S`` of
+(sigma step) * eps, from which the latent at a noise level with signal coefficient ``s`` (sqrt of alpha_bar) is
+``x = s (x_0 i + S)``, i = 1 / (signal at the start). With coefficients of its own for each pair::
 
-    predictor    x       = s (x_0 i + S + h e)              what the network reads next; without e: where S stands
-                 rest'   = rest + e                         the running sum of estimates, where one is kept
+    predictor    x       = s (x_0 i + S + h e)              the network's next input; without e: the input at S
+                 rest'   = rest + e                         the running sum of estimates, if one is kept
     corrector    S'      = S + h (a e + b rest)             the step itself
-                 x       = s (x_0 i + S')                   what the network reads at the next step
+                 x       = s (x_0 i + S')                   the network's input at the next step
 
-``e`` is the last estimate of the noise, ``rest`` the sum of earlier ones. The weights (a, b) name the solver:
+``e`` is the latest noise estimate, ``rest`` the sum of earlier ones. The weights (a, b) determine the solver:
 
     ddim                          (1, -)        renoise, last of K + 1      (1, 0)
     renoise, mean of K + 1        (1/(K+1), 1/(K+1))                        heun, pec          (1/2, 1/2)
-    ab2, ratio r of the sigma steps: (1 + r/2, -r/2), rest = the step's before
+    ab2, ratio r of the sigma steps: (1 + r/2, -r/2), rest = the previous step's estimate
 
-Inputs and what they are: x_0, S [B, 2, C, H, W] fp32; e, rest likewise in any float dtype, x in the dtype and layout
-of the tensor it is written to; coefficients B numbers each, of any shape with B elements. Pictures may lie contiguous
-or channels-last, each tensor as it likes. No gradients: inversion has none. Arithmetic is fp32, in the order of the
-formulas above; S never passes through a half.
+Shapes and dtypes: x_0 [B, 2, C, H, W] any float; S fp32; e any float; rest fp32 for the predictor, which adds to it,
+any float for the corrector, which only reads it; coefficients fp32, B elements in any shape; x keeps its dtype and
+layout. Each tensor may be contiguous or channels-last, independently of the others. No gradients are computed.
+Arithmetic is fp32 in the order of the formulas above; S is never rounded to half precision.
 
-Bytes an element, half estimates and half x: predictor 12 (reads x_0, S, e; writes x), corrector 18 (reads x_0, S, e,
-rest; writes S, x), i.e. 0.79 MB and 1.2 MB an SDXL picture. One launch each, whatever the batch.
+Bytes per element with half-precision estimates and x: predictor 12 (reads x_0, S, e; writes x), corrector 18 (reads
+x_0, S, e, rest; writes S, x), i.e. 0.79 MB and 1.2 MB per SDXL image. One launch each for any batch size.
 
-Status: not measured on a GPU. By prediction it is under 0.3 % of a step even when eager. Its worth: an inversion
-step between two network calls is one launch with no host arithmetic, and so fits into a CUDA graph.
+Status: not measured on a GPU. Predicted to be under 0.3 % of a step even in eager code. It is worth having because an
+inversion step between two network calls becomes one launch without host arithmetic, which fits into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def predict_reference(
     h: Tensor | None = None,
     rest: Tensor | None = None,
 ) -> None:
-    """``predict_`` in eager PyTorch."""
+    """``predict_`` in eager PyTorch: the same arguments."""
     y = x_0 * _column(inverse_start) + total
     if estimate is not None and h is not None:
         y = y + _column(h) * estimate
@@ -82,7 +83,7 @@ def correct_reference(
     rest: Tensor | None = None,
     weights: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """``correct_`` in eager PyTorch."""
+    """``correct_`` in eager PyTorch: the same arguments."""
     if rest is not None and weights is not None:
         estimate = _column(weights[0]) * estimate + _column(weights[1]) * rest
     total.add_(_column(h) * estimate)
@@ -103,10 +104,10 @@ def _address(o, minor, n, TURN: tl.constexpr):
 
 @triton.jit
 def _place(pieces, n, BLOCK: tl.constexpr):
-    """This program's picture, and its elements in the order of the state."""
-    i_picture = tl.program_id(0) // pieces
+    """This program's pair, the start of its image, and its elements and their mask in the state's memory order."""
+    i_image = tl.program_id(0) // pieces
     o = (tl.program_id(0) % pieces) * BLOCK + tl.arange(0, BLOCK)
-    return i_picture // 2, i_picture.to(tl.int64) * n, o, o < n
+    return i_image // 2, i_image.to(tl.int64) * n, o, o < n
 
 
 @triton.jit
@@ -116,7 +117,7 @@ def _predict_kernel(
     ESTIMATE: tl.constexpr, REST: tl.constexpr,
     TURN_X: tl.constexpr, TURN_0: tl.constexpr, TURN_ESTIMATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One piece of one picture; what is TURNed lies in the other order than the state."""
+    """One piece of one image; a tensor whose TURN flag is set has the other memory order than the state."""
     i_pair, first, o, m = _place(pieces, n, BLOCK)
     b_clean = tl.load(p_x_0 + first + _address(o, minor, n, TURN_0), mask=m).to(tl.float32)
     b_y = b_clean * tl.load(p_inverse_start + i_pair) + tl.load(p_total + first + o, mask=m)
@@ -138,7 +139,7 @@ def _correct_kernel(
     REST: tl.constexpr,
     TURN_X: tl.constexpr, TURN_0: tl.constexpr, TURN_ESTIMATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One piece of one picture; what is TURNed lies in the other order than the state."""
+    """One piece of one image; a tensor whose TURN flag is set has the other memory order than the state."""
     i_pair, first, o, m = _place(pieces, n, BLOCK)
     o_estimate = first + _address(o, minor, n, TURN_ESTIMATE)
     b_move = tl.load(p_estimate + o_estimate, mask=m).to(tl.float32)
@@ -156,7 +157,7 @@ def _correct_kernel(
 
 
 def _sizes(total: Tensor) -> tuple[int, dict[str, int]]:
-    """The number of programs; elements of a picture, its pieces, and its inner extent in the order of ``total``."""
+    """The number of programs; elements of a image, its pieces, and its inner extent in the order of ``total``."""
     channels, n = total.shape[2], total.shape[2:].numel()
     pieces = cdiv(n, BLOCK)
     minor = channels if channels_last(total) else n // max(channels, 1)
@@ -174,7 +175,7 @@ def _predict(
 ) -> None:  # fmt: skip
     x_0, e = packed(x_0), total if estimate is None else packed(estimate)
     total = packed(total)
-    check(rest is None or channels_last(e) == channels_last(rest), "estimates and their sum lie in different orders")
+    check(rest is None or channels_last(e) == channels_last(rest), "estimate and rest have different memory orders")
     programs, sizes = _sizes(total)
     launch(
         _predict_kernel, programs, device=x.device,
@@ -234,7 +235,9 @@ def predict_(
 ) -> None:
     """Write x = signal (x_0 inverse_start + total + h estimate) and add the estimate to ``rest``, in place.
 
-    estimate and h go together; rest: fp32, laid out like the estimate, or None.
+    x: [B, 2, C, H, W], any float dtype, no gaps; x_0, estimate: that shape, any float; total: that shape, fp32; signal,
+    inverse_start, h: B elements, fp32; rest: fp32 in the estimate's memory order, or None. estimate and h are given
+    together or not at all. Raises ValueError for other shapes, dtypes or layouts.
     """
     check((estimate is None) == (h is None), "an estimate needs its h")
     sums = torch.float32 if rest is None else rest.dtype
@@ -259,7 +262,8 @@ def correct_(
 ) -> None:
     """Add h (a estimate + b rest) to ``total`` and write x = signal (x_0 inverse_start + total), in place.
 
-    weights: (a, b), with ``rest``; without either the estimate alone counts.
+    Arguments as in ``predict_``, but total has no gaps and rest may have any float dtype. weights: (a, b), fp32 with B
+    elements each, given together with rest; without them the step is h estimate. Raises ValueError like ``predict_``.
     """
     check((rest is None) == (weights is None), "a sum of earlier estimates needs its weights")
     last, earlier = weights or (None, None)
@@ -276,11 +280,11 @@ def _check(
 ) -> None:  # fmt: skip
     shape = x.shape
     check(len(shape) == 5 and shape[1] == 2, f"latents are [B, 2, C, H, W]; found {tuple(shape)}")
-    check(shape[2:].numel() < 2**31 - BLOCK, "a picture has 2^31 elements or more")
+    check(shape[2:].numel() < 2**31 - BLOCK, "a image has 2^31 elements or more")
     for t in (x_0, total, *others):
         check(t is None or t.shape == shape, "latents, state and estimates differ in shape")
     for c in numbers:
-        check(c is None or c.numel() == shape[0], "a coefficient is one number a pair")
+        check(c is None or c.numel() == shape[0], "a coefficient is one number per pair")
     for t in (total, *numbers):
         check(t is None or t.dtype == torch.float32, "the state and the coefficients are fp32")
     for t in written:

@@ -1,7 +1,7 @@
-"""Program: compile every kernel as SDXL launches it for GPUs that are not here, and print what came out as JSON.
+"""Script: compile every kernel for GPUs this machine does not have, at SDXL's shapes, and print statistics as JSON.
 
-The launchers are called with tensors that hold no data, their launches are caught, and each kernel is compiled with
-the types and divisibilities of the arguments it was given, as Triton would. Run it without TRITON_INTERPRET:
+The launchers are called with meta tensors, their launches are intercepted, and each kernel is compiled for the types
+and divisibilities of its arguments, as Triton would. Run it without TRITON_INTERPRET:
 
     python tests/kernels/compile_ahead.py 80 90
 """
@@ -37,7 +37,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = False) -
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=form)
 
 
-def pictures(pairs: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+def images(pairs: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
     return meta(pairs, 2, 4, 128, 128, dtype=dtype)
 
 
@@ -46,7 +46,7 @@ def numbers(count: int = 4) -> Tensor:
 
 
 def pair_loss_launches(pairs: int, dtype: torch.dtype, *, turned: bool = False) -> None:
-    policy, target, weight = pictures(pairs, dtype), pictures(pairs), numbers(pairs)
+    policy, target, weight = images(pairs, dtype), images(pairs), numbers(pairs)
     if turned:
         policy = meta(pairs, 2, 128, 128, 4, dtype=dtype).permute(0, 1, 4, 2, 3)
     pair_loss._pair_loss_fwd(policy, policy, target, weight, 5000.0, 0)
@@ -54,8 +54,8 @@ def pair_loss_launches(pairs: int, dtype: torch.dtype, *, turned: bool = False) 
 
 
 def pair_errors_launches(pairs: int, *, given: bool) -> None:
-    """The kernel of pair_loss without the reference's predictions: for errors alone, or with errors at hand."""
-    policy, target, weight = pictures(pairs, BF16), pictures(pairs), numbers(pairs)
+    """pair_loss's kernel without the reference's predictions: errors only, or with the reference's errors given."""
+    policy, target, weight = images(pairs, BF16), images(pairs), numbers(pairs)
     if given:
         pair_loss._pair_loss_fwd(policy, meta(pairs, 2, dtype=FP32), target, weight, 5000.0, 0)
     else:
@@ -63,15 +63,15 @@ def pair_errors_launches(pairs: int, *, given: bool) -> None:
 
 
 def renoise_launches(turned: bool) -> None:
-    x, x_0, total, c = pictures(dtype=torch.bfloat16), pictures(), pictures(), numbers()
+    x, x_0, total, c = images(dtype=torch.bfloat16), images(), images(), numbers()
     estimate = meta(4, 2, 128, 128, 4).permute(0, 1, 4, 2, 3) if turned else x
     renoise_step._predict(x, x_0, total, c, c, estimate, c, None)
     renoise_step._correct(x, x_0, total, c, c, estimate, c, estimate, c, c)
 
 
-def group_norm_launches(pictures_: int, channels: int, side: int, dtype: torch.dtype, last: bool) -> None:
-    x, w = meta(pictures_, channels, side, side, dtype=dtype, last=last), meta(channels, dtype=dtype)
-    stats = meta(pictures_, 32, dtype=torch.float32)
+def group_norm_launches(count: int, channels: int, side: int, dtype: torch.dtype, last: bool) -> None:
+    x, w = meta(count, channels, side, side, dtype=dtype, last=last), meta(channels, dtype=dtype)
+    stats = meta(count, 32, dtype=torch.float32)
     group_norm_silu._group_norm_fwd(x, w, w, 32, 1e-5, True)
     group_norm_silu._group_norm_bwd(x, x, w, w, stats, stats, 32, True)
 
@@ -97,7 +97,7 @@ def geglu_linear_launches(
 
 
 def adamw8bit_launches(weight: torch.dtype, grad: torch.dtype, n: int = 2048 * 1280, *, cut: bool = False) -> None:
-    """A whole parameter, or a slice whose first block belongs to two."""
+    """A whole parameter, or a slice that shares its first block with another slice."""
     state, joint = adamw8bit.adamw8bit_state(n, "meta", 1000 if cut else 0), meta(1, dtype=FP32)
     betas = {"beta1": 0.9, "beta2": 0.999, "grad_scale": meta(1, dtype=FP32), "offset": 1000 if cut else 0}
     adamw8bit._step(
@@ -128,7 +128,7 @@ CASES: dict[str, Callable[[], None]] = {
     "adamw8bit bf16": lambda: adamw8bit_launches(BF16, FP32),
     "adamw8bit all bf16": lambda: adamw8bit_launches(BF16, BF16),
 }
-# what more there is to compile: one pair, one picture (a size of 1 is a constant to Triton), fp32, odd sizes
+# compiled in the slow tests: one pair, one image (Triton makes a size of 1 a constant), fp32, odd sizes
 EDGE_CASES: dict[str, Callable[[], None]] = {
     "pair_loss one": lambda: pair_loss_launches(1, FP32),
     "group_norm_silu one": lambda: group_norm_launches(1, 32, 1, FP32, last=True),
@@ -149,25 +149,25 @@ EDGE_CASES: dict[str, Callable[[], None]] = {
 }
 
 
-# what only GPUs with more shared memory than sm_89 and sm_80 choose
+# these choose tiles that need more shared memory than sm_80 and sm_89 have
 FROM_90 = ("geglu_linear wide", "geglu_linear fp16")
 
 
 def launches(make: Callable[[], None]) -> Iterator[Launch]:
-    """What ``make`` would launch, each kernel once."""
+    """The launches that ``make`` would do, each kernel once."""
     caught: dict[str, Launch] = {}
 
     def catch(kernel: Any, programs: int, *, device: torch.device, **arguments: Any) -> None:
         caught.setdefault(kernel.fn.__name__, (kernel, arguments))
 
-    for room in (adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
-        room.launch = catch  # type: ignore[assignment]
+    for kernel_module in (adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
+        kernel_module.launch = catch  # type: ignore[assignment]
     make()
     return iter(caught.values())
 
 
 def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
-    """Triton's view of a launch: pointers are 16-byte aligned, a 1 is a constant, multiples of 16 are known as such."""
+    """Triton's view of a launch: aligned pointers, constants for sizes of 1, and which sizes are multiples of 16."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     divisible = {}
@@ -202,11 +202,13 @@ def measure(launch: Launch, capability: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        told = subprocess.run([cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    usage = {name: int(told.partition(f" {name}:")[2].split()[0]) for name in ("STACK", "LOCAL")}
-    registers = int(told.partition("REG:")[2].split()[0])
+        usage = subprocess.run(
+            [cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    spilled = {name: int(usage.partition(f" {name}:")[2].split()[0]) for name in ("STACK", "LOCAL")}
+    registers = int(usage.partition("REG:")[2].split()[0])
     return {
-        "registers": registers, "spills": sum(usage.values()), "shared": built.metadata.shared,
+        "registers": registers, "spills": sum(spilled.values()), "shared": built.metadata.shared,
         "warps": options["num_warps"],
         "loads": widths(built.asm["ptx"], "ld"), "stores": widths(built.asm["ptx"], "st"),
         "order": memory_order(built.asm["ptx"]),
@@ -219,14 +221,14 @@ def widths(ptx: str, access: str) -> dict[str, int]:
     for vector, bits in re.findall(rf"\b{access}\.global[\w.]*?(?:\.v(\d))?\.[busf](\d+)", ptx):
         width = str(int(vector or 1) * int(bits) // 8)
         found[width] = found.get(width, 0) + 1
-    if access == "ld":  # what goes to shared memory on its own
+    if access == "ld":  # asynchronous copies to shared memory
         for width in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\][^;]*?\], *(0x[0-9a-f]+|\d+)", ptx):
             found[str(int(width, 0))] = found.get(str(int(width, 0)), 0) + 1
     return found
 
 
 def memory_order(ptx: str) -> list[str]:
-    """Barriers, atomics, global loads and stores in the order of the program, repetitions once."""
+    """Barriers, atomics, global loads and stores in program order, without immediate repetitions."""
     found: list[str] = []
     for access in re.findall(r"\b(bar(?:rier)?\.(?:cta\.)?sync|(?:atom|red|ld|st)\.[\w.]+)", ptx):
         kind = access

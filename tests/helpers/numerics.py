@@ -1,4 +1,4 @@
-"""How kernels are judged: against eager PyTorch in fp64, with eager in the same dtype as the measure of error."""
+"""Accuracy checks: errors against eager PyTorch in fp64, compared with the errors of eager code in the same dtype."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def assert_no_worse_than_eager(
 ) -> None:
     """error(op) <= factor * error(reference in the same dtype) + one rounding, max and RMS, of everything.
 
-    condition: for outputs that are differences of larger numbers, how many roundings of theirs one rounding of
-    those numbers is; eager code may be lucky with a single number.
+    condition: for outputs that are differences of larger numbers, by how much they amplify a rounding of those numbers
+    (a condition number); for a single number eager code may be accurate by luck.
     """
     condition = condition or {}
     kept = [None if x is None else x.clone() for x in inputs]
@@ -70,7 +70,7 @@ def assert_no_worse_than_eager(
 def assert_close(
     name: str, found: Tensor, eager: Tensor, truth: Tensor, factor: float = 2.0, condition: float = 1.0
 ) -> None:
-    """The two-reference rule for one tensor."""
+    """The rule of ``assert_no_worse_than_eager`` for one tensor."""
     if truth.numel() == 0:
         return
     assert found.isfinite().all() or not eager.isfinite().all(), f"{name}: not finite"
@@ -94,7 +94,7 @@ def assert_bitwise_repeatable(op: Op, inputs: Sequence[Tensor | None], wrt: Sequ
 
 
 def assert_compiles(op: Op, inputs: Sequence[Tensor | None], wrt: Sequence[int] = ()) -> None:
-    """One graph without breaks, forward and backward, and the numbers of the plain call."""
+    """Compiles to one graph without breaks, forward and backward, with the same results as the plain call."""
     torch._dynamo.reset()
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     plain, traced = run(op, inputs, wrt), run(compiled, inputs, wrt)
@@ -112,5 +112,5 @@ def assert_second_derivatives_are_refused(op: Op, inputs: Sequence[Tensor], wrt:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality that takes NaN for equal to NaN."""
+    """Equality in which NaN equals NaN."""
     return torch.equal(a.nan_to_num(nan=1.25e9), b.nan_to_num(nan=1.25e9)) and torch.equal(a.isnan(), b.isnan())

@@ -1,4 +1,4 @@
-"""Kernels run here as they are: on the GPU where there is one, elsewhere interpreted, on CPU tensors."""
+"""Kernel tests run on the GPU if there is one, and otherwise in Triton's interpreter on CPU tensors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # numerics.py
 from smpo_fast.kernels import _launch
 
 if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob = ["test_*.py"]  # nothing to test: without Triton the project is its eager code
+    collect_ignore_glob = ["test_*.py"]  # without Triton only the eager code runs, so there is nothing to test
 
 settings.register_profile("kernels", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("kernels")
 
 
-def _mend_interpreter() -> None:
-    """Triton's interpreter cuts fp32 to bf16, where hardware and PyTorch round to nearest even: round here too."""
+def _fix_interpreter_rounding() -> None:
+    """Make Triton's interpreter round fp32 to bf16 to nearest even, as hardware and PyTorch do; it truncates."""
     from triton.runtime import interpreter
 
     stock = interpreter._convert_float
@@ -41,7 +41,7 @@ def _mend_interpreter() -> None:
 
 
 if _launch.INTERPRET:
-    _mend_interpreter()
+    _fix_interpreter_rounding()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,7 +60,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that nothing wrote to holds NaN, as it may in real life."""
+    """Fill newly allocated memory with NaN, so that results that were never written are noticed."""
 
     def poisoned(make):  # type: ignore[no-untyped-def]
         def call(*args, **kwargs):  # type: ignore[no-untyped-def]
@@ -70,7 +70,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return call
 
-    # torch.device("meta") as a context knows constructors by a set that it makes once: not while they are replaced
+    # torch.device("meta") as a context caches the set of constructors on first use: fill it before they are replaced
     torch.utils._device._device_constructors()
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
@@ -88,6 +88,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(kernel.fn.__name__)
         _launch.launch(kernel, *args, **kwargs)
 
-    for room in (adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
-        monkeypatch.setattr(room, "launch", counted)
+    for kernel_module in (adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
+        monkeypatch.setattr(kernel_module, "launch", counted)
     return seen

@@ -1,4 +1,4 @@
-"""adamw8bit: the bits of kernel and eager code, closeness to fp32, chance, cuts, learning where bf16 stands still."""
+"""adamw8bit: kernel and eager code agree to the bit; closeness to fp32; stochastic rounding; slicing; bf16 weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WEIGHTS = (torch.float32, torch.bfloat16)
 
 
 def gradients(n: int, steps: int, spread: float = 1.0, *, device: Any = "cpu") -> Iterator[Tensor]:
-    """Noise around a mean, each element at a size of its own."""
+    """Noise around a mean, with a different magnitude for each element."""
     size = (draw(n, seed=0) * spread).exp() * 1e-3
     mean = draw(n, seed=1) * 0.2
     return ((size * (mean + draw(n, seed=10 + t))).to(device) for t in range(steps))
@@ -51,7 +51,7 @@ def follow(step: Callable[..., None], weight: Tensor, grads: Iterator[Tensor], *
 
 
 def test_random_words_are_philox() -> None:
-    """The published answer for a counter and key of zeros; and every part of counter and key tells."""
+    """The published output for a counter and key of zeros; and every part of counter and key changes the output."""
 
     def words(element: int, step: int, seed: int) -> tuple[int, ...]:
         return tuple(adamw8bit._random_words(4, element, step, seed, torch.device("cpu")).tolist())
@@ -83,7 +83,7 @@ def test_kernel_and_eager_code_agree_in_every_bit(
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_the_tile_changes_no_bit(rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's program has four blocks, the interpreter's more, to be quick."""
+    """A program handles four blocks on a GPU, and more in the interpreter, for speed."""
     weight = draw(2100, seed=2, dtype=torch.bfloat16, device=device)
     wanted = follow(adamw8bit_step, weight, gradients(2100, 2, device=device), offset=100)
     monkeypatch.setattr(adamw8bit, "ROWS", rows)
@@ -107,7 +107,7 @@ def test_a_scale_on_the_device_is_a_number_and_is_the_gradient_scaled(device: to
 
 
 def cut_steps(weight: Tensor, grads: list[Tensor], cuts: list[int], step: Callable[..., None]) -> list[Tensor]:
-    """As ranks do it that hold a slice each: maxima of divided blocks joined, then each its own step."""
+    """Steps as on ranks that hold one slice each: combine the maxima of divided blocks, then step each slice."""
     edges = [0, *cuts, len(weight)]
     slices = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
     weights = [weight[s].clone() for s in slices]
@@ -120,7 +120,7 @@ def cut_steps(weight: Tensor, grads: list[Tensor], cuts: list[int], step: Callab
             joint[:, b] = torch.maximum(joint[:, b], torch.stack(mine))
         for w, s, state, b in zip(weights, slices, states, blocks, strict=True):
             maxima = [x[b].clone() for x in joint]
-            # blocks that nobody else has a part of may be left to themselves
+            # only the first and last block can be shared with another slice
             for x in maxima:
                 x[1:-1] = -1.0
             step(w, grad[s].clone(), *state, step=t, **HYPER, seed=7, offset=s.start, m_max=maxima[0], v_max=maxima[1])
@@ -175,7 +175,7 @@ def adamw(weight: Tensor, grads: Iterator[Tensor], dtype: torch.dtype, make: Any
 
 
 def test_the_first_step_is_adamws(device: torch.device) -> None:
-    """Nothing is quantised yet: bias correction and decay, to fp32's rounding."""
+    """Nothing is quantised yet, so bias correction and decay are exact to fp32 rounding."""
     weight, grad = draw(1000, seed=4, device=device), next(gradients(1000, 1, device=device))
     found = follow(adamw8bit_step, weight, iter([grad]))[0]
     truth = adamw(weight, iter([grad]), torch.float64)
@@ -185,17 +185,17 @@ def test_the_first_step_is_adamws(device: torch.device) -> None:
 
 
 def displaced(found: Tensor, truth: Tensor, start: Tensor) -> float:
-    """How far apart two runs have ended, relative to the way that the true one went."""
+    """Distance between the end points of two runs, relative to the distance that the true one covered."""
     return ((found.double() - truth).norm() / (truth - start).norm()).item()
 
 
 @pytest.mark.parametrize(("spread", "shrunk", "most"), [(0.0, 1.0, 0.03), (1.0, 1.0, 0.1), (1.5, 1.0, 0.2),
                                                         (0.5, 0.1, 0.1)])  # fmt: skip
 def test_follows_fp32_and_not_worse_than_bitsandbytes(spread: float, shrunk: float, most: float) -> None:
-    """400 steps on gradients of one size; of sizes of their own; and where half of them shrink on the way.
+    """400 steps on gradients of equal magnitude, of different magnitudes, and where half of them shrink.
 
-    Where all elements of a block are of one size (spread 0), linear codes are the better ones: there both are
-    close to fp32, and the ceiling alone is asked for.
+    If all elements of a block have the same magnitude (spread 0), linear codes are better: both are close to fp32
+    there, and only the absolute limit is checked.
     """
     bitsandbytes = pytest.importorskip("bitsandbytes")
     n, steps = 4096, 400
@@ -213,7 +213,7 @@ def test_follows_fp32_and_not_worse_than_bitsandbytes(spread: float, shrunk: flo
 
 
 def test_v_follows_gradients_that_shrink() -> None:
-    """To the nearest code, v would stay where it was: its decay of a thousandth is less than half a code."""
+    """Rounded to the nearest code v would not change: its decay of a thousandth is less than half a code."""
     n, steps = 512, 1500
     tenth = torch.where(torch.arange(n) % 2 == 0, 1.0, 0.1)
     shrinking = (g * (tenth if t > 50 else 1.0) for t, g in enumerate(gradients(n, steps, 0.0)))
@@ -224,7 +224,7 @@ def test_v_follows_gradients_that_shrink() -> None:
 
 
 def test_small_v_is_kept_above_zero_and_steps_stay_bounded() -> None:
-    """Gradients over 8 decades in one block: coarse codes make steps up to 3 times as large, none without bound."""
+    """Gradients over 8 decades in one block: steps may be up to 3 times as large, but never unbounded."""
     size = torch.logspace(-8, 0, BLOCK)
     start = torch.zeros(BLOCK)
     grads = [size * (1 + 0.3 * draw(BLOCK, seed=20 + t)) for t in range(60)]
@@ -233,11 +233,11 @@ def test_small_v_is_kept_above_zero_and_steps_stay_bounded() -> None:
     assert (weight < 0).all() and weight.abs().max() < 3.2 * 60 * HYPER["lr"]
 
 
-# --- chance ----------------------------------------------------------------------------------------------------
+# --- stochastic rounding ------------------------------------------------------------------------------------------
 
 
 def test_rounding_to_bf16_leaves_the_mean(device: torch.device) -> None:
-    """A weight between two neighbours in bf16 goes to each as often as it lies near it, whatever the step does."""
+    """A weight between two neighbours in bf16 is rounded to each with a probability that preserves the mean."""
     n, spacing = 40_000, 2**-7
     for part in (0.0, 0.1, 0.5, 0.93):
         weight = torch.full((n,), 1.0, dtype=torch.bfloat16, device=device)
@@ -261,18 +261,18 @@ def test_rounding_of_v_leaves_the_mean() -> None:
         assert decoded.mean().item() == pytest.approx(value, abs=4.5 * decoded.std().item() / n**0.5)
 
 
-def test_repeats_itself_and_listens_to_the_seed(device: torch.device) -> None:
+def test_is_repeatable_and_depends_on_the_seed(device: torch.device) -> None:
     weight = draw(2000, seed=5, dtype=torch.bfloat16, device=device)
     first, again, other = (follow(adamw8bit_step, weight, gradients(2000, 3, device=device), seed=s) for s in (7, 7, 8))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[2], other[2])
 
 
-def test_learns_where_rounding_to_nearest_stands_still() -> None:
+def test_bf16_weights_learn_where_rounding_to_nearest_does_not_move_them() -> None:
     """lr 1e-5 on weights near 1, whose neighbours in bf16 are 400 to 800 steps away."""
     n, steps, options = 4096, 300, {"lr": 1e-5, "weight_decay": 0.0}
     start = (1 + 0.5 * draw(n, seed=6).abs()).bfloat16()
-    goal = start.float() + 0.1 * draw(n, seed=7).sign()  # many neighbours away
+    goal = start.float() + 0.1 * draw(n, seed=7).sign()  # many bf16 spacings away
 
     def descend(weight: Tensor, step: Callable[[Tensor, Tensor, int], None]) -> Tensor:
         weight = weight.clone()
@@ -286,7 +286,7 @@ def test_learns_where_rounding_to_nearest_stands_still() -> None:
             w, g, *state, step=t, seed=1, **{**HYPER, **options}))  # fmt: skip
 
     def nearest(weight: Tensor, grad: Tensor, t: int) -> None:
-        """What an optimizer in bf16 does: each step rounded to nearest."""
+        """As a plain bf16 optimizer does: round each step to nearest."""
         weight.copy_((weight.float() - 1e-5 * grad.sign()).bfloat16())
 
     way = goal - start.float()
@@ -317,7 +317,7 @@ def test_a_nonfinite_gradient_shows_in_its_weight_alone(
 
 @pytest.mark.parametrize("step", [adamw8bit_step, adamw8bit_step_reference], ids=["op", "eager"])
 def test_gradients_of_zero(step: Callable[..., None], device: torch.device) -> None:
-    """The weight decays and nothing else happens, also in a block where others have gradients, also later."""
+    """Only weight decay happens, also in a block whose other elements have gradients, and also in later steps."""
     weight = draw(600, seed=9, device=device)
     grad = next(gradients(600, 1, device=device))
     grad[:300] = 0
@@ -349,7 +349,7 @@ def test_mistakes_are_named(device: torch.device) -> None:
 
 def test_bytes_of_a_parameter() -> None:
     n = 2**20
-    assert sum(x.nbytes for x in adamw8bit_state(n)) == 2 * n + 8 * n // BLOCK  # 2.03 an element
+    assert sum(x.nbytes for x in adamw8bit_state(n)) == 2 * n + 8 * n // BLOCK  # 2.03 per element
 
 
 @pytest.mark.skipif(not INTERPRET, reason="once is enough")

@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that are not here: registers, spills, shared memory, widths of global accesses."""
+"""Every kernel compiled for GPUs this machine does not have: registers, spills, shared memory, access widths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import triton
 
 SCRIPT = Path(__file__).with_name("compile_ahead.py")
 CAPABILITIES = ("80", "89", "90", "100")
-# Triton's version decides registers; the table was made with this one, and others are held to spills and widths only.
+# Register counts depend on Triton's version: with any other than this one, only spills and widths are checked.
 TABLE_OF = "3.9."
 # case: kernel -> (most registers over the architectures, bytes of shared memory)
 CEILINGS = {
@@ -62,19 +62,19 @@ CEILINGS = {
     "adamw8bit all bf16: step": (92, 16),
     "adamw8bit all bf16: block_max": (38, 16),
 }
-# These move a few numbers a program; the channels-last ones read one tensor across its order.
+# These move a few numbers per program; the channels-last cases read one tensor across its memory order.
 NARROW = ("groups", "bwd_groups")
-# These write a number a channel, a block or a program.
+# These write one number per channel, block or program.
 SUMMING = ("pair_loss", "statistics", "bwd_sums", "block_max")
-# Bytes a program may use, of which every launch must fit.
+# Bytes of shared memory that a program may use; every launch must fit.
 SHARED = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024}
-WIDE = "geglu_linear wide: geglu_linear"  # chosen where the largest shared memory is
+WIDE = "geglu_linear wide: geglu_linear"  # chosen only on GPUs with enough shared memory
 COMPILED = [(name, c) for name in CEILINGS for c in CAPABILITIES if name != WIDE or int(c) >= 90]
 
 
 @cache
 def compiled(which: str = "") -> dict[str, dict[str, dict[str, Any]]]:
-    """What compile_ahead.py prints; a process of its own, since here kernels may be interpreted."""
+    """The output of compile_ahead.py, run in a process of its own because kernels may be interpreted in this one."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, str(SCRIPT), *CAPABILITIES, *([which] if which else [])]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -98,7 +98,7 @@ def test_no_spills_and_no_more_than_before(name: str, capability: str) -> None:
         )
         assert found["shared"] <= shared, f"{name}, sm_{capability}: shared memory {shared} -> {found['shared']} bytes"
     assert found["shared"] <= SHARED[capability], f"{name} cannot start on sm_{capability}"
-    if not name.startswith("geglu_linear"):  # a matrix multiplication has its stages to wait less
+    if not name.startswith("geglu_linear"):  # a matrix multiplication hides latency with its pipeline stages
         most = 65536 // 2
         assert found["registers"] * 32 * found["warps"] <= most, "fewer than two programs fit on a multiprocessor"
 
@@ -112,22 +112,22 @@ def test_global_accesses_are_16_bytes_wide(name: str) -> None:
 
 
 def test_the_harness_sees_a_narrow_access() -> None:
-    """A tensor read across its order is not read 16 bytes at a time, and the count above says so."""
+    """A tensor read across its memory order is not read 16 bytes at a time, and the counts must show it."""
     loads = compiled()["pair_loss channels-last: pair_loss"]["90"]["loads"]
     assert loads["4"] > loads["16"]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", [n for n in CEILINGS if n.endswith(": pair_loss")])
-def test_the_last_program_sees_what_the_others_stored(name: str, capability: str) -> None:
-    """All threads' sums, barrier, one atomic that releases and acquires at the GPU's scope, barrier, sums past L1."""
+def test_the_last_arriving_program_sees_what_the_others_stored(name: str, capability: str) -> None:
+    """Stores, barrier, one acquire-release atomic at GPU scope, barrier, loads that bypass L1."""
     order = compiled()[name][capability]["order"]
     assert [o for o in order if o.startswith(("atom", "red"))] == ["atom.global.gpu.acq_rel.add.u32"]
     before, after = (order[s] for s in (slice(order.index("atom.global.gpu.acq_rel.add.u32")),
                                         slice(order.index("atom.global.gpu.acq_rel.add.u32") + 1, None)))  # fmt: skip
     assert before[-2:] == ["st", "barrier"]
     assert after[0] == "barrier" and "ld.cg" in after
-    # what is read without going past L1 was not written by this launch: the given errors and the weight
+    # only what this launch did not write may be read through L1: given errors and the weight
     assert all(o in ("barrier", "st", "ld", "ld.cg") for o in after)
     assert ("ld" in after) == (not name.startswith("pair_errors"))
 

@@ -89,7 +89,7 @@ def test_one_launch_each_and_nothing_kept_but_the_input(launches: list[str], dev
 
 
 def test_second_derivatives_are_refused(device: torch.device) -> None:
-    """Autograd cannot see into the backward kernels: without the refusal it would leave their part out."""
+    """Autograd cannot differentiate the backward kernels; without the error second derivatives would be wrong."""
     assert_second_derivatives_are_refused(geglu, [draw(3, 10, seed=0, device=device)], [0])
 
 
@@ -101,7 +101,7 @@ def test_nothing(shape: tuple[int, ...], device: torch.device) -> None:
 
 
 def test_mistakes_are_named(device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"halves the last dimension; found \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"halves the last dimension, which must be even; found \(2, 3\)"):
         geglu(torch.zeros(2, 3, device=device))
 
 

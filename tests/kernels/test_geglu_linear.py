@@ -1,4 +1,4 @@
-"""geglu_linear: errors against fp64, odd sizes and layouts, edge values, tiles, compilation, and who it serves."""
+"""geglu_linear: errors against fp64, sizes, layouts, edge values, tiles, compilation, when the module uses it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from numerics import DTYPES, assert_bitwise_repeatable, assert_compiles, assert_no_worse_than_eager, draw
 from torch import Tensor, nn
 
-from smpo_fast.kernels import geglu_linear as room
+from smpo_fast.kernels import geglu_linear as kernel_module
 from smpo_fast.kernels._launch import INTERPRET
 from smpo_fast.kernels.geglu_linear import FusedGEGLULinear, _op, geglu_linear, geglu_linear_reference, plain
 
-# rows, K, F; SDXL has K 640 and 1280 with F = 4 K, SD1.5 320 as well
+# leading dimensions, K, F; SDXL has K 640 and 1280 with F = 4 K, SD1.5 also 320
 SHAPES = [((2, 5), 128, 160), ((70,), 64, 33), ((1,), 1, 1), ((131,), 37, 11), ((3, 7), 97, 65), ((150,), 128, 70)]
 if not INTERPRET:
     SHAPES += [((2, 4096), 640, 2560), ((2, 1024), 1280, 5120), ((16, 1024), 1280, 5120), ((2, 4096), 320, 1280)]
 
 
 def problem(lead: tuple[int, ...], depth: int, features: int, dtype: torch.dtype, device: Any) -> list[Tensor]:
-    """x, weight and bias, at the sizes of a trained layer."""
+    """x, weight and bias, with the magnitudes of a trained layer."""
     return [
         draw(*lead, depth, seed=0, dtype=dtype, device=device),
         (draw(2 * features, depth, seed=1) * depth**-0.5).to(device, dtype),
@@ -44,14 +44,14 @@ def test_no_worse_than_eager(shape: Any, dtype: torch.dtype, bias: bool, device:
 def test_every_tile(rows: int, shared: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if not INTERPRET and shared > torch.cuda.get_device_properties(device).shared_memory_per_block_optin:
         pytest.skip("more shared memory than this GPU has")
-    monkeypatch.setattr(room, "_shared_memory", lambda x: shared)
+    monkeypatch.setattr(kernel_module, "_shared_memory", lambda x: shared)
     inputs = problem((rows,), 128, 130, torch.bfloat16, device)
     assert_no_worse_than_eager(geglu_linear, geglu_linear_reference, inputs)
 
 
 def test_tiles_of_many_groups(device: torch.device) -> None:
-    """More rows of tiles than a group has, and a last group that is not full: each tile once."""
-    rows = 32 * (room.GROUP + 3) - 5
+    """More rows of tiles than fit into one group, and an incomplete last group: each tile is computed once."""
+    rows = 32 * (kernel_module.GROUP + 3) - 5
     inputs = problem((rows,), 32, 70, torch.float32, device)
     assert_no_worse_than_eager(geglu_linear, geglu_linear_reference, inputs)
 
@@ -89,7 +89,7 @@ def test_is_the_exact_gelu_and_takes_the_value_first(device: torch.device) -> No
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_nonfinite_comes_through(dtype: torch.dtype, value: float, device: torch.device) -> None:
-    """In its row alone, or in its column alone, also where the tile reaches beyond the end."""
+    """Only in its own row or column, also in a tile that extends beyond the end."""
     for which, place in ((0, (3, 5)), (1, (2, 5)), (1, (13, 5)), (2, (13,))):
         inputs = problem((21,), 37, 11, dtype, device)
         inputs[which][place] = value
@@ -137,15 +137,15 @@ def test_any_shape(rows: int, depth: int, features: int, dtype: torch.dtype, bia
 
 
 class Stock(nn.Module):
-    """What stands behind the fused module: it says that it was asked."""
+    """The stock class behind the fused module; it counts its calls."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.proj: nn.Module = nn.Linear(8, 12, device=device)
-        self.asked = 0
+        self.calls = 0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.asked += 1
+        self.calls += 1
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -154,22 +154,22 @@ class Module(FusedGEGLULinear, Stock):
     pass
 
 
-def test_runs_only_where_nothing_is_learned(launches: list[str], device: torch.device) -> None:
+def test_runs_only_without_gradients(launches: list[str], device: torch.device) -> None:
     torch.manual_seed(0)
     module, x = Module(device), draw(3, 8, seed=0, device=device)
-    wanted = module(x)  # the weight learns
-    assert (module.asked, launches) == (1, [])
+    wanted = module(x)  # the weight needs a gradient
+    assert (module.calls, launches) == (1, [])
     with torch.no_grad():
         assert torch.allclose(module(x), wanted, atol=1e-6)
     module.requires_grad_(False)
     assert torch.allclose(module(x), wanted, atol=1e-6)
-    assert (module.asked, launches) == (1, ["_geglu_linear_kernel"] * 2)
+    assert (module.calls, launches) == (1, ["_geglu_linear_kernel"] * 2)
     module(x.clone().requires_grad_()).sum().backward()
-    assert (module.asked, len(launches)) == (2, 2)
+    assert (module.calls, len(launches)) == (2, 2)
 
 
 def test_a_projection_that_is_more_than_linear_is_left_alone(launches: list[str], device: torch.device) -> None:
-    """Changed after the swap, too: LoRA, hooks, a forward of its own, weights that lie elsewhere."""
+    """Also if changed after patching: LoRA, hooks, a replaced forward, weights stored elsewhere."""
     x = draw(3, 8, seed=0, device=device)
 
     def changed(change: Any) -> Module:
@@ -193,7 +193,7 @@ def test_a_projection_that_is_more_than_linear_is_left_alone(launches: list[str]
         module = changed(change)
         assert not plain(module.proj), number
         module(x)
-        assert (module.asked, launches) == (1, []), number
+        assert (module.calls, launches) == (1, []), number
 
 
 def test_under_autocast(launches: list[str], device: torch.device) -> None:

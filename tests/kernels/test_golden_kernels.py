@@ -1,4 +1,4 @@
-"""The authors' values once more, with the kernels in the inversion, in the loss and, slowly, in the network."""
+"""The golden values of the authors' release, with kernels in inversion and loss and, in the slow test, the network."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_golden_release_through_the_kernels_of_the_step(run: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted({run.kind for run in find_runs()}))
 def test_golden_release_through_all_kernels(kind: str) -> None:
-    """The shortest trajectory: each network call takes the interpreter seconds."""
+    """Uses the shortest trajectory, since each interpreted network call takes seconds."""
     runs = [run for run in find_runs() if run[:2] == (kind, "smpo")]
     shortest = min(runs, key=lambda run: int(load_case(run)["in.t"]))
     networks = [load_denoiser(kind, which).unet for which in ("policy", "reference")]

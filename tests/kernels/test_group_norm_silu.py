@@ -24,7 +24,7 @@ from torch import Tensor
 from smpo_fast.kernels._launch import INTERPRET
 from smpo_fast.kernels.group_norm_silu import _bwd_op, _fwd_op, group_norm_silu, group_norm_silu_reference
 
-# N, C, H, W, groups; SDXL's widths with few groups, since the interpreter takes its time for each
+# N, C, H, W, groups; SDXL's widths with few groups, because the interpreter is slow per group
 SHAPES = [(2, 320, 3, 5, 2), (1, 640, 2, 2, 4), (1, 1280, 2, 3, 4), (3, 6, 7, 11, 3), (1, 3, 1, 1, 1),
           (2, 6, 1, 1, 2), (1, 7, 13, 17, 7), (1, 10, 37, 29, 1)]  # fmt: skip
 if not INTERPRET:
@@ -86,7 +86,7 @@ def test_hard_statistics(mean: float, scale: float, dtype: torch.dtype, layout: 
 
 
 def test_channels_of_very_different_means(device: torch.device) -> None:
-    """Statistics of tiles are joined by means and deviations, not by sums of squares."""
+    """Tile statistics are combined from means and deviations, not from sums of squares."""
     x, w, b = problem((1, 8, 30, 30), torch.float32, device, "channels_last")
     judge([x + torch.arange(8, device=device)[:, None, None] * 1e4, w, b], 2)
 
@@ -94,7 +94,7 @@ def test_channels_of_very_different_means(device: torch.device) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [0.0, 1.0, 1000.1, -3e4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_constant_picture_gives_the_bias_exactly(
+def test_a_constant_image_gives_the_bias_exactly(
     value: float, dtype: torch.dtype, layout: str, device: torch.device
 ) -> None:
     _, w, b = problem((1, 6, 1, 1), dtype, device)
@@ -105,15 +105,15 @@ def test_a_constant_picture_gives_the_bias_exactly(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_activations_with_fp32_weights(dtype: torch.dtype, device: torch.device) -> None:
-    """As autocast has them."""
+    """As under autocast."""
     judge(problem((2, 6, 9, 9), dtype, device, "channels_last", of_weights=torch.float32), 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_results_lie_as_the_input_does(layout: str, device: torch.device) -> None:
+def test_results_have_the_memory_order_of_the_input(layout: str, device: torch.device) -> None:
     x, w, b = problem((2, 6, 4, 5), torch.float16, device, layout)
     y = group_norm_silu(x.requires_grad_(), w, b, num_groups=2)
-    y.backward(y.detach().contiguous())  # a gradient in the other order
+    y.backward(y.detach().contiguous())  # a gradient in the other memory order
     assert x.grad is not None and y.stride() == x.stride() == x.grad.stride()
 
 
@@ -129,7 +129,7 @@ def test_gradients_in_any_order(of_x: str, of_gradient: str, device: torch.devic
     assert torch.allclose(found, wanted, atol=2e-6)
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(device: torch.device) -> None:
+def test_a_image_does_not_depend_on_its_neighbours(device: torch.device) -> None:
     x, w, b = problem((3, 6, 19, 23), torch.float16, device, "channels_last")
     whole = group_norm_silu(x, w, b, num_groups=2)
     assert all(torch.equal(whole[i : i + 1], group_norm_silu(x[i : i + 1], w, b, num_groups=2)) for i in range(3))
@@ -170,12 +170,12 @@ def test_launches_and_programs(launches: list[str], device: torch.device) -> Non
 
 
 def test_second_derivatives_are_refused(device: torch.device) -> None:
-    """Autograd cannot see into the backward kernels: without the refusal it would leave their part out."""
+    """Autograd cannot differentiate the backward kernels; without the error second derivatives would be wrong."""
     inputs = problem((2, 6, 3, 4), torch.float32, device)
     assert_second_derivatives_are_refused(partial(group_norm_silu, num_groups=3), inputs, range(3))
 
 
-def test_no_pictures(device: torch.device) -> None:
+def test_no_images(device: torch.device) -> None:
     x = torch.zeros(0, 8, 2, 2, device=device, requires_grad=True)
     w = torch.ones(8, device=device, requires_grad=True)
     group_norm_silu(x, w, torch.zeros(8, device=device), num_groups=2).sum().backward()
@@ -194,17 +194,19 @@ def test_mistakes_are_named(device: torch.device) -> None:
 
 @settings(max_examples=12)
 @given(
-    pictures=st.integers(1, 2), groups=st.integers(1, 4), size=st.integers(1, 23), height=st.integers(1, 20),
+    images=st.integers(1, 2), groups=st.integers(1, 4), size=st.integers(1, 23), height=st.integers(1, 20),
     width=st.integers(1, 20), dtype=st.sampled_from(DTYPES), layout=st.sampled_from([*LAYOUTS, "sliced", "transposed"]),
     silu=st.booleans(), mean=st.floats(-50, 50), scale=st.floats(1e-2, 100),
 )  # fmt: skip
 def test_any_shape(
-    pictures: int, groups: int, size: int, height: int, width: int, dtype: torch.dtype, layout: str, silu: bool,
+    images: int, groups: int, size: int, height: int, width: int, dtype: torch.dtype, layout: str, silu: bool,
     mean: float, scale: float,
 ) -> None:  # fmt: skip
-    assume(size * height * width > 2)  # of two numbers the gradient is zero but for rounding; one has no variance
+    assume(
+        size * height * width > 2
+    )  # with two numbers the gradient is only rounding error; with one there is no variance
     device = "cpu" if INTERPRET else "cuda"
-    shape = (pictures, groups * size, height, width)
+    shape = (images, groups * size, height, width)
     judge(problem(shape, dtype, device, layout, mean=mean, scale=scale), groups, silu)
 
 
@@ -212,9 +214,9 @@ def test_any_shape(
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_than_two_to_the_31_elements(layout: str) -> None:
-    pictures = 2**31 // (320 * 128 * 128) + 3
+    images = 2**31 // (320 * 128 * 128) + 3
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x = torch.empty(pictures, 320, 128, 128, device="cuda", dtype=torch.float16, memory_format=form).normal_()
+    x = torch.empty(images, 320, 128, 128, device="cuda", dtype=torch.float16, memory_format=form).normal_()
     w, b = torch.randn(2, 320, device="cuda", dtype=torch.float16)
     y = group_norm_silu(x.requires_grad_(), w, b, num_groups=32)
     y.backward(y.detach())

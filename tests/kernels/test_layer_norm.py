@@ -1,4 +1,4 @@
-"""layer_norm, alone and behind an addition: errors against fp64, hard statistics, gradients that are asked for."""
+"""layer_norm with and without a residual: errors against fp64, hard statistics, which gradients are computed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_constant_row_gives_the_bias_exactly(value: float, dtype: torch.dtype,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_activations_with_fp32_weights(dtype: torch.dtype, device: torch.device) -> None:
-    """As autocast has them."""
+    """As under autocast."""
     inputs = problem((3, 5, 320), dtype, device, residual=True, of_weights=torch.float32)
     assert_no_worse_than_eager(layer_norm, layer_norm_reference, inputs, wrt=range(4))
 
@@ -78,7 +78,7 @@ def test_layouts(layout: str, device: torch.device) -> None:
 
 
 def test_the_sum_is_eagers_sum(device: torch.device) -> None:
-    """What flows on is rounded as eager code rounds it, and the norm sees the rounded sum."""
+    """The sum that is returned is rounded as in eager code, and the norm is computed from the rounded sum."""
     x, w, b, r = problem((4, 320), torch.bfloat16, device, residual=True)
     total, y = layer_norm(x, w, b, r)
     assert torch.equal(total, x + r) and torch.equal(y, layer_norm(x + r, w, b))
@@ -96,7 +96,7 @@ def test_either_output_alone_may_be_used(used: str, device: torch.device) -> Non
 
 
 def test_frozen_weights_cost_no_sums(launches: list[str], device: torch.device) -> None:
-    """LoRA: only x needs a gradient, which is the same as with trained weights."""
+    """As with LoRA: only x needs a gradient, and it equals the one with trained weights."""
     inputs = problem((70, 320), torch.float32, device, residual=False)
     alone, both = run(layer_norm, inputs, [0]), run(layer_norm, inputs, [0, 1, 2])
     assert torch.equal(alone["gradient of input 0"], both["gradient of input 0"])
@@ -104,7 +104,7 @@ def test_frozen_weights_cost_no_sums(launches: list[str], device: torch.device) 
 
 
 def test_weight_gradients_over_many_rows(device: torch.device) -> None:
-    """More rows than programs: each adds up several."""
+    """More rows than programs, so that each sums several."""
     inputs = problem((331 * (1 if INTERPRET else 50), 16), torch.float32, device, residual=False)
     assert_no_worse_than_eager(layer_norm, layer_norm_reference, inputs, wrt=[0, 1, 2])
 
@@ -136,7 +136,7 @@ def test_operators_pass_opcheck(device: torch.device) -> None:
 
 
 def test_second_derivatives_are_refused(device: torch.device) -> None:
-    """Autograd cannot see into the backward kernels: without the refusal it would leave their part out."""
+    """Autograd cannot differentiate the backward kernels; without the error second derivatives would be wrong."""
     for residual in (False, True):
         inputs = problem((3, 10), torch.float32, device, residual=residual)
         assert_second_derivatives_are_refused(layer_norm, inputs, range(len(inputs)))

@@ -1,4 +1,4 @@
-"""pair_loss and pair_errors: errors against fp64, exactness between networks and neighbours, links, compilation."""
+"""pair_loss and pair_errors: errors against fp64, identical networks, independence of pairs, links, compilation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from numerics import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smpo_fast.kernels import pair_loss as room
+from smpo_fast.kernels import pair_loss as kernel_module
 from smpo_fast.kernels._launch import INTERPRET, tickets
 from smpo_fast.kernels.pair_loss import (
     LINKS,
@@ -44,8 +44,8 @@ if not INTERPRET:
     SHAPES += [(1, 4, 128, 128), (32, 4, 128, 128), (4, 4, 64, 64), (1, 4, 160, 96)]
 
 
-def pictures(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: Any, layout: str = "plain") -> Tensor:
-    """[B, 2, C, H, W] in a layout."""
+def images(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: Any, layout: str = "plain") -> Tensor:
+    """[B, 2, C, H, W] in the given layout."""
     b, c, h, w = shape
     x = draw(b, 2, c, h, w, seed=seed, dtype=dtype, device=device)
     if layout == "channels_last":
@@ -59,13 +59,13 @@ def problem(
     shape: tuple[int, ...], dtype: torch.dtype, device: Any, *, given_errors: bool,
     layouts: tuple[str, str, str] = ("plain", "plain", "plain"),
 ) -> tuple[list[Tensor], Callable[..., Callable[..., Any]]]:  # fmt: skip
-    """Inputs, and what makes an op of them out of pair_loss or its reference."""
+    """Inputs, and a function that turns pair_loss or its reference into an op of these inputs."""
     policy, target = (
-        pictures(shape, 0, dtype, device, layouts[0]),
-        pictures(shape, 1, torch.float32, device, layouts[2]),
+        images(shape, 0, dtype, device, layouts[0]),
+        images(shape, 1, torch.float32, device, layouts[2]),
     )
-    # the reference lies near the policy, as it does in training: the margin is a difference of near equals
-    reference = (policy.float() + 0.01 * pictures(shape, 2, torch.float32, device, layouts[1])).to(dtype)
+    # the reference is close to the policy, as in training: the margin is a difference of nearly equal numbers
+    reference = (policy.float() + 0.01 * images(shape, 2, torch.float32, device, layouts[1])).to(dtype)
     if given_errors:
         reference = pair_errors_reference(reference, target)
     weight = draw(shape[0], seed=3, device=device)
@@ -78,7 +78,7 @@ def problem(
 
 
 def conditions(make: Callable[..., Any], inputs: list[Tensor], **options: Any) -> dict[str, float]:
-    """The loss is a function of a difference of errors that nearly cancel: what an error's rounding does to it."""
+    """Condition numbers: the loss depends on a difference of nearly equal errors, which amplifies their rounding."""
     out = make(pair_loss_reference, **options)(*(x.double() for x in inputs))
     beta = options.get("beta", 20.0)
     rounding = (0.5 * beta * inputs[3].double() * torch.maximum(out.policy, out.reference).amax(1)).abs().max().item()
@@ -98,7 +98,7 @@ def judge(make: Callable[..., Any], inputs: list[Tensor], **options: Any) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_worse_than_eager_over_many_pairs(dtype: torch.dtype, device: torch.device) -> None:
-    """Enough pairs that no luck is left: here the rule holds as it stands."""
+    """With this many pairs eager code is not accurate by luck, so no condition numbers are needed."""
     inputs, make = problem((100, 4, 8, 8), dtype, device, given_errors=False)
     assert_no_worse_than_eager(make(pair_loss), make(pair_loss_reference), inputs, wrt=[0])
 
@@ -132,13 +132,13 @@ def test_links(link: str, beta: float, device: torch.device) -> None:
 
 @pytest.mark.parametrize("weight", [-1000.0, -60.0, -1.0, 0.0, 1e-6, 3.0, 30.0, 60.0, 1000.0])
 def test_each_loss_alone_far_out(weight: float, device: torch.device) -> None:
-    """Batches hide a small loss behind a large one: each size of logit for itself, relative to itself."""
-    policy, reference, target = (pictures((1, 4, 4, 4), s, torch.float32, device) for s in (0, 1, 2))
+    """One pair per batch, so that small losses are compared relative to themselves and not to larger ones."""
+    policy, reference, target = (images((1, 4, 4, 4), s, torch.float32, device) for s in (0, 1, 2))
     out = pair_loss(policy, reference, target, torch.tensor([weight], device=device), beta=2.0)
     truth = pair_loss_reference(
         policy.double(), reference.double(), target.double(), torch.tensor([weight], device=device).double(), beta=2.0
     )
-    # the logit's own rounding (its errors are fp32) moves an exponential by that much
+    # the errors are fp32: this is how much their rounding changes the exponential of the logit
     slack = 1e-6 * (1 + truth.logit.abs().item()) * max(1.0, abs(weight))
     assert out.loss.item() == pytest.approx(truth.loss.item(), rel=slack, abs=1e-37)
 
@@ -245,7 +245,7 @@ def test_one_launch_forward_and_one_backward(given_errors: bool, launches: list[
 
 
 class Operations(TorchDispatchMode):
-    """What PyTorch is asked for, except for memory and views of it."""
+    """Records PyTorch's operations, except for allocations and views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,22 +265,22 @@ def test_nothing_is_copied_cast_or_zeroed_beside_the_launches(
 ) -> None:
     inputs, _ = problem((pairs, 4, 48, 48), torch.float16, device, given_errors=given_errors)
     policy, reference, target, weight = inputs
-    monkeypatch.undo()  # also the poison, which writes
-    monkeypatch.setattr(room, "launch", lambda *_, **__: None)
-    tickets(pairs, device)  # a stream's first call makes them
+    monkeypatch.undo()  # removes the fixture that fills new memory with NaN, an operation too
+    monkeypatch.setattr(kernel_module, "launch", lambda *_, **__: None)
+    tickets(pairs, device)  # they are allocated in the first call on a stream
     with Operations() as seen:
         _pair_loss_fwd(policy, reference, target, weight, 20.0, 0)
         _pair_loss_bwd(weight, weight, policy, target)
-    # off the GPU, where nobody counts launches, the tickets are made for each call
+    # on a CPU tickets are allocated in every call
     assert seen.names == (["zeros"] if device.type == "cpu" else [])
 
 
 def test_the_backward_pass_makes_no_zeros(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for the outputs without a gradient either; autograd would, one memset each."""
+    """Autograd's default would be a memset for each output without a gradient."""
     inputs, make = problem((2, 4, 8, 8), torch.float16, device, given_errors=False)
     out, upstream = make(pair_loss)(inputs[0].requires_grad_(), *inputs[1:]), torch.ones(2, device=device)
     monkeypatch.undo()
-    monkeypatch.setattr(room, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(kernel_module, "launch", lambda *_, **__: None)
     with Operations() as seen:
         torch.autograd.grad(out.loss, inputs[0], upstream)
     assert [name for name in seen.names if "zero" in name] == []
@@ -289,7 +289,7 @@ def test_the_backward_pass_makes_no_zeros(device: torch.device, monkeypatch: pyt
 @pytest.mark.skipif(not INTERPRET, reason="a GPU runs programs in an order of its own")
 @pytest.mark.parametrize("order", ["backwards", "shuffled", "losers first"])
 def test_the_order_of_arrival_changes_no_bit(order: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever program comes last finds all the others' sums, and tickets are left as they were."""
+    """Whichever program arrives last finds all the others' sums, and the tickets are reset."""
     from triton.runtime.interpreter import interpreter_builder
 
     pairs, pieces = 3, 5
@@ -305,7 +305,7 @@ def test_the_order_of_arrival_changes_no_bit(order: str, device: torch.device, m
     }[order]
     stock = interpreter_builder.set_grid_idx
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z: stock(places[x], y, z))
-    monkeypatch.setattr(room, "tickets", lambda count, device: shared)
+    monkeypatch.setattr(kernel_module, "tickets", lambda count, device: shared)
     for _ in range(2):
         found = [*op(*inputs), pair_errors(inputs[0], inputs[2])]
         assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
@@ -337,7 +337,7 @@ def test_calls_on_streams_and_in_graphs_do_not_share_tickets() -> None:
 
 
 def test_second_derivatives_are_refused(device: torch.device) -> None:
-    """Autograd cannot see into the backward kernels: without the refusal it would leave their part out."""
+    """Autograd cannot differentiate the backward kernels; without the error second derivatives would be wrong."""
     inputs, make = problem((2, 4, 3, 3), torch.float32, device, given_errors=False)
     assert_second_derivatives_are_refused(make(pair_loss), inputs, [0])
 

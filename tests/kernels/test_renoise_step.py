@@ -1,4 +1,4 @@
-"""renoise_step: predictor and corrector against eager code, and as the step of a whole inversion."""
+"""renoise_step: predictor and corrector against eager code in fp64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYOUTS = ("plain", "channels_last", "sliced")
 SOLVERS = ("ddim", "last", "mean", "ab2")
 
 
-def pictures(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: Any, layout: str = "plain") -> Tensor:
+def images(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: Any, layout: str = "plain") -> Tensor:
     b, c, h, w = shape
     x = draw(b, 2, c, h, w, seed=seed, dtype=dtype, device=device)
     if layout == "channels_last":
@@ -38,12 +38,12 @@ def pictures(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: Any,
 
 
 def numbers(count: int, seed: int, device: Any) -> Tensor:
-    """Coefficients as the inversion has them: columns."""
+    """Coefficients in the inversion's shape."""
     return draw(count, 1, 1, 1, 1, seed=seed, device=device)
 
 
 def predictor(op: Callable[..., None], like: Tensor, *, rest: bool) -> Callable[..., Any]:
-    """``op`` as a function: writes into copies, returns what was written. ``like``: the layout and dtype of x."""
+    """``op`` as a pure function: writes into copies and returns them. ``like``: the layout and dtype of x."""
 
     def call(x_0: Tensor, total: Tensor, signal: Tensor, inverse_start: Tensor, *more: Tensor) -> Any:
         x = like.clone() if x_0.dtype != torch.float64 else like.double()
@@ -73,20 +73,20 @@ def corrector(op: Callable[..., None], like: Tensor) -> Callable[..., Any]:
 def state(shape: tuple[int, ...], device: Any, layout: str = "plain") -> list[Tensor]:
     """x_0, total, signal, inverse_start."""
     packed = layout if layout != "sliced" else "plain"
-    x_0 = pictures(shape, 0, torch.float32, device, layout)
-    total = pictures(shape, 1, torch.float32, device, packed)
+    x_0 = images(shape, 0, torch.float32, device, layout)
+    total = images(shape, 1, torch.float32, device, packed)
     return [x_0, total, numbers(shape[0], 2, device), numbers(shape[0], 3, device)]
 
 
 def move(shape: tuple[int, ...], solver: str, dtype: torch.dtype, device: Any, layout: str = "plain") -> list[Tensor]:
-    """estimate, h and, for solvers with memory, the sum of earlier estimates and two weights."""
-    inputs = [pictures(shape, 4, dtype, device, layout), numbers(shape[0], 5, device)]
+    """estimate, h and, for solvers that use earlier estimates, the sum of earlier estimates and two weights."""
+    inputs = [images(shape, 4, dtype, device, layout), numbers(shape[0], 5, device)]
     if solver == "ddim":
         return inputs
     ones = torch.ones(shape[0], 1, 1, 1, 1, device=device)
     ratio = numbers(shape[0], 6, device)
     weights = {"last": [ones, 0 * ones], "mean": [ones / 3, ones / 3], "ab2": [1 + ratio / 2, -ratio / 2]}[solver]
-    return [*inputs, pictures(shape, 7, dtype, device, layout), *weights]
+    return [*inputs, images(shape, 7, dtype, device, layout), *weights]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -95,7 +95,7 @@ def move(shape: tuple[int, ...], solver: str, dtype: torch.dtype, device: Any, l
 def test_corrector_no_worse_than_eager(
     shape: tuple[int, ...], dtype: torch.dtype, solver: str, device: torch.device
 ) -> None:
-    like = pictures(shape, 9, dtype, device)
+    like = images(shape, 9, dtype, device)
     inputs = state(shape, device) + move(shape, solver, dtype, device)
     assert_no_worse_than_eager(corrector(correct_, like), corrector(correct_reference, like), inputs)
 
@@ -106,11 +106,11 @@ def test_corrector_no_worse_than_eager(
 def test_predictor_no_worse_than_eager(
     shape: tuple[int, ...], dtype: torch.dtype, what: str, device: torch.device
 ) -> None:
-    like, inputs = pictures(shape, 9, dtype, device), state(shape, device)
+    like, inputs = images(shape, 9, dtype, device), state(shape, device)
     if what != "start":
         inputs += move(shape, "ddim", dtype, device)
     if what == "rest":
-        inputs.append(pictures(shape, 8, torch.float32, device))
+        inputs.append(images(shape, 8, torch.float32, device))
     op, reference = (predictor(f, like, rest=what == "rest") for f in (predict_, predict_reference))
     assert_no_worse_than_eager(op, reference, inputs)
 
@@ -120,7 +120,7 @@ def test_predictor_no_worse_than_eager(
 @pytest.mark.parametrize("of_x", ["plain", "channels_last"])
 def test_layouts(of_x: str, of_state: str, of_estimate: str, device: torch.device) -> None:
     shape = (3, 4, 6, 10)
-    like = pictures(shape, 9, torch.float16, device, of_x)
+    like = images(shape, 9, torch.float16, device, of_x)
     inputs = state(shape, device, of_state) + move(shape, "mean", torch.float32, device, of_estimate)
     assert_no_worse_than_eager(corrector(correct_, like), corrector(correct_reference, like), inputs)
     op, reference = (predictor(f, like, rest=False) for f in (predict_, predict_reference))
@@ -131,9 +131,9 @@ def test_layouts(of_x: str, of_state: str, of_estimate: str, device: torch.devic
 @pytest.mark.parametrize("of_total", ["plain", "channels_last"])
 def test_clean_latents_in_another_order_than_the_state(of_total: str, device: torch.device) -> None:
     shape = (2, 4, 6, 10)
-    like = pictures(shape, 9, torch.float32, device)
+    like = images(shape, 9, torch.float32, device)
     inputs = state(shape, device, of_total) + move(shape, "mean", torch.float32, device)
-    inputs[0] = pictures(shape, 0, torch.float32, device, "plain" if of_total == "channels_last" else "channels_last")
+    inputs[0] = images(shape, 0, torch.float32, device, "plain" if of_total == "channels_last" else "channels_last")
     assert_no_worse_than_eager(corrector(correct_, like), corrector(correct_reference, like), inputs)
     op, reference = (predictor(f, like, rest=False) for f in (predict_, predict_reference))
     assert_no_worse_than_eager(op, reference, inputs[:6])
@@ -142,7 +142,7 @@ def test_clean_latents_in_another_order_than_the_state(of_total: str, device: to
 def test_a_pair_does_not_depend_on_its_neighbours(device: torch.device) -> None:
     shape = (4, 4, 19, 23)
     inputs = state(shape, device) + move(shape, "mean", torch.float16, device)
-    like = pictures(shape, 9, torch.float16, device)
+    like = images(shape, 9, torch.float16, device)
     whole = corrector(correct_, like)(*inputs)
     for i in range(4):
         alone = corrector(correct_, like[i : i + 1])(*(x[i : i + 1] for x in inputs))
@@ -155,7 +155,7 @@ def test_the_nonfinite_comes_through(place: int, value: float, device: torch.dev
     shape = (2, 4, 5, 7)
     inputs = state(shape, device) + move(shape, "mean", torch.float32, device)
     inputs[place].view(2, -1)[1, -1] = value
-    like = pictures(shape, 9, torch.float32, device)
+    like = images(shape, 9, torch.float32, device)
     found, eager = (run(corrector(f, like), inputs, []) for f in (correct_, correct_reference))
     for name, wanted in eager.items():
         assert torch.equal(found[name].isnan(), wanted.isnan()), name
@@ -165,18 +165,18 @@ def test_the_nonfinite_comes_through(place: int, value: float, device: torch.dev
 
 def test_repeatable_and_compilable(device: torch.device) -> None:
     shape = (2, 4, 40, 40)
-    like = pictures(shape, 9, torch.bfloat16, device)
+    like = images(shape, 9, torch.bfloat16, device)
     inputs = state(shape, device) + move(shape, "mean", torch.bfloat16, device)
     assert_bitwise_repeatable(corrector(correct_, like), inputs)
     assert_compiles(corrector(correct_, like), inputs)
-    assert_compiles(predictor(predict_, like, rest=True), [*inputs[:6], pictures(shape, 8, torch.float32, device)])
+    assert_compiles(predictor(predict_, like, rest=True), [*inputs[:6], images(shape, 8, torch.float32, device)])
 
 
 def test_operators_pass_opcheck(device: torch.device) -> None:
     shape = (2, 4, 6, 6)
     x_0, total, signal, inverse_start = state(shape, device)
     estimate, h, rest, last, earlier = move(shape, "mean", torch.float16, device)
-    x, sums = pictures(shape, 9, torch.float16, device), rest.float()
+    x, sums = images(shape, 9, torch.float16, device), rest.float()
     torch.library.opcheck(_predict_op, (x, x_0, total, signal, inverse_start, None, None, None))
     torch.library.opcheck(_predict_op, (x, x_0, total, signal, inverse_start, estimate, h, sums))
     arguments = (x, x_0, total, signal, inverse_start, estimate, h)
@@ -188,7 +188,7 @@ def test_one_launch_each(launches: list[str], device: torch.device) -> None:
     shape = (5, 4, 64, 64)
     inputs, like = (
         state(shape, device) + move(shape, "mean", torch.float16, device),
-        pictures(shape, 9, DTYPES[1], device),
+        images(shape, 9, DTYPES[1], device),
     )
     predictor(predict_, like, rest=False)(*inputs[:6])
     corrector(correct_, like)(*inputs)
@@ -205,7 +205,7 @@ def test_mistakes_are_named(device: torch.device) -> None:
     c = torch.zeros(2, device=device)
     with pytest.raises(ValueError, match="differ in shape"):
         predict_(x, x[:1], x, c, c)
-    with pytest.raises(ValueError, match="one number a pair"):
+    with pytest.raises(ValueError, match="one number per pair"):
         predict_(x, x, x, c[:1], c)
     with pytest.raises(ValueError, match="fp32"):
         predict_(x, x, x.half(), c, c)
@@ -230,7 +230,7 @@ def test_any_shape_and_layout(
     shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], solver: str, layouts: tuple[str, str, str]
 ) -> None:
     device = "cpu" if INTERPRET else "cuda"
-    like = pictures(shape, 9, dtypes[0], device, layouts[0])
+    like = images(shape, 9, dtypes[0], device, layouts[0])
     inputs = state(shape, device, layouts[1]) + move(shape, solver, dtypes[1], device, layouts[2])
     assert_no_worse_than_eager(corrector(correct_, like), corrector(correct_reference, like), inputs)
 
