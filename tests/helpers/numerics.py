@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,15 @@ from torch import Tensor
 
 Op = Callable[..., Any]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def slow_unless(keep: Callable[..., bool], *values: Iterable[Any]) -> list[Any]:
+    """All combinations for parametrize; those that ``keep`` does not select are marked slow."""
+    cases = []
+    for case in product(*values):
+        name = "-".join(str(value) for value in case)
+        cases.append(pytest.param(*case, id=name, marks=() if keep(*case) else pytest.mark.slow))
+    return cases
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:

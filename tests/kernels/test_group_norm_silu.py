@@ -18,6 +18,7 @@ from numerics import (
     draw,
     run,
     same_bits,
+    slow_unless,
 )
 from torch import Tensor
 
@@ -58,9 +59,10 @@ def judge(inputs: list[Tensor], groups: int, silu: bool = True, eps: float = 1e-
     assert_no_worse_than_eager(op, reference, inputs, wrt=[0, 1, 2])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    slow_unless(lambda shape, dtype, _: dtype == torch.float32 or shape in SHAPES[3:6], SHAPES, DTYPES, LAYOUTS),
+)
 def test_no_worse_than_eager(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> None:
     judge(problem(shape, dtype, device, layout), shape[4])
 
@@ -77,11 +79,18 @@ def test_other_numbers_of_dimensions(shape: tuple[int, ...], device: torch.devic
     judge([x, w, b], 3)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("mean", "scale"), [(1000.0, 1.0), (-30.0, 1e-3), (0.0, 300.0), (0.0, 1e-4)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hard_statistics(mean: float, scale: float, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("mean_scale", "dtype", "layout"),
+    slow_unless(
+        lambda _, dtype, layout: dtype == torch.float32 or layout == "channels_last",
+        [(1000.0, 1.0), (-30.0, 1e-3), (0.0, 300.0), (0.0, 1e-4)], DTYPES, LAYOUTS,
+    ),
+)  # fmt: skip
+def test_hard_statistics(
+    mean_scale: tuple[float, float], dtype: torch.dtype, layout: str, device: torch.device
+) -> None:
     """A mean far above the deviation, and squares beyond fp16."""
+    mean, scale = mean_scale
     judge(problem((1, 6, 20, 31), dtype, device, layout, mean=mean, scale=scale), 2)
 
 
