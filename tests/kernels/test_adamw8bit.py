@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.numerics import draw, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import draw, same_bits
 from torch import Tensor
 
 from smpo_fast.kernels import adamw8bit

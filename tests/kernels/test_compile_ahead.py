@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
+from helpers.paths import ROOT
 
-SCRIPT = Path(__file__).with_name("compile_ahead.py")
+SCRIPT = ROOT / "tests" / "helpers" / "compile_ahead.py"
 CAPABILITIES = ("80", "89", "90", "100")
 # Register counts depend on Triton's version: with any other than this one, only spills and widths are checked.
 TABLE_OF = "3.9."

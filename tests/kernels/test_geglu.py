@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numerics import (
+from helpers.numerics import (
     DTYPES,
     assert_bitwise_repeatable,
     assert_compiles,
@@ -17,6 +15,8 @@ from numerics import (
     run,
     same_bits,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smpo_fast.kernels._launch import INTERPRET
 from smpo_fast.kernels.geglu import _bwd_op, _fwd_op, geglu, geglu_reference

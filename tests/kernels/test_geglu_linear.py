@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.numerics import DTYPES, assert_bitwise_repeatable, assert_compiles, assert_no_worse_than_eager, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DTYPES, assert_bitwise_repeatable, assert_compiles, assert_no_worse_than_eager, draw
 from torch import Tensor, nn
 
 from smpo_fast.kernels import geglu_linear as kernel_module

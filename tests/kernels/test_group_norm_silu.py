@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from numerics import (
+from helpers.numerics import (
     DTYPES,
     assert_bitwise_repeatable,
     assert_compiles,
@@ -20,6 +18,8 @@ from numerics import (
     same_bits,
     slow_unless,
 )
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from smpo_fast.kernels._launch import INTERPRET

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numerics import (
+from helpers.numerics import (
     DTYPES,
     assert_bitwise_repeatable,
     assert_compiles,
@@ -19,6 +17,8 @@ from numerics import (
     run,
     same_bits,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from smpo_fast.kernels._launch import INTERPRET

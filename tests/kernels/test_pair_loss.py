@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numerics import (
+from helpers.numerics import (
     DTYPES,
     assert_bitwise_repeatable,
     assert_compiles,
@@ -21,6 +19,8 @@ from numerics import (
     same_bits,
     slow_unless,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.numerics import DTYPES, assert_bitwise_repeatable, assert_compiles, assert_no_worse_than_eager, draw, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DTYPES, assert_bitwise_repeatable, assert_compiles, assert_no_worse_than_eager, draw, run
 from torch import Tensor
 
 from smpo_fast.kernels._launch import INTERPRET
