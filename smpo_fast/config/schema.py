@@ -64,7 +64,7 @@ class Model(Section):
     compile: Literal["off", "inversion", "all"] = Field(
         "off",
         description="torch.compile of the transformer blocks: of the no-gradient calls of the inversion, or of the "
-        "policy's and the reference's predictions as well (docs/calls.md)",
+        "policy's and the reference's predictions as well (docs/inference.md)",
     )
     cuda_graphs: bool = Field(False, description="replay the inversion's calls as CUDA graphs, at a few batch sizes")
     channels_last: bool = Field(False, description="convolutions in channels-last memory; pays with group_norm_silu")
