@@ -1,4 +1,4 @@
-"""Machinery that knows nothing of preference training: errors, processes, durable files, remote folders, plots.
+"""Machinery that knows nothing of preference training: errors, processes, durable files, shared work, plots.
 
 Imports nothing of the project.
 """

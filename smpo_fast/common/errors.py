@@ -1,6 +1,6 @@
 """The exceptions of the package: everything that a user can correct is a ``UserError``.
 
-The programs catch ``UserError`` in one place and print it as one line; any other exception is a bug of ours.
+The programs catch ``UserError`` in one place and print its message; any other exception is a bug in this package.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """The settings: an unknown key, a wrong value, an impossible combination, a file that cannot be read."""
+    """Settings: an unknown key, a wrong value, an impossible combination, or a file that cannot be read."""
 
 
 class DataError(UserError):
-    """Preference pairs, scores or a cache: missing, damaged, or made for other settings."""
+    """Preference pairs, scores or a cache: missing, damaged, or made with other settings."""
 
 
 class ModelError(UserError):
-    """Networks or their weights: missing, incomplete, or of a kind that is not supported."""
+    """Networks or their weights: missing, incomplete, or of an unsupported kind."""
 
 
 class CheckpointError(UserError):
-    """Checkpoints that cannot be continued, and the reasons."""
+    """A checkpoint that a run cannot resume from."""
 
 
 class EnvironmentProblem(UserError):
-    """The machine: a missing package, a full or read-only disk, no locks, too few file descriptors."""
+    """The machine: a missing package or GPU, a full or read-only disk, no file locks, no network."""

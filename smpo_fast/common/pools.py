@@ -1,4 +1,4 @@
-"""Threads that work a bounded number of items ahead of whoever consumes their results."""
+"""Threads that work a bounded number of items ahead of the code that consumes their results."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_ahead(do: Callable[[T], R], items: Iterable[T], workers: int, *, ahead: int) -> Iterator[R]:
-    """``do(item)`` of all items, in order, in ``workers`` threads and at most ``ahead`` items before they are needed.
+def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, *, ahead: int) -> Iterator[R]:
+    """Yield ``function(item)`` for each item, in order, computed by ``workers`` threads.
 
-    Closing the iterator early cancels what has not begun and waits for what has.
+    At most ``ahead`` results are computed before they are consumed, which bounds the memory. ``items`` is iterated
+    in the calling thread. An exception in ``function`` is raised when its result is due. Closing the iterator early
+    cancels calls that have not begun and waits for those that have.
     """
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(do, item))
+                waiting.append(pool.submit(function, item))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:

@@ -1,6 +1,6 @@
-"""Files of other machines: repositories of the Hugging Face hub, and folders behind a URL that fsspec opens.
+"""Files on other machines: repositories of the Hugging Face hub, and folders behind a URL that fsspec opens.
 
-Whatever is fetched is a copy on this machine; nothing in it is executed.
+What is fetched is copied to this machine; nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -18,44 +18,48 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from smpo_fast.common.errors import EnvironmentProblem
 
 
-def is_url(place: str) -> bool:
-    """Whether a folder's name is a URL."""
-    return "://" in place
+def is_url(location: str) -> bool:
+    """Whether a location is a URL."""
+    return "://" in location
 
 
-def is_hub_id(place: str) -> bool:
-    """Whether a name has the form of a hub repository, ``owner/name``."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place) is not None
+def is_hub_id(location: str) -> bool:
+    """Whether a location has the form of a hub repository, ``owner/name``."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", location) is not None
 
 
 def fetch_repository(
     name: str, *, revision: str = "", kind: str = "model", only: Sequence[str] = (), never: Sequence[str] = ()
 ) -> Path:
-    """The folder of a hub repository's snapshot, with the files that match the patterns ``only`` but not ``never``.
+    """Download a snapshot of a hub repository; returns its folder.
 
-    kind: 'model' or 'dataset'. Raises EnvironmentProblem with the hub's answer where it cannot be fetched.
+    kind: 'model' or 'dataset'.  only, never: file patterns to fetch and to leave out.  Raises EnvironmentProblem with
+    the hub's answer if it cannot be fetched.
     """
     try:
         return Path(snapshot_download(
             name, repo_type=kind, revision=revision or None, allow_patterns=list(only), ignore_patterns=list(never)
         ))  # fmt: skip
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise EnvironmentProblem(f"'{name}' is no folder here, and the hub gave: {error}") from error
+        raise EnvironmentProblem(f"'{name}' is not a local folder, and the hub answered: {error}") from error
 
 
 def fetch_file(repository: str, names: Sequence[str]) -> Path:
-    """The first of the files ``names`` that a hub repository has. Raises EnvironmentProblem with the hub's answers."""
+    """Download the first of the files ``names`` that a hub repository has; returns its path.
+
+    Raises EnvironmentProblem with the hub's answers if it has none of them.
+    """
     errors = []
     for name in names:
         try:
             return Path(hf_hub_download(repository, name))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             errors.append(f"{name}: {error}")
-    raise EnvironmentProblem(f"'{repository}' is no folder here, and the hub gave: {'; '.join(errors)}")
+    raise EnvironmentProblem(f"'{repository}' is not a local folder, and the hub answered: {'; '.join(errors)}")
 
 
 class RemoteFolder:
-    """A folder named by a URL. Raises EnvironmentProblem where it cannot be reached or its package is missing."""
+    """A folder behind a URL. Raises EnvironmentProblem if it cannot be reached or its fsspec package is missing."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -65,16 +69,19 @@ class RemoteFolder:
             raise EnvironmentProblem(f"{url}: {error} (s3:// needs the package s3fs, gs:// gcsfs)") from error
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Size of a file in bytes; None if there is no such file."""
         try:
             return int(self._system.info(f"{self._path}/{name}")["size"])
         except FileNotFoundError:
             return None
-        except Exception as error:  # each service has errors of its own
+        except Exception as error:  # each service has its own exceptions
             raise self._unreachable(name, error) from error
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Copy files into a folder; each appears there whole or not at all."""
+        """Copy files into a local folder; each appears there complete or not at all.
+
+        Several processes may fetch the same file: each writes to a temporary file named after its process.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             draft = folder / f".{name}.{os.getpid()}.tmp"
@@ -87,7 +94,7 @@ class RemoteFolder:
                 draft.unlink(missing_ok=True)
 
     def send(self, folder: Path, names: Iterable[str]) -> int:
-        """Copy those files of a folder that are not there in their size; returns how many were copied."""
+        """Upload the files that are missing there or differ in size; returns how many were uploaded."""
         sent = 0
         for name in names:
             if self.size(name) != (folder / name).stat().st_size:

@@ -1,6 +1,6 @@
-"""Durable files: published whole or not at all, hashed, locked, and JSON in one canonical form.
+"""Durable files: written completely or not at all, hashed, locked; and JSON in one canonical form.
 
-A file that is being written has the suffix ``.tmp``; whoever cleans up after a killed process may remove such files.
+A file that is being written has the suffix ``.tmp``; cleaning up after a killed process may remove such files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from smpo_fast.common.errors import EnvironmentProblem
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """Yield a path to write to; on success it is synced and renamed to ``file``, which is thus whole or not there."""
+    """Yield a temporary path to write to; on success it is synced and renamed to ``file``."""
     draft = file.with_name(f"{file.name}.tmp")
     yield draft
     sync(draft)
@@ -39,7 +39,7 @@ def write_json(file: Path, value: Any, indent: int | None = None) -> None:
 
 
 def publish_folder(building: Path, target: Path) -> None:
-    """Give a finished folder its name. Its files must have been synced; its folders are synced here."""
+    """Rename a finished folder to ``target``. Its files must have been synced; its folders are synced here."""
     for folder in [p for p in building.rglob("*") if p.is_dir()] + [building]:
         sync(folder)
     os.rename(building, target)
@@ -56,9 +56,19 @@ def sync(path: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """The hash of a file's content, in hexadecimal."""
+    """The SHA-256 hash of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of(content: bytes) -> bytes:
+    """The SHA-256 hash of some bytes: 32 bytes."""
+    return hashlib.sha256(content).digest()
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    """Size and hash of a file, as manifests record them: 'bytes' and 'sha256'."""
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def canonical_json(value: Any) -> str:
@@ -74,8 +84,8 @@ def as_json(value: Any) -> Any:
 def take_lock(file: IO[str], *, wait: bool, shared: bool = False) -> bool:
     """Lock an open file until it is closed or its process ends, however it ends.
 
-    Returns False where another process holds the lock and ``wait`` is not given. Raises EnvironmentProblem where the
-    file system has no locks.
+    Returns False if another process holds the lock and ``wait`` is false. Raises EnvironmentProblem where the file
+    system has no locks.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -84,6 +94,6 @@ def take_lock(file: IO[str], *, wait: bool, shared: bool = False) -> bool:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         raise EnvironmentProblem(
-            f"{file.name} cannot be locked ({error.strerror}), so processes cannot share the work: name a folder on a "
-            "file system that has locks, and copy the result afterwards"
+            f"{file.name} cannot be locked ({error.strerror}), so processes cannot share the work: choose a folder on "
+            "a file system with locks, and copy the result afterwards"
         ) from error

@@ -11,10 +11,10 @@ import pytest
 
 from smpo_fast.common import storage
 from smpo_fast.common.errors import UserError
-from smpo_fast.common.shared_work import Draft, Finished, SharedWork, agree, settle
+from smpo_fast.common.shared_work import AlreadyFinished, Draft, SharedWork, agreed_values, publish
 
 
-def work(folder: Path, kind: str = "a", intact: Callable[[dict[str, Any]], bool] = lambda note: True) -> SharedWork:
+def work(folder: Path, kind: str = "a", intact: Callable[[dict[str, Any]], bool] = lambda manifest: True) -> SharedWork:
     return SharedWork(folder, {"kind": kind}, intact)
 
 
@@ -22,8 +22,8 @@ def test_a_part_is_done_once_and_its_note_kept(tmp_path: Path) -> None:
     done = []
     for _ in range(2):
         with work(tmp_path / "w") as shared:
-            shared.share(["p-0", "p-1"], lambda name: done.append(name) or {"name": name})
-            assert shared.note("p-1") == {"name": "p-1"}
+            shared.do_parts(["p-0", "p-1"], lambda name: done.append(name) or {"name": name})
+            assert shared.manifest("p-1") == {"name": "p-1"}
     assert done == ["p-0", "p-1"]
 
 
@@ -32,10 +32,10 @@ def test_parts_that_are_no_longer_intact_and_other_work_are_done_again(tmp_path:
 
     def share(**options: Any) -> None:
         with work(tmp_path / "w", **options) as shared:
-            shared.share(["p-0", "p-1"], lambda name: done.append(name) or {"name": name})
+            shared.do_parts(["p-0", "p-1"], lambda name: done.append(name) or {"name": name})
 
     share()
-    share(intact=lambda note: note["name"] != "p-1")
+    share(intact=lambda manifest: manifest["name"] != "p-1")
     assert done == ["p-0", "p-1", "p-1"]
     share(kind="b")
     assert done[3:] == ["p-0", "p-1"]
@@ -74,26 +74,26 @@ def test_a_draft_whose_bytes_changed_ends_before_the_change(tmp_path: Path) -> N
 
 def test_a_finished_work_gets_its_name_without_what_served_it(tmp_path: Path) -> None:
     folder, target = tmp_path / ".w", tmp_path / "w"
-    agree(folder, lambda known: {"hash": 1})
+    agreed_values(folder, lambda known: {"hash": 1})
     with work(folder) as shared:
-        shared.share(["p-0"], lambda name: {})
+        shared.do_parts(["p-0"], lambda name: {})
         (folder / "result").write_text("kept")
-        settle(folder, target, "proof")
+        publish(folder, target, "proof")
         assert not target.exists()
         (folder / "proof").touch()
-        settle(folder, target, "proof")
-        with pytest.raises(Finished):
-            shared.share(["p-0"], lambda name: {})
-    settle(folder, target, "proof")
+        publish(folder, target, "proof")
+        with pytest.raises(AlreadyFinished):
+            shared.do_parts(["p-0"], lambda name: {})
+    publish(folder, target, "proof")
     assert sorted(file.name for file in target.iterdir()) == ["proof", "result"]
     assert not folder.exists()
 
 
 def test_what_one_process_found_out_is_known_to_the_next(tmp_path: Path) -> None:
-    assert agree(tmp_path / "w", lambda known: {"times": known.get("times", 0) + 1}) == {"times": 1}
+    assert agreed_values(tmp_path / "w", lambda known: {"times": known.get("times", 0) + 1}) == {"times": 1}
     with work(tmp_path / "w") as shared:
-        shared.share(["p-0"], lambda name: {})
-    assert agree(tmp_path / "w", lambda known: {"times": known.get("times", 0) + 1}) == {"times": 2}
+        shared.do_parts(["p-0"], lambda name: {})
+    assert agreed_values(tmp_path / "w", lambda known: {"times": known.get("times", 0) + 1}) == {"times": 2}
 
 
 def test_a_file_system_without_locks_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

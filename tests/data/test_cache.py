@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 
 from smpo_fast.common import shared_work, storage
 from smpo_fast.common.errors import UserError
-from smpo_fast.common.shared_work import Finished
+from smpo_fast.common.shared_work import AlreadyFinished
 from smpo_fast.data.cache import format as cache_format
+from smpo_fast.data.cache import writer as cache_writer
 from smpo_fast.data.cache.format import LATENTS_PART, PROMPTS_PART, CacheError, Entry, Unstorable
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.data.cache.writer import CacheWriter
@@ -191,18 +192,18 @@ def test_an_interruption_anywhere_leaves_no_half_cache_and_the_next_run_ends_the
             sync(path)
 
         root = tmp_path / f"c{stop}"
-        for room in (storage, shared_work, cache_format):
+        for room in (storage, shared_work, cache_writer):
             monkeypatch.setattr(room, "sync", interrupt)
         try:
             write(root, calls=encoded)
             break
         except KeyboardInterrupt:
             pass
-        for room in (storage, shared_work, cache_format):
+        for room in (storage, shared_work, cache_writer):
             monkeypatch.setattr(room, "sync", sync)
         if not cache_format.exists(root):  # the last sync comes after the renaming
             assert not root.exists()
-            with suppress(Finished):
+            with suppress(AlreadyFinished):
                 write(root, calls=encoded)
         assert digests(root) == whole
         assert sorted(encoded) == [row for row in range(10) if row % 5 != 4]  # none is lost, none is encoded twice
@@ -213,8 +214,8 @@ def test_an_interruption_anywhere_leaves_no_half_cache_and_the_next_run_ends_the
 def test_who_comes_too_late_leaves_nothing_behind(tmp_path: Path) -> None:
     write(tmp_path / "c")
     before = digests(tmp_path / "c")
-    shared_work.agree(cache_format.partial(tmp_path / "c"), lambda known: {"sha256": "s"})
-    with pytest.raises(Finished):
+    shared_work.agreed_values(cache_format.partial(tmp_path / "c"), lambda known: {"sha256": "s"})
+    with pytest.raises(AlreadyFinished):
         write(tmp_path / "c")
     assert digests(tmp_path / "c") == before
     assert [file.name for file in tmp_path.iterdir()] == ["c"]
@@ -240,14 +241,14 @@ def test_a_leftover_of_another_cache_is_not_taken_up(tmp_path: Path) -> None:
 def test_writers_of_other_caches_and_occupied_targets_are_refused(tmp_path: Path) -> None:
     with (
         CacheWriter(tmp_path / "c", IDENTITY, {}),
-        pytest.raises(UserError, match="another process is at work in .* with other settings"),
+        pytest.raises(UserError, match="another process is working in .* with other settings"),
         CacheWriter(tmp_path / "c", {**IDENTITY, "resolution": 32}, {}),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "d").mkdir()
     write(tmp_path / "d")  # an empty folder may be there
-    with pytest.raises(Finished), CacheWriter(tmp_path / "d", IDENTITY, {}):
+    with pytest.raises(AlreadyFinished), CacheWriter(tmp_path / "d", IDENTITY, {}):
         pass
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "other").touch()

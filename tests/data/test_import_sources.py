@@ -120,7 +120,7 @@ def test_the_hub_s_refusal_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise remote.LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(remote, "snapshot_download", refuse)
-    with pytest.raises(UserError, match="'someone/gone' is no folder here, and the hub gave: no connection"):
+    with pytest.raises(UserError, match="'someone/gone' is not a local folder, and the hub answered: no connection"):
         dry_run("someone/gone", ImportOptions())
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -344,7 +345,7 @@ def alone(function: str, *arguments: Any) -> str:
     code = f"import sys; sys.path[:0] = {[str(here), str(here.parent)]!r}; "
     code += f"import test_prepare; test_prepare.{function}({words})"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=here.parent, text=True)
-    assert child.returncode == 0, child.stderr[-3000:]
+    assert child.returncode == 0 and "Traceback" not in child.stderr, child.stderr[-3000:]
     return child.stdout
 
 
@@ -357,6 +358,8 @@ def fork(function: Callable[[], None]) -> int:
     try:
         function()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

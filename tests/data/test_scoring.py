@@ -119,12 +119,12 @@ def test_each_picture_is_scored_once_with_each_of_its_prompts(tmp_path: Path, ta
 VICTIM = """
 import sys
 from pathlib import Path
-from smpo_fast import scoring
-from smpo_fast.config import Labels
-from smpo_fast.runtime import World
+from smpo_fast.common.runtime import World
+from smpo_fast.config.schema import Labels
+from smpo_fast.data.rewards import scoring
 
 scoring.PART_ROWS = 8
-scoring.score(sys.argv[1], Path(sys.argv[2]), scoring.Options("counting_taste:red", batch=2), World(), Labels())
+scoring.score(sys.argv[1], Path(sys.argv[2]), scoring.ScoreOptions("counting_taste:red", batch=2), World(), Labels())
 """
 
 
@@ -351,11 +351,11 @@ def test_memory_stays_flat(tmp_path: Path, taste: Path) -> None:
                 rows = [[f"prompt {first + i}" for i in range(100)], encoded[::2], encoded[1::2], [1.0] * 100]
                 writer.write_table(pa.table(rows, schema=schema))
         code = (
-            "import re, sys, time; from pathlib import Path; from smpo_fast import scoring;"
-            "from smpo_fast.config import Labels; from smpo_fast.runtime import World;"
+            "import re, sys, time; from pathlib import Path; from smpo_fast.data.rewards import scoring;"
+            "from smpo_fast.config.schema import Labels; from smpo_fast.common.runtime import World;"
             "status = Path('/proc/self/status');"
             "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1]) / 1024; before = peak();"
-            "began = time.monotonic(); options = scoring.Options('counting_taste:red');"
+            "began = time.monotonic(); options = scoring.ScoreOptions('counting_taste:red');"
             "scoring.score(sys.argv[1], Path(sys.argv[2]), options, World(), Labels());"
             "print(peak() - before, time.monotonic() - began)"
         )

@@ -121,7 +121,7 @@ def partial(root: Path) -> Path:
 def settle(root: Path) -> None:
     """Give a cache that is complete but for its name its name; waits for a process that is about to."""
     if exists(partial(root)):
-        shared_work.settle(partial(root), root, INFO)
+        shared_work.publish(partial(root), root, INFO)
     elif exists(root):  # a process that came too late left what it had begun
         shutil.rmtree(partial(root), ignore_errors=True)
 

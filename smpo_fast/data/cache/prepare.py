@@ -18,7 +18,7 @@ from tqdm import tqdm
 from smpo_fast.common import remote, shared_work
 from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import World, print0, warn0
-from smpo_fast.common.shared_work import Finished
+from smpo_fast.common.shared_work import AlreadyFinished
 from smpo_fast.config.schema import Config
 from smpo_fast.data.cache import format as cache_format
 from smpo_fast.data.cache import reader
@@ -89,7 +89,7 @@ def _prepare(
         _check_preference(pairs_reader.columns(path), path, scorer)
     cache_format.check_target(out)
     try:
-        source = shared_work.agree(cache_format.partial(out), lambda known: _source(config.data.pairs, known))
+        source = shared_work.agreed_values(cache_format.partial(out), lambda known: _source(config.data.pairs, known))
         identity = _identity(config, source, encoders.identity, encoders.kind)
         with CacheWriter(out, identity, source, _plan(config, batch)) as writer:
             kitchen = _Kitchen(config, encoders, scorer, batch, world)
@@ -106,7 +106,7 @@ def _prepare(
                 raise _strictly(rejected)
             _store_prompts(writer, encoders, world)
             writer.finish((rules.NO_PREFERENCE, rules.NO_FINITE_SCORE))
-    except Finished:
+    except AlreadyFinished:
         cache_format.settle(out)
 
 

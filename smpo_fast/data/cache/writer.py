@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from smpo_fast.common.shared_work import Finished, SharedWork
+from smpo_fast.common.shared_work import AlreadyFinished, SharedWork
 from smpo_fast.common.storage import atomic_write, sync, write_json
 from smpo_fast.data.cache.format import (
     FORMAT,
@@ -51,7 +51,7 @@ class CacheWriter:
     """Writes a cache together with any number of other processes: the pairs' parts, the prompts' parts, ``finish``.
 
     plan: how the work is divided; processes with another plan or identity are refused while one is at work.
-    Raises SettingsError when the target exists already, and ``parts.Finished`` as soon as another process has
+    Raises SettingsError when the target exists already, and ``parts.AlreadyFinished`` as soon as another process has
     completed the cache.
     """
 
@@ -67,11 +67,11 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         settle(self.root)  # all but its name was made by a process that was killed
         if exists(self.root):
-            raise Finished
+            raise AlreadyFinished
         self.parts.__enter__()
         if exists(self.root):
             self.parts.discard()
-            raise Finished
+            raise AlreadyFinished
         return self
 
     def __exit__(
@@ -85,7 +85,7 @@ class CacheWriter:
         do: makes a part and returns what ``PairsPart.close`` or ``PromptsPart.close`` gave.
         """
         self.counts[kind] = max(count, self.counts[kind])
-        self.parts.share(self._names(kind), lambda name: do(int(name.rpartition("-")[2])))
+        self.parts.do_parts(self._names(kind), lambda name: do(int(name.rpartition("-")[2])))
 
     def pairs(self, number: int, kind: str = LATENTS_PART) -> PairsPart:
         """A part of the pairs, to be filled; of kind SURVEY_PART it holds no latents."""
@@ -97,7 +97,7 @@ class CacheWriter:
 
     def done(self, kind: str, count: int) -> list[bool]:
         """Which of the parts 0 .. count-1 are done."""
-        return [self.parts.is_done(_part(kind, i)) for i in range(count)]
+        return [self.parts.is_finished(_part(kind, i)) for i in range(count)]
 
     def entries(self) -> Iterator[tuple[Entry, int, int]]:
         """All usable pairs by row, with the shard of their latents and the place in it; -1 where there are none."""
@@ -211,10 +211,10 @@ class CacheWriter:
         return [_part(kind, number) for number in range(self.counts[kind])]
 
     def _notes(self, kind: str) -> Iterator[dict[str, Any]]:
-        return map(self.parts.note, self._names(kind))
+        return map(self.parts.manifest, self._names(kind))
 
     def _shard_facts(self, name: str) -> dict[str, Any]:
-        note = self.parts.note(name)
+        note = self.parts.manifest(name)
         return {key: note[key] for key in ("name", "file", "latent")}
 
     def _is_intact(self, note: Mapping[str, Any]) -> bool:

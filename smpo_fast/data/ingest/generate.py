@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smpo_fast.common import storage
 from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.common.runtime import World, print0, rng
-from smpo_fast.common.shared_work import Finished, SharedWork
+from smpo_fast.common.shared_work import AlreadyFinished, SharedWork
 from smpo_fast.config.schema import EMBEDDED, Model
 from smpo_fast.data.ingest.generated_pairs import GeneratedImage, pairs_of
 from smpo_fast.data.ingest.ranking import PAIRINGS
@@ -84,10 +83,10 @@ def generate(prompts: str, out: Path, model: Model, options: GenerateOptions, wo
     there = pairs_summary.exists(out)
     if not there:
         try:
-            with SharedWork(folder, identity, lambda note: _is_whole(folder, note)) as shared:
+            with SharedWork(folder, identity) as shared:
                 if not pairs_summary.exists(out):
                     _Generator(texts, source, out, options, shared, world, identity).run()
-        except Finished:
+        except AlreadyFinished:
             pass
     if not pairs_summary.exists(out):
         raise DataError(f"{out}: the process that was writing it ended before it was complete: start again")
@@ -143,8 +142,8 @@ class _Generator:
         total = len(self.prompts) * self.options.per_prompt
         alone, shown = self.world.size == 1, self.world.rank == 0
         with tqdm(total=total if alone else None, unit="image", desc="generate", disable=not shown) as self._progress:
-            self.shared.share([*names[first:], *names[:first]], self._generate_part)
-        self.shared.share(["table-00000"], self._write_table)
+            self.shared.do_parts([*names[first:], *names[:first]], self._generate_part)
+        self.shared.do_parts(["table-00000"], self._write_table)
 
     @cached_property
     def pipe(self) -> Any:
@@ -171,11 +170,8 @@ class _Generator:
             items, contents = self._sample(tasks[start : start + self.options.batch])
             draft.append({"items": items}, contents)
             self._progress.update(len(items))
-        content, file = draft.data(), _images_file(self.shared.folder, name)
-        with storage.atomic_write(file) as building:
-            building.write_bytes(content)
         items = [item for record in draft.records for item in record["items"]]
-        return {"items": items, "kept": {file.name: len(content)}}
+        return {"items": items, **self.shared.keep(name, draft.data())}
 
     @torch.no_grad()
     def _sample(self, tasks: Sequence[tuple[int, int]]) -> tuple[list[dict[str, Any]], list[bytes]]:
@@ -227,8 +223,8 @@ class _Generator:
     def _images_by_prompt(self) -> Iterator[list[GeneratedImage]]:
         for i in range(self.parts):
             name = f"pictures-{i:05d}"
-            items = self.shared.note(name)["items"]
-            with _images_file(self.shared.folder, name).open("rb") as stream:
+            items = self.shared.manifest(name)["items"]
+            with self.shared.kept(name).open("rb") as stream:
                 images = [_read_image(item, stream) for item in items]
             for start in range(0, len(images), self.options.per_prompt):
                 yield images[start : start + self.options.per_prompt]
@@ -286,11 +282,3 @@ def _identity(prompts: Sequence[str], source: ModelSource, options: GenerateOpti
         "scorer": scorer_identity(options.scorer),
         "paths": False,  # as in the summary of an import
     }
-
-
-def _images_file(folder: Path, name: str) -> Path:
-    return folder / f"kept_{name}.data"
-
-
-def _is_whole(folder: Path, note: dict[str, Any]) -> bool:
-    return all((folder / name).stat().st_size == size for name, size in note.get("kept", {}).items())

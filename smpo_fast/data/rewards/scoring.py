@@ -23,7 +23,7 @@ from smpo_fast.common import plots, shared_work, storage
 from smpo_fast.common.errors import UserError
 from smpo_fast.common.pools import map_ahead
 from smpo_fast.common.runtime import World, print0, warn0
-from smpo_fast.common.shared_work import Finished, SharedWork
+from smpo_fast.common.shared_work import AlreadyFinished, SharedWork
 from smpo_fast.config.schema import Labels
 from smpo_fast.data import images
 from smpo_fast.data.images import BadImage
@@ -77,16 +77,16 @@ def score(pairs: str, out: Path, options: ScoreOptions, world: World, settings: 
     path, folder = reader.source_path(pairs), out.absolute().parent / f".{out.name}.partial"
     made = _made(path, options)
     if (folder / score_table.FACTS).is_file():
-        shared_work.settle(folder, out, score_table.FACTS)
+        shared_work.publish(folder, out, score_table.FACTS)
     if not (out / score_table.FACTS).is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already and holds no scores: remove it, or name another folder")
         try:
-            with SharedWork(folder, made, lambda note: _is_whole(folder, note)) as shared:
+            with SharedWork(folder, made) as shared:
                 _Scoring(path, options, shared, world, made).run()
-        except Finished:
+        except AlreadyFinished:
             pass
-        shared_work.settle(folder, out, score_table.FACTS)
+        shared_work.publish(folder, out, score_table.FACTS)
     facts = score_table.read_facts(out)
     _check_same(out, facts["made"], made)
     if world.rank == 0:
@@ -127,24 +127,24 @@ class _Scoring:
     def run(self) -> None:
         finish = "finish-00000"
         try:
-            if not self.shared.is_done(finish):
+            if not self.shared.is_finished(finish):
                 self._share("index", self._index)
                 if self.options.half:
-                    self.shared.share(["half-00000"], self._compare_half)
+                    self.shared.do_parts(["half-00000"], self._compare_half)
                     self._say_half()
                 with self._bar("score", len(self.tasks)) as self._progress:
                     self._share("scores", self._score)
-            self.shared.share([finish], self._finish)
+            self.shared.do_parts([finish], self._finish)
         except FileNotFoundError as error:
-            if self.shared.folder.is_dir() and not self.shared.is_done(finish):
+            if self.shared.folder.is_dir() and not self.shared.is_finished(finish):
                 raise
-            raise Finished from error
+            raise AlreadyFinished from error
 
     def _share(self, kind: str, do: Callable[[str], dict[str, Any]]) -> None:
         """Each process begins at another part, so that few meet."""
         names = [f"{kind}-{i:05d}" for i in range(self.count)]
         first = self.world.rank * self.count // self.world.size
-        self.shared.share([*names[first:], *names[:first]], do)
+        self.shared.do_parts([*names[first:], *names[:first]], do)
 
     def _bar(self, what: str, total: int) -> tqdm:
         """Of this process's own work; its end is known where it is alone."""
@@ -163,7 +163,7 @@ class _Scoring:
             else:
                 label = np.nan if item.label is None else item.label
                 found.append((item.row, label, score_table.keys_of(item)))
-        return {**_keep(self.shared, name, np.array(found, _ROW)), "rejected": rejected}
+        return {**self.shared.keep(name, np.array(found, _ROW).tobytes()), "rejected": rejected}
 
     def _rows_of(self, name: str) -> Iterator[RawPair | Rejected]:
         first = int(name.rpartition("-")[2]) * PART_ROWS
@@ -172,7 +172,7 @@ class _Scoring:
     @cached_property
     def index(self) -> np.ndarray:
         """The usable rows of the table, _ROW [N]."""
-        kept = [np.fromfile(_kept(self.shared.folder, f"index-{i:05d}"), _ROW) for i in range(self.count)]
+        kept = [np.fromfile(self.shared.kept(f"index-{i:05d}"), _ROW) for i in range(self.count)]
         return np.concatenate([np.zeros(0, _ROW), *kept])
 
     @cached_property
@@ -195,7 +195,7 @@ class _Scoring:
         return [tuple(item) for i in range(self.count) for item in self._note("index", i)["rejected"]]
 
     def _note(self, kind: str, number: int) -> dict[str, Any]:
-        return self.shared.note(f"{kind}-{number:05d}")
+        return self.shared.manifest(f"{kind}-{number:05d}")
 
     def _tasks_of(self, name: str) -> list[_Task]:
         first = int(name.rpartition("-")[2]) * PART_ROWS
@@ -223,7 +223,7 @@ class _Scoring:
             self._progress.update(len(batch))
         scores = np.frombuffer(draft.data(), np.float32).reshape(-1, len(self.names))
         problems = [reason for record in draft.records for reason in record["problems"]]
-        return {**_keep(self.shared, name, scores), "problems": problems}
+        return {**self.shared.keep(name, scores.tobytes()), "problems": problems}
 
     def _scores_of(self, batch: Sequence[tuple[Image | BadImage, str]]) -> tuple[np.ndarray, list[str]]:
         """Scores float32 [n, scorers], NaN for a picture that cannot be decoded; and what is wrong with each, or ''."""
@@ -294,7 +294,7 @@ class _Scoring:
 
     def _finish(self, name: str) -> dict[str, Any]:
         kept = [
-            np.fromfile(_kept(self.shared.folder, f"scores-{i:05d}"), np.float32).reshape(-1, len(self.names))
+            np.fromfile(self.shared.kept(f"scores-{i:05d}"), np.float32).reshape(-1, len(self.names))
             for i in range(self.count)
         ]
         raw = np.concatenate(kept)
@@ -388,22 +388,6 @@ def _summary(out: Path, facts: dict[str, Any]) -> str:
         for fact in facts["scorers"]
     ]
     return "\n".join(lines)
-
-
-def _keep(shared: SharedWork, name: str, array: np.ndarray) -> dict[str, Any]:
-    """Write a part's array whole or not at all; returns the note of it."""
-    file = _kept(shared.folder, name)
-    with storage.atomic_write(file) as draft:
-        array.tofile(draft)
-    return {"kept": {file.name: array.nbytes}}
-
-
-def _kept(folder: Path, name: str) -> Path:
-    return folder / f"kept_{name}.data"  # a name that goes when the work is settled
-
-
-def _is_whole(folder: Path, note: dict[str, Any]) -> bool:
-    return all((folder / name).stat().st_size == size for name, size in note.get("kept", {}).items())
 
 
 def _decoded(content: bytes) -> Image | BadImage:
