@@ -49,8 +49,8 @@ def make_cache(root: Path, architecture: Architecture, rows: int) -> CachedPairs
         return part.close()
 
     with CacheWriter(root, {"kind": architecture.kind}, {}) as writer:
-        writer.share(LATENTS_PART, 1, pairs)
-        writer.share(PROMPTS_PART, 1, prompts)
+        writer.do_parts(LATENTS_PART, 1, pairs)
+        writer.do_parts(PROMPTS_PART, 1, prompts)
         writer.finish()
     return CachedPairs(root)
 

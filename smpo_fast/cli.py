@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from smpo_fast.common.runtime import world_from_environment
-    from smpo_fast.data.cache.identity import locate
+    from smpo_fast.data.cache.location import locate
     from smpo_fast.data.cache.prepare import prepare
     from smpo_fast.models.encoders import Encoders
     from smpo_fast.models.locate import find
@@ -63,11 +63,12 @@ def _verify(args: argparse.Namespace) -> int:
     from smpo_fast.data.cache.format import CacheError
     from smpo_fast.data.cache.identity import open_cache
     from smpo_fast.data.cache.reader import CachedPairs
+    from smpo_fast.data.cache.verify import verify
     from smpo_fast.models.identity import encoders_identity
     from smpo_fast.models.locate import find
 
     cached = CachedPairs(args.cache)
-    problems = cached.verify()
+    problems = verify(cached)
     if problems:
         problems.append(f"put back a good copy of these files, or remove {args.cache} and run 'smpo prepare' again")
     settings = loading.from_arguments(args)

@@ -1,4 +1,4 @@
-"""Pictures of a run and its data: curves, base beside aligned, labels."""
+"""Plots of a run and its data: metrics over the steps, images of two models side by side, weights of pairs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXT_HEIGHT = 18
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Six panels over the steps of metrics.jsonl."""
+    """Plot metrics over the steps, in six panels. rows: of metrics.jsonl."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
     steps = [row["step"] for row in rows]
     for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
@@ -50,7 +50,10 @@ def draw_grid(
     *,
     rows: int,
 ) -> None:
-    """Base beside aligned for the first prompts, three prompts a line, with scores [n] where there are any."""
+    """Draw the images of the base and the aligned model side by side, for the first ``rows`` of n prompts.
+
+    base, aligned: an image per prompt.  scores: by 'base' and 'aligned', float [n] each, or None.
+    """
     count, per_line = min(rows, len(prompts)), 3
     lines = -(-count // per_line)
     height = CELL + 2 * TEXT_HEIGHT
@@ -58,19 +61,19 @@ def draw_grid(
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i in range(count):
         left, top = (i % per_line) * (2 * CELL + 16), (i // per_line) * (height + 8)
-        pen.text((left + 2, top), _fit(prompts[i], pen, font, 2 * CELL), "black", font=font)
-        for j, (name, picture) in enumerate((("base", base[i]), ("aligned", aligned[i]))):
-            resample = Image.Resampling.NEAREST if picture.width < CELL else Image.Resampling.LANCZOS
-            sheet.paste(picture.resize((CELL, CELL), resample), (left + j * CELL, top + TEXT_HEIGHT))
+        pen.text((left + 2, top), _shorten(prompts[i], pen, font, 2 * CELL), "black", font=font)
+        for j, (name, image) in enumerate((("base", base[i]), ("aligned", aligned[i]))):
+            resample = Image.Resampling.NEAREST if image.width < CELL else Image.Resampling.LANCZOS
+            sheet.paste(image.resize((CELL, CELL), resample), (left + j * CELL, top + TEXT_HEIGHT))
             label = name if scores is None else f"{name} {scores[name][i]:.2f}"
             pen.text((left + j * CELL + 2, top + TEXT_HEIGHT + CELL), label, "black", font=font)
     sheet.save(file)
 
 
 def draw_labels(weights: np.ndarray, bins: Sequence[tuple[float, float, float]], file: Path) -> None:
-    """A histogram of the weights [n], and predicted preference against human labels where ``bins`` are given.
+    """Plot a histogram of the pairs' weights [n], and the calibration of the predicted preference if there are bins.
 
-    bins: predicted preference for picture 0, the share of humans who had it, and that share's error.
+    bins: each the mean predicted preference for image 0, the share of human labels that agree, and its error.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     axes[0].hist(weights, bins=50, color="tab:blue")
@@ -82,7 +85,7 @@ def draw_labels(weights: np.ndarray, bins: Sequence[tuple[float, float, float]],
     if bins:
         predicted, human, error = np.array(bins).T
         axes[1].errorbar(predicted, human, error, fmt="o-", linewidth=1.2, markersize=4, capsize=3)
-    axes[1].set_xlabel("predicted preference for picture 0, alpha/gamma", fontsize=8)
+    axes[1].set_xlabel("predicted preference for image 0, alpha/gamma", fontsize=8)
     axes[1].set_ylabel("share of humans who prefer it", fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -90,7 +93,7 @@ def draw_labels(weights: np.ndarray, bins: Sequence[tuple[float, float, float]],
     plt.close(figure)
 
 
-def _fit(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> str:
+def _shorten(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> str:
     while pen.textlength(text, font=font) > width:
         text = text[:-2].rstrip() + "…" if not text.endswith("…") else text[:-3].rstrip() + "…"
     return text

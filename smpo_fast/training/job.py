@@ -12,7 +12,7 @@ from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import world_from_environment
 from smpo_fast.config.schema import Config
 from smpo_fast.data.cache import format as cache_format
-from smpo_fast.data.cache import identity
+from smpo_fast.data.cache import identity, location
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.data.pairs import reader
 from smpo_fast.engine import ds_config, protocol
@@ -59,9 +59,9 @@ class Job:
         kernel_patch.check(settings, self.world.device)
         step_ops.check(settings)
         self.run_dir = Path(settings.run.dir)
-        self.cache_dir = identity.locate(settings)
+        self.cache_dir = location.locate(settings)
         self.encoders = encoders_identity(self.source)
-        if cache_format.exists(self.cache_dir):
+        if location.exists(self.cache_dir):
             self.open_cache()
         else:
             reader.columns(reader.source_path(settings.data.pairs))

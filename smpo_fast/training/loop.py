@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from smpo_fast.common.runtime import Stopped, StopSignal, print0, warn0
 from smpo_fast.config import loading
-from smpo_fast.data.cache import format as cache_format
-from smpo_fast.data.cache import prepare
+from smpo_fast.data.cache import location, prepare
 from smpo_fast.engine import checkpoint, create, zero
 from smpo_fast.engine.checkpoint import Progress
 from smpo_fast.engine.protocol import StepResult
@@ -116,7 +115,7 @@ def open_reference(
 
 def prepare_cache(job: Job) -> None:
     """Make the cache where there is none: all ranks share the work through its folder, not in a collective."""
-    if not cache_format.exists(job.cache_dir):
+    if not location.exists(job.cache_dir):
         encoders = Encoders(job.source, job.world.device)
         prepare.prepare(job.config, encoders, job.world.device, job.cache_dir, world=job.world)
 

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 from smpo_fast.common import shared_work, storage
 from smpo_fast.common.errors import UserError
 from smpo_fast.common.shared_work import AlreadyFinished
-from smpo_fast.data.cache import format as cache_format
-from smpo_fast.data.cache import writer as cache_writer
+from smpo_fast.data.cache import index, location
 from smpo_fast.data.cache.format import LATENTS_PART, PROMPTS_PART, CacheError, Entry, Unstorable
+from smpo_fast.data.cache.identity import check_identity
 from smpo_fast.data.cache.reader import CachedPairs
+from smpo_fast.data.cache.verify import verify
 from smpo_fast.data.cache.writer import CacheWriter
 
 LATENT = (4, 6, 5)
@@ -77,8 +78,8 @@ def write(root: Path, rows: int = 10, flips: int = 2, calls: list[int] | None = 
         return part.close()
 
     with CacheWriter(root, {**IDENTITY, **changes}, {"pairs": "x", "files": []}) as writer:
-        writer.share(LATENTS_PART, -(-rows // 4), pairs)
-        writer.share(PROMPTS_PART, -(-len(writer.texts()) // 2), prompts)
+        writer.do_parts(LATENTS_PART, -(-rows // 4), pairs)
+        writer.do_parts(PROMPTS_PART, -(-len(writer.texts()) // 2), prompts)
         writer.finish(("bad",))
 
 
@@ -100,8 +101,8 @@ def one_pair(root: Path, flips: int = 2, value: float | None = None, pooled: boo
         return part.close()
 
     with CacheWriter(root, IDENTITY, {}) as writer:
-        writer.share(LATENTS_PART, 1, pairs)
-        writer.share(PROMPTS_PART, 1, prompts)
+        writer.do_parts(LATENTS_PART, 1, pairs)
+        writer.do_parts(PROMPTS_PART, 1, prompts)
         writer.finish()
 
 
@@ -154,7 +155,7 @@ def test_index_rewards_labels_and_prompts(tmp_path: Path) -> None:
     }  # fmt: skip
     assert info.rewards == (-8 / 3, 8 / 7)
     assert info.bytes == sum(f.stat().st_size for f in (tmp_path / "c").iterdir() if f.name != "cache.json")
-    assert pairs.verify() == []
+    assert verify(pairs) == []
 
 
 def test_without_flips_and_without_pooled(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_without_flips_and_without_pooled(tmp_path: Path) -> None:
     pairs = CachedPairs(tmp_path / "c")
     assert pairs.prompts([0])[1] is None
     assert torch.equal(pairs.moments([0], np.zeros((1, 2), bool))[0], latents(7, 1)[0][None, :, 0].half().float())
-    with pytest.raises(ValueError, match="no mirrored pictures"):
+    with pytest.raises(ValueError, match="no mirrored images"):
         pairs.moments([0], np.array([[False, True]]))
 
 
@@ -192,16 +193,16 @@ def test_an_interruption_anywhere_leaves_no_half_cache_and_the_next_run_ends_the
             sync(path)
 
         root = tmp_path / f"c{stop}"
-        for room in (storage, shared_work, cache_writer):
+        for room in (storage, shared_work, index):
             monkeypatch.setattr(room, "sync", interrupt)
         try:
             write(root, calls=encoded)
             break
         except KeyboardInterrupt:
             pass
-        for room in (storage, shared_work, cache_writer):
+        for room in (storage, shared_work, index):
             monkeypatch.setattr(room, "sync", sync)
-        if not cache_format.exists(root):  # the last sync comes after the renaming
+        if not location.exists(root):  # the last sync comes after the renaming
             assert not root.exists()
             with suppress(AlreadyFinished):
                 write(root, calls=encoded)
@@ -214,7 +215,7 @@ def test_an_interruption_anywhere_leaves_no_half_cache_and_the_next_run_ends_the
 def test_who_comes_too_late_leaves_nothing_behind(tmp_path: Path) -> None:
     write(tmp_path / "c")
     before = digests(tmp_path / "c")
-    shared_work.agreed_values(cache_format.partial(tmp_path / "c"), lambda known: {"sha256": "s"})
+    shared_work.agreed_values(location.partial(tmp_path / "c"), lambda known: {"sha256": "s"})
     with pytest.raises(AlreadyFinished):
         write(tmp_path / "c")
     assert digests(tmp_path / "c") == before
@@ -252,22 +253,22 @@ def test_writers_of_other_caches_and_occupied_targets_are_refused(tmp_path: Path
         pass
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "other").touch()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists and is not a cache"):
         CacheWriter(tmp_path / "e", IDENTITY, {})
 
 
 def test_a_cache_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "c")
     pairs = CachedPairs(tmp_path / "c")
-    pairs.expect(IDENTITY)
-    pairs.expect({**IDENTITY, "flip": False})  # both flips are there
+    check_identity(pairs.info, IDENTITY)
+    check_identity(pairs.info, {**IDENTITY, "flip": False})  # both flips are there
     with pytest.raises(CacheError, match="scorer .*data.scorer.*: found '', wanted 'pickscore'"):
-        pairs.expect({**IDENTITY, "scorer": "pickscore"})
+        check_identity(pairs.info, {**IDENTITY, "scorer": "pickscore"})
     pairs.info.counts["unrewarded"] = 0
-    pairs.expect({**IDENTITY, "scorer": "pickscore"})  # no reward hangs on it
-    pairs.expect({"resolution": 64})
+    check_identity(pairs.info, {**IDENTITY, "scorer": "pickscore"})  # no reward hangs on it
+    check_identity(pairs.info, {"resolution": 64})
     with pytest.raises(CacheError) as caught:
-        pairs.expect({**IDENTITY, "encoders": "f", "resolution": 128})
+        check_identity(pairs.info, {**IDENTITY, "encoders": "f", "resolution": 128})
     message = str(caught.value)
     assert "encoders (model.path or model.vae): found 'e', wanted 'f'" in message
     assert "resolution (data.resolution): found 64, wanted 128" in message
@@ -278,7 +279,7 @@ def test_a_cache_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
 def test_flips_that_are_not_there_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "c", flips=1, flip=False)
     with pytest.raises(CacheError, match=r"flip \(data.flip\): found False, wanted True"):
-        CachedPairs(tmp_path / "c").expect(IDENTITY)
+        check_identity(CachedPairs(tmp_path / "c").info, IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def test_changed_content_is_found_by_verify(tmp_path: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[-3] ^= 1
     file.write_bytes(raw)
-    problems = CachedPairs(tmp_path / "c").verify()
+    problems = verify(CachedPairs(tmp_path / "c"))
     assert len(problems) == 1
     assert "latents-00001.safetensors: its content has changed" in problems[0]
     assert problems[0].endswith("it holds 3 pairs, rows 5 to 7")
@@ -325,12 +326,12 @@ def test_verify_names_the_pair_with_a_bad_number_and_the_prompt(tmp_path: Path) 
     spoil("latents-00002.safetensors", "std", 0, -1.0)
     spoil("prompts-00000.safetensors", "pooled", 1, np.inf)
     changed, numbers = [], []
-    for problem in CachedPairs(tmp_path / "c").verify():
+    for problem in verify(CachedPairs(tmp_path / "c")):
         (changed if "sha256" in problem else numbers).append(problem.partition(": ")[2])
     assert len(changed) == 3
     assert numbers == [
-        "row 6 (uid 6): the latents' mean is not a finite number or below 0",
-        "row 8 (uid 8): the latents' std is not a finite number or below 0",
+        "row 6 (uid 6): the latents' mean contains a number that is not finite or is below 0",
+        "row 8 (uid 8): the latents' std contains a number that is not finite or is below 0",
         "the embedding of prompt 1, 'a', is not finite",
     ]
 
@@ -340,11 +341,11 @@ def test_verify_compares_the_index_with_the_shards_and_the_counts(tmp_path: Path
     table = pq.read_table(tmp_path / "c" / "pairs.parquet")
     pq.write_table(table.take([0, 1, 1, 3, 4, 5, 6]), tmp_path / "c" / "pairs.parquet")
     info = json.loads((tmp_path / "c" / "cache.json").read_text())
-    info["files"]["pairs.parquet"] = cache_format.file_facts(tmp_path / "c" / "pairs.parquet")
+    info["files"]["pairs.parquet"] = storage.file_facts(tmp_path / "c" / "pairs.parquet")
     (tmp_path / "c" / "cache.json").write_text(json.dumps(info))
-    problems = "\n".join(CachedPairs(tmp_path / "c").verify())
+    problems = "\n".join(verify(CachedPairs(tmp_path / "c")))
     assert "the index has 7 pairs, cache.json says 8" in problems
-    assert "rows do not ascend" in problems
+    assert "rows are not in ascending order" in problems
     assert (
         "latents-00000.safetensors: it holds 4 pairs where the index has 4; it holds 4 pairs, rows 0 to 3" in problems
     )
@@ -368,8 +369,8 @@ def test_pairs_of_several_shapes_lie_in_one_shard_and_are_read_apart(tmp_path: P
         return part.close()
 
     with CacheWriter(tmp_path / "c", {**IDENTITY, "buckets": True, "flip": False}, {}) as writer:
-        writer.share(LATENTS_PART, 1, pairs)
-        writer.share(PROMPTS_PART, 1, prompts)
+        writer.do_parts(LATENTS_PART, 1, pairs)
+        writer.do_parts(PROMPTS_PART, 1, prompts)
         writer.finish()
     cached = CachedPairs(tmp_path / "c")
     assert cached.pixels.tolist() == [[40, 48], [48, 40]]
@@ -382,7 +383,7 @@ def test_pairs_of_several_shapes_lie_in_one_shard_and_are_read_apart(tmp_path: P
     assert (mean[0] == 4).all() and (mean[1] == 1).all() and (std[1] == 1.5).all()
     with pytest.raises(ValueError, match="2 shapes"):
         cached.moments([0, 1], np.zeros((2, 2), bool))
-    assert cached.verify() == []
+    assert verify(cached) == []
 
 
 def test_a_broken_shard_header_and_index_are_clear_errors(tmp_path: Path) -> None:
@@ -419,7 +420,7 @@ def test_files_are_as_readable_as_others(tmp_path: Path) -> None:
 
 
 def test_no_cache_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="no prepared cache here.*smpo prepare"):
+    with pytest.raises(CacheError, match="holds no prepared cache.*smpo prepare"):
         CachedPairs(tmp_path)
 
 

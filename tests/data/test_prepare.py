@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from smpo_fast.common import storage
 from smpo_fast.common.errors import UserError
 from smpo_fast.common.remote import RemoteFolder
 from smpo_fast.common.runtime import World
@@ -32,11 +33,12 @@ from smpo_fast.config import loading
 from smpo_fast.config.schema import Config, Labels
 from smpo_fast.data import aspect_buckets
 from smpo_fast.data.aspect_buckets import fit
-from smpo_fast.data.cache import encode, prepare
-from smpo_fast.data.cache import format as cache_format
 from smpo_fast.data.cache import identity as cache_identity
+from smpo_fast.data.cache import location, pipeline, prepare
 from smpo_fast.data.cache.format import CacheError
 from smpo_fast.data.cache.reader import CachedPairs
+from smpo_fast.data.cache.verify import verify
+from smpo_fast.data.cache.visits import visited
 from smpo_fast.data.images import decode
 from smpo_fast.method.labels import weigh
 from smpo_fast.training.loader import Loader
@@ -158,7 +160,7 @@ def test_scorer_fills_in_what_is_missing_and_only_that(tmp_path: Path, capsys: p
     np.testing.assert_allclose(pairs.rewards, expected)
     assert pairs.info.counts["scored"] == 2
     assert pairs.info.counts["stored"] == 2
-    assert "are they of one reward model?" in capsys.readouterr().err
+    assert "are they from the same reward model?" in capsys.readouterr().err
 
 
 def test_a_pair_that_cannot_be_scored_is_left_out(tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_no_preference_and_the_same_picture_are_left_out(tmp_path: Path) -> None
 
 
 def test_tables_nothing_can_be_learned_from_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither labels .* nor rewards .* give data.scorer"):
+    with pytest.raises(UserError, match="neither labels .* nor rewards .* set data.scorer"):
         run(settings(write_table(tmp_path / "a.parquet", label_0=None)), tmp_path / "c")
     junk = write_table(tmp_path / "b.parquet", 3, jpg_0=[b"junk"] * 3)
     with pytest.raises(UserError, match=r"no usable pair in .*b\.parquet: 3 x jpg_0 not a picture \(row 0, 1, 2\)"):
@@ -251,8 +253,8 @@ def test_hashing_is_spared_for_untouched_files_only(tmp_path: Path, monkeypatch:
     table = write_table(tmp_path / "t.parquet", 4)
     run(settings(table), tmp_path / "c")
     hashed: list[Path] = []
-    facts = cache_format.file_facts
-    monkeypatch.setattr(cache_format, "file_facts", lambda file: hashed.append(file) or facts(file))
+    facts = storage.file_facts
+    monkeypatch.setattr(storage, "file_facts", lambda file: hashed.append(file) or facts(file))
     cache_identity.open_cache(settings(table), tmp_path / "c", encoders="fake", kind="sdxl")
     assert hashed == []
     os.utime(table, (1, 1))
@@ -304,9 +306,9 @@ class Logging(FakeEncoders):
 def small_parts(table: Path, out: Path, log: Path, seconds: float = 0.0, **world: int) -> None:
     """Prepare in parts of a few pairs and prompts, two at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "SHARD_BYTES", 3000)
-        patch.setattr(prepare, "PROMPT_SHARD", 4)
-        patch.setattr(prepare, "_PROMPT_BATCH", 2)
+        patch.setattr(pipeline, "SHARD_BYTES", 3000)
+        patch.setattr(pipeline, "PROMPT_SHARD", 4)
+        patch.setattr(pipeline, "PROMPT_BATCH", 2)
         run(settings(table), out, batch=2, encoders=Logging(log, seconds), world=World(**world))
 
 
@@ -367,12 +369,12 @@ def fork(function: Callable[[], None]) -> int:
 def kill_repeatedly(table: str, out: str, log: str, points: int, seconds: float) -> None:
     """Start the preparation and kill it ``points`` times at random moments, then let it end."""
     moments, began, kills = np.random.default_rng(points), time.monotonic(), 0
-    while not cache_format.exists(Path(out)):
+    while not location.exists(Path(out)):
         child = fork(lambda: small_parts(Path(table), Path(out), Path(log), 0.001))
         if kills < points:
             time.sleep(moments.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
-            kills += not cache_format.exists(Path(out))
+            kills += not location.exists(Path(out))
         os.waitpid(child, 0)
         assert time.monotonic() - began < 300, "no end"
     print(f"{kills} kills")
@@ -426,7 +428,7 @@ def test_an_interrupted_preparation_says_where_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = write_table(tmp_path / "t.parquet")
-    monkeypatch.setattr(encode, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(pipeline, "SHARD_BYTES", 3000)
 
     class Tired(FakeEncoders):
         def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -438,7 +440,7 @@ def test_an_interrupted_preparation_says_where_it_goes_on(
         run(settings(table), tmp_path / "c", batch=2, encoders=Tired())
     assert not (tmp_path / "c").exists()
     run(settings(table), tmp_path / "c", batch=2)
-    assert "going on with an interrupted preparation: 6 of 20 rows are done" in capsys.readouterr().out
+    assert "resuming an interrupted preparation: 6 of 20 rows are done" in capsys.readouterr().out
     assert sorted(f.name for f in tmp_path.iterdir()) == ["c", "t.parquet"]
 
 
@@ -459,14 +461,14 @@ def test_only_what_the_run_visits_is_encoded_and_the_run_is_the_same(tmp_path: P
     few = run(chosen, tmp_path / "few", encoders=encoders)
     assert (len(few), few.encoded.sum(), sum(encoders.calls)) == (48, 12, 12 * 4)
     assert few.rows.tolist() == whole.rows.tolist() and few.rejections() == whole.rejections()
-    assert few.verify() == []
+    assert verify(few) == []
     for step in range(3):
         a, b = (Loader(c, chosen, World()).window(step)[0] for c in (whole, few))
         assert a.ids == b.ids and torch.equal(a.latents, b.latents) and torch.equal(a.weight, b.weight)
         assert torch.equal(a.cond.prompt, b.cond.prompt)
     shorter = of_run(table, steps=2)
     assert len(cache_identity.open_cache(shorter, tmp_path / "few", encoders="fake", kind="sdxl")) == 48
-    with pytest.raises(CacheError, match=r"the 12 pairs that another run visits .* of the 16 .* run.steps = 4.* 4 are"):
+    with pytest.raises(CacheError, match=r"the 12 pairs that another run visits .* Of the 16 .*steps = 4.* 4 are"):
         cache_identity.open_cache(of_run(table, steps=4), tmp_path / "few", encoders="fake", kind="sdxl")
     with pytest.raises(CacheError, match="run.seed = 2"):
         cache_identity.open_cache(of_run(table, seed=2), tmp_path / "few", encoders="fake", kind="sdxl")
@@ -487,7 +489,7 @@ def test_a_visited_pair_that_cannot_be_encoded_is_replaced_as_a_whole_cache_woul
     whole = CachedPairs(tmp_path / "whole")
     rejected = {row for row, _, _ in few.rejections()}
     assert rejected and rejected <= {row for row, _, _ in whole.rejections()}
-    wanted = cache_identity.visited(of_run(table), few.rewards, few.labels, few.shapes)
+    wanted = visited(of_run(table), few.rewards, few.labels, few.shapes)
     assert few.encoded[wanted].all()
 
 
@@ -499,7 +501,7 @@ def test_buckets_keep_the_aspect_of_both_pictures_and_say_what_was_cut(tmp_path:
     tables = [[png(50 + picture, sizes[i % 4][picture]) for i in range(12)] for picture in range(2)]
     table = write_table(tmp_path / "t.parquet", 12, jpg_0=tables[0], jpg_1=tables[1])
     cached = run(settings(table, buckets=True), tmp_path / "c", batch=5)
-    assert cached.verify() == []
+    assert verify(cached) == []
     shapes = cached.pixels[cached.shapes]
     for row in range(12):
         both = [sizes[row % 4][picture][::-1] for picture in range(2)]
@@ -576,7 +578,7 @@ def test_a_cache_at_a_url_is_sent_there_and_fetched_shard_by_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, url = write_table(tmp_path / "t.parquet"), f"memory://{tmp_path.name}/cache"
-    monkeypatch.setattr(encode, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(pipeline, "SHARD_BYTES", 3000)
 
     def there(run_dir: str) -> Config:
         sections = {
@@ -586,13 +588,13 @@ def test_a_cache_at_a_url_is_sent_there_and_fetched_shard_by_shard(
         return loading.from_dict(sections)
 
     one = there("one")
-    made = run(one, cache_identity.locate(one))
-    assert f"{url}: {len(made.info.files) + 1} files sent" in capsys.readouterr().out
-    run(one, cache_identity.locate(one))
-    assert "files sent" not in capsys.readouterr().out
+    made = run(one, location.locate(one))
+    assert f"{url}: {len(made.info.files) + 1} files uploaded" in capsys.readouterr().out
+    run(one, location.locate(one))
+    assert "files uploaded" not in capsys.readouterr().out
 
     two, encoders = there("two"), FakeEncoders()
-    root = cache_identity.locate(two)
+    root = location.locate(two)
     assert root == tmp_path / "two" / "cache"
     prepare.prepare(two, encoders, CPU, root)
     assert encoders.calls == []
@@ -607,9 +609,7 @@ def test_a_cache_at_a_url_is_sent_there_and_fetched_shard_by_shard(
         cached.moments([0], np.zeros((1, 2), bool))
     (root / "latents-00000.safetensors").unlink(missing_ok=True)
     with pytest.raises(UserError, match="needs the package s3fs"):
-        cache_identity.locate(
-            loading.from_dict({"data": {"cache": "s3://a/b"}, "run": {"dir": str(tmp_path / "three")}})
-        )
+        location.locate(loading.from_dict({"data": {"cache": "s3://a/b"}, "run": {"dir": str(tmp_path / "three")}}))
 
 
 @needs_samples

@@ -43,7 +43,7 @@ def test_embedded_scores_pictures_of_any_size_and_names_the_parts() -> None:
 
 
 def test_embedded_refuses_prompts_of_another_world() -> None:
-    with pytest.raises(UserError, match="embedded world only"):
+    with pytest.raises(UserError, match="only score images of the embedded world"):
         load_scorer("embedded", CPU)(pictures(1), ["a photo of a cat"])
 
 
@@ -111,9 +111,9 @@ def test_a_function_of_your_own(module: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("picscore", "'picscore' is unknown; there are 'embedded', 'pickscore'"),
+        ("picscore", "'picscore' is unknown; known are 'embedded', 'pickscore'"),
         ("0.5*pickscore + 0.5*clip", "combines scorers.*smpo score"),
-        ("hpsv2.1:/no/such/folder", "neither a file or folder here nor a hub id"),
+        ("hpsv2.1:/no/such/folder", "neither a local file or folder nor a hub id"),
         ("", "is unknown"),
         ("no_such_module:f", "no module 'no_such_module'.*PYTHONPATH"),
         ("no.such.module:f", "no module 'no.such.module'"),
@@ -134,7 +134,7 @@ def test_check_names_the_setting_and_loads_nothing() -> None:
 
 
 def test_wrong_shape_of_scores_is_said(module: Path) -> None:
-    with pytest.raises(UserError, match=r"gave an array \[2, 1\] for 2 pictures"):
+    with pytest.raises(UserError, match=r"returned an array of shape \[2, 1\] for 2 images"):
         load_scorer("taste_of_a_test:wrong", CPU)(pictures(2), ["", ""])
 
 
@@ -387,7 +387,7 @@ def test_a_clip_with_weights_missing_is_refused(tmp_path: Path) -> None:
     folder = write_clip(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     save_file(without("visual_projection.weight")(weights), folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="1 weights are not there, as visual_projection.weight"):
+    with pytest.raises(UserError, match="1 weights are missing, such as visual_projection.weight"):
         load_scorer(f"pickscore:{folder}", CPU)
     save_file(
         weights | {"visual_projection.weight": torch.zeros(3, 16)}, folder / "model.safetensors", {"format": "pt"}
@@ -405,7 +405,7 @@ def without(name: str) -> Callable[[Weights], Weights]:
     [
         (without("visual.proj"), "not the weights of an OpenCLIP ViT-H-14"),
         (without("ln_final.bias"), "1 names differ, such as text_model.final_layer_norm.bias"),
-        (lambda w: w | {"visual.proj": torch.zeros(128, 24)}, "width 128 has no heads of 80"),
+        (lambda w: w | {"visual.proj": torch.zeros(128, 24)}, "width 128 is no multiple of the heads' width 80"),
         (lambda w: w | {"visual.ln_pre.bias": torch.zeros(7)}, "not the weights of an OpenCLIP"),
         (lambda w: w | {"more.weight": torch.zeros(7)}, "1 names differ, such as more.weight"),
     ],
@@ -426,11 +426,11 @@ def test_no_object_is_made_of_a_weight_file(tmp_path: Path) -> None:
             return Path.touch, (ran,)
 
     torch.save({"state_dict": {"a": torch.zeros(1)}, "more": Payload()}, tmp_path / "ImageReward.pt")
-    with pytest.raises(UserError, match="nothing but tensors"):
+    with pytest.raises(UserError, match="contains only tensors"):
         load_scorer(f"imagereward:{tmp_path}", CPU)
     assert not ran.exists()
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="no table of tensors"):
+    with pytest.raises(UserError, match="not a dictionary of tensors"):
         read_weights(tmp_path / "list.pt")
 
 
@@ -463,7 +463,7 @@ def test_half_precision_is_near_and_only_where_there_are_networks(clip: Path) ->
 
 def test_every_kind_has_an_identity_that_follows_its_files(tmp_path: Path) -> None:
     for kind, known in KINDS.items():
-        assert scorer_identity(kind) == f"{kind}:{known.place}"
+        assert scorer_identity(kind) == f"{kind}:{known.location}"
         (tmp_path / "weights.pt").write_bytes(kind.encode())
         before = scorer_identity(f"{kind}:{tmp_path}")
         (tmp_path / "weights.pt").write_bytes(b"others")

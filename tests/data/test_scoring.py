@@ -33,9 +33,10 @@ from smpo_fast.data.cache.format import CacheError
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.data.pairs import reader
 from smpo_fast.data.pairs.pair import RawPair, Rejected
-from smpo_fast.data.rewards import scoring
-from smpo_fast.data.rewards.score_table import Sidecar
-from smpo_fast.data.rewards.scoring import ScoreOptions, combine, score
+from smpo_fast.data.rewards import half_precision, scoring_work
+from smpo_fast.data.rewards.combination import combine
+from smpo_fast.data.rewards.score_table import ScoreTable
+from smpo_fast.data.rewards.scoring import ScoreOptions, score
 
 ALONE = World()
 # A taste that counts: every picture it is shown leaves a line in the file of LOG.
@@ -99,14 +100,14 @@ def usable(rows: Any) -> list[RawPair]:
 
 def test_each_picture_is_scored_once_with_each_of_its_prompts(tmp_path: Path, taste: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
-    monkeypatch.setattr(scoring, "PART_ROWS", 4)
+    monkeypatch.setattr(scoring_work, "PART_ROWS", 4)
     table = write_table(tmp_path / "t.parquet", [*ring(10), ("other", png(3), png(4), 1.0)])
     facts = score(str(table), tmp_path / "out", ScoreOptions("counting_taste:red", batch=3), ALONE, Labels())
     assert facts["counts"] == {"pairs": 11, "pictures": 12, "rejected": {}}
     assert sorted((tmp_path / "log").read_text().split("\n")[:-1]) == sorted(
         [*(f"{i} p" for i in range(10)), "3 other", "4 other"]
     )
-    found = usable(Sidecar(tmp_path / "out").rewarded(reader.read_pairs(table)))
+    found = usable(ScoreTable(tmp_path / "out").with_rewards(reader.read_pairs(table)))
     assert [pair.rewards for pair in found] == [*((i + 1.0, (i + 1) % 10 + 1.0) for i in range(10)), (8.0, 9.0)]
     key = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()[0]
     assert key["picture"] in {hashlib.sha256(png(i)).digest() for i in range(10)}
@@ -121,9 +122,9 @@ import sys
 from pathlib import Path
 from smpo_fast.common.runtime import World
 from smpo_fast.config.schema import Labels
-from smpo_fast.data.rewards import scoring
+from smpo_fast.data.rewards import scoring, scoring_work
 
-scoring.PART_ROWS = 8
+scoring_work.PART_ROWS = 8
 scoring.score(sys.argv[1], Path(sys.argv[2]), scoring.ScoreOptions("counting_taste:red", batch=2), World(), Labels())
 """
 
@@ -137,7 +138,7 @@ def test_a_killed_process_and_two_that_go_on_lose_and_repeat_nothing(
     victim = subprocess.run([sys.executable, "-c", VICTIM, table, out], env=environment, capture_output=True, text=True)
     assert victim.returncode == -signal.SIGKILL, victim.stderr
     in_flight = (tmp_path / "log").read_text().splitlines()[-2:]  # the batch that the kill met
-    monkeypatch.setattr(scoring, "PART_ROWS", 8)
+    monkeypatch.setattr(scoring_work, "PART_ROWS", 8)
     options = ScoreOptions("counting_taste:red", batch=2)
     with ThreadPoolExecutor(2) as pool:
         ranks = [pool.submit(score, str(table), out, options, World(rank, 2), Labels()) for rank in range(2)]
@@ -145,7 +146,7 @@ def test_a_killed_process_and_two_that_go_on_lose_and_repeat_nothing(
     assert facts[0] == facts[1]
     seen = (tmp_path / "log").read_text().splitlines()
     assert sorted(seen) == sorted([*(f"{i} p" for i in range(60)), *in_flight])
-    found = usable(Sidecar(out).rewarded(reader.read_pairs(table)))
+    found = usable(ScoreTable(out).with_rewards(reader.read_pairs(table)))
     assert [pair.rewards for pair in found] == [(i + 1.0, (i + 1) % 60 + 1.0) for i in range(60)]
     assert not list(tmp_path.glob(".*"))
 
@@ -177,7 +178,7 @@ def score_until_killed(table: Path, out: Path, calls: int) -> bool:
 def test_killed_at_twenty_points_nothing_is_lost_and_at_most_a_batch_repeated(
     tmp_path: Path, taste: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "PART_ROWS", 4)
+    monkeypatch.setattr(scoring_work, "PART_ROWS", 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     table, rng, total = write_table(tmp_path / "t.parquet", ring(20)), np.random.default_rng(0), 0
     for attempt in range(100):
@@ -188,7 +189,7 @@ def test_killed_at_twenty_points_nothing_is_lost_and_at_most_a_batch_repeated(
         seen = (tmp_path / f"log-{attempt}").read_text().splitlines()
         assert set(seen) == {f"{i} p" for i in range(20)}
         assert len(seen) <= 20 + 2 * kills
-        found = usable(Sidecar(out).rewarded(reader.read_pairs(table)))
+        found = usable(ScoreTable(out).with_rewards(reader.read_pairs(table)))
         assert [pair.rewards for pair in found] == [(i + 1.0, (i + 1) % 20 + 1.0) for i in range(20)]
         assert not list(tmp_path.glob(".*"))
         total += kills
@@ -233,7 +234,7 @@ def test_bad_rows_and_bad_scores_are_rejected_and_counted(tmp_path: Path, taste:
     assert reasons[2].startswith("no caption")
     assert reasons[3] == "jpg_0 the scorer gave no finite score: nan"
     assert sum(facts["counts"]["rejected"].values()) == 3
-    found = list(Sidecar(tmp_path / "out").rewarded(reader.read_pairs(table)))
+    found = list(ScoreTable(tmp_path / "out").with_rewards(reader.read_pairs(table)))
     assert [isinstance(item, Rejected) for item in found] == [False, True, True, True]
 
 
@@ -252,7 +253,7 @@ def test_a_combination_is_the_weighted_sum_of_standard_scores(tmp_path: Path, ta
     again = sum(c["weight"] * (p - c["mean"]) / c["std"] for c, p in zip(facts["scorers"], parts, strict=True))
     np.testing.assert_allclose(stored["score"].to_numpy(), again, rtol=1e-6)
     np.testing.assert_allclose([p.mean() for p in parts], [c["mean"] for c in facts["scorers"]], rtol=1e-6)
-    with pytest.raises(UserError, match="gives all pictures the same score"):
+    with pytest.raises(UserError, match="gives all images the same score"):
         combine("1*a + 1*b", np.array([[1, 2], [1, 3]], np.float32))
 
 
@@ -268,7 +269,7 @@ def test_half_precision_is_taken_where_it_holds(
     table = write_table(tmp_path / "t.parquet", [(f"cat {i}", pictures[i], pictures[i + 1], 1.0) for i in range(9)])
     name = f"pickscore:{clip}"
     exact = score(str(table), tmp_path / "full", ScoreOptions(name), ALONE, Labels())
-    monkeypatch.setattr(scoring, "HALF_TOLERANCE", 1.0)
+    monkeypatch.setattr(half_precision, "TOLERANCE", 1.0)
     half = score(str(table), tmp_path / "half", ScoreOptions(name, half=True), ALONE, Labels())
     assert half["half"] == {name: True}
     assert "float16 differs from float32 by at most" in capsys.readouterr().out
@@ -277,11 +278,11 @@ def test_half_precision_is_taken_where_it_holds(
         - pq.read_table(tmp_path / "half" / "scores.parquet")["score"].to_numpy()
     )
     assert 0 < difference.max() < 0.05
-    monkeypatch.setattr(scoring, "HALF_TOLERANCE", 1e-9)
+    monkeypatch.setattr(half_precision, "TOLERANCE", 1e-9)
     refused = score(str(table), tmp_path / "refused", ScoreOptions(name, half=True), ALONE, Labels())
     assert refused["half"] == {name: False}
     assert refused["sha256"] == exact["sha256"]
-    assert "float32 is taken" in capsys.readouterr().err
+    assert "float32 is used" in capsys.readouterr().err
     with pytest.raises(UserError, match="no half precision"):
         score(str(table), tmp_path / "no", ScoreOptions("embedded", half=True), ALONE, Labels())
 
@@ -316,10 +317,10 @@ def test_damaged_scores_are_refused(tmp_path: Path, taste: Path) -> None:
     content = (out / "scores.parquet").read_bytes()
     (out / "scores.parquet").write_bytes(content[:-9])
     with pytest.raises(UserError, match=f"has {len(content) - 9} bytes, scores.json says {len(content)}"):
-        Sidecar(out)
+        ScoreTable(out)
     (out / "scores.parquet").write_bytes(bytes(len(content)))
     with pytest.raises(UserError, match="cannot be read"):
-        Sidecar(out)
+        ScoreTable(out)
 
 
 def test_what_cannot_be_scored_is_said(tmp_path: Path, taste: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,9 @@ def test_a_wrong_place_is_named() -> None:
 
 def test_a_hub_id_without_the_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(EnvironmentProblem, match="model.path: 'nobody/nothing' is not a local folder, and the hub answered"):
+    with pytest.raises(
+        EnvironmentProblem, match="model.path: 'nobody/nothing' is not a local folder, and the hub answered"
+    ):
         find(settings("nobody/nothing"))
 
 

@@ -1,7 +1,8 @@
-"""Program: raw pairs to the cache that training reads: decode, score, encode, write.
+"""Program: from a table of raw pairs to the cache that training reads.
 
-A row that cannot be used is left out with its number and the reason; it stops nothing and shifts no other pair. Any
-number of processes prepare one cache together, and what they were doing is taken up after a kill at any point.
+A row that cannot be used is left out, and its number and the reason are recorded; it stops nothing and shifts no
+other pair. Any number of processes prepare one cache together, and a preparation that was killed at any point is
+resumed by the next one.
 """
 
 from __future__ import annotations
@@ -9,39 +10,26 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from smpo_fast.common import remote, shared_work
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import DataError
 from smpo_fast.common.runtime import World, print0, warn0
 from smpo_fast.common.shared_work import AlreadyFinished
 from smpo_fast.config.schema import Config
-from smpo_fast.data.cache import format as cache_format
-from smpo_fast.data.cache import reader
-from smpo_fast.data.cache.encode import (
-    SHARD_BYTES,
-    Encoders,
-    _chunks,
-    _encode,
-    _Kitchen,
-    _listed,
-    _strictly,
-    _survey_and_encode,
-)
-from smpo_fast.data.cache.format import PROMPTS_PART, CacheInfo
-from smpo_fast.data.cache.identity import _identity, _source, open_cache
+from smpo_fast.data.cache import location
+from smpo_fast.data.cache.format import CacheInfo
+from smpo_fast.data.cache.identity import cache_identity, describe_source, open_cache
+from smpo_fast.data.cache.pipeline import Pipeline, plan, strict_error
+from smpo_fast.data.cache.progress import list_reasons
 from smpo_fast.data.cache.reader import CachedPairs
+from smpo_fast.data.cache.stages import Encoders
 from smpo_fast.data.cache.writer import CacheWriter
 from smpo_fast.data.pairs import reader as pairs_reader
 from smpo_fast.data.pairs import rules
 from smpo_fast.data.rewards.scorers import Scorer, load_scorer
-
-PROMPT_SHARD = 512  # prompts; 160 MB of SDXL embeddings
-_PROMPT_BATCH = 32
 
 
 def prepare(
@@ -54,28 +42,29 @@ def prepare(
     batch: int = 8,
     world: World | None = None,
 ) -> CacheInfo:
-    """Turn the pairs of ``data.pairs`` into a cache at ``out``; where there is one that serves, that is returned.
+    """Turn the pairs of ``data.pairs`` into a cache at ``out``, or return the one there if it serves these settings.
 
-    Every process that calls this with the same settings, on any machine that shares the folder, takes parts of the
-    work; all return when the cache is complete, and its bytes do not depend on how many they were.
+    Every process that calls this with the same settings, on any machine that shares the folder, does parts of the
+    work. All return when the cache is complete, and its bytes do not depend on how many they were.
 
-    scorer: scores the pairs without stored rewards (default: the one that data.scorer names, on ``device``).
-    batch: pairs handled, and pictures in a call of the VAE, at a time.  world: which of the processes shows a bar and
-    sends the cache to a ``data.cache`` that is a URL (rank 0), and how many there are, for the forecast.
-    Raises SettingsError for unreadable data, an ``out`` that holds something else, and when no pair is usable.
+    scorer: computes rewards for pairs without stored ones (default: the one that data.scorer names, on ``device``).
+    batch: pairs handled, and images in a call of the VAE, at a time.  world: rank 0 shows a progress bar and uploads
+    the cache to a ``data.cache`` that is a URL; the size is used for the forecast of the remaining time.
+    Raises DataError for unreadable data, an ``out`` that holds something else, and when no pair is usable; CacheError
+    if ``out`` is a cache that was made with other settings.
     """
     world, began = world or World(), time.monotonic()
-    cache_format.settle(out)
-    there = cache_format.exists(out)
-    if not there:
+    location.publish(out)
+    existed = location.exists(out)
+    if not existed:
         _prepare(config, encoders, device, out, scorer, batch, world)
     cached = open_cache(config, out, encoders=encoders.identity, kind=encoders.kind)
-    if there:
-        print0(f"{out}: prepared already, {len(cached)} pairs")
+    if existed:
+        print0(f"{out}: already prepared, {len(cached)} pairs")
     elif world.rank == 0:
-        _summarise(cached, encoders, time.monotonic() - began)
-    if remote.is_url(config.data.cache) and world.rank == 0 and (sent := reader.send(out, config.data.cache)):
-        print0(f"{config.data.cache}: {sent} files sent")
+        _summarize(cached, encoders, time.monotonic() - began)
+    if remote.is_url(config.data.cache) and world.rank == 0 and (sent := location.send(out, config.data.cache)):
+        print0(f"{config.data.cache}: {sent} files uploaded")
     return cached.info
 
 
@@ -86,66 +75,41 @@ def _prepare(
     if config.data.scorer and scorer is None:
         scorer = load_scorer(config.data.scorer, device)
     if not config.data.scores:
-        _check_preference(pairs_reader.columns(path), path, scorer)
-    cache_format.check_target(out)
+        _check_has_preferences(pairs_reader.columns(path), path, scorer)
+    location.check_target(out)
     try:
-        source = shared_work.agreed_values(cache_format.partial(out), lambda known: _source(config.data.pairs, known))
-        identity = _identity(config, source, encoders.identity, encoders.kind)
-        with CacheWriter(out, identity, source, _plan(config, batch)) as writer:
-            kitchen = _Kitchen(config, encoders, scorer, batch, world)
+        building = location.partial(out)
+        source = shared_work.agreed_values(building, lambda known: describe_source(config.data.pairs, known))
+        identity = cache_identity(config, source, encoders.identity, encoders.kind)
+        with CacheWriter(out, identity, source, plan(config, batch)) as writer:
+            pipeline = Pipeline(config, path, encoders, scorer, batch, world)
             rows = range(pairs_reader.count_rows(path, max_pairs=config.data.max_pairs))
             if config.data.only_visited:
-                _survey_and_encode(config, writer, kitchen, path, rows)
+                pipeline.survey_and_encode(writer, rows)
             else:
-                _encode(writer, kitchen, path, _chunks(rows, kitchen.pairs_per_shard))
+                pipeline.encode_all(writer, rows)
             if not any(True for _ in writer.entries()):
-                reasons = _listed(writer.rejected())
+                reasons = list_reasons(writer.rejected())
                 writer.discard()
-                raise UserError(f"data.pairs: no usable pair in {path}: {reasons}")
-            if config.data.strict and (rejected := writer.rejected()):  # by an earlier process that was not strict
-                raise _strictly(rejected)
-            _store_prompts(writer, encoders, world)
+                raise DataError(f"data.pairs: no usable pair in {path}: {reasons}")
+            if config.data.strict and (rejected := writer.rejected()):  # by a process that ran without data.strict
+                raise strict_error(*rejected[0])
+            pipeline.encode_prompts(writer)
             writer.finish((rules.NO_PREFERENCE, rules.NO_FINITE_SCORE))
     except AlreadyFinished:
-        cache_format.settle(out)
+        location.publish(out)
 
 
-def _plan(config: Config, batch: int) -> dict[str, Any]:
-    """How the work is divided, on which all processes must agree."""
-    plan: dict[str, Any] = {"shard_bytes": SHARD_BYTES, "batch": batch}
-    if config.data.only_visited:
-        plan |= {"seed": config.run.seed, "steps": config.run.steps, "pairs": config.drawn_per_step}
-        plan |= {"labels": config.labels.model_dump()}
-    return plan
-
-
-def _store_prompts(writer: CacheWriter, encoders: Encoders, world: World) -> None:
-    texts = writer.texts()
-    shards = [texts[first : first + PROMPT_SHARD] for first in range(0, len(texts), PROMPT_SHARD)]
-
-    def encode(number: int) -> dict[str, Any]:
-        shard, part = shards[number], writer.prompts(number)
-        for first in range(part.done, len(shard), _PROMPT_BATCH):
-            embeds, pooled = encoders.encode_prompts(shard[first : first + _PROMPT_BATCH])
-            part.add(embeds.cpu(), None if pooled is None else pooled.cpu())
-            bar.update(len(embeds))
-        return part.close()
-
-    with tqdm(total=len(texts), unit="prompt", desc="prompts", mininterval=0.5, disable=world.rank != 0) as bar:
-        writer.share(PROMPTS_PART, len(shards), encode)
-        bar.update(len(texts) - bar.n)
-
-
-def _check_preference(columns: set[str], path: Path, scorer: Scorer | None) -> None:
+def _check_has_preferences(columns: set[str], path: Path, scorer: Scorer | None) -> None:
     wanted = {*rules.LABEL_COLUMNS, *(name for names in rules.REWARD_COLUMNS for name in names)}
     if scorer is None and not columns & wanted:
-        raise UserError(
+        raise DataError(
             f"data.pairs: {path} has neither labels (label_0) nor rewards (reward_0, reward_1), and data.scorer is "
-            "empty: give data.scorer to have the pictures scored"
+            "empty: set data.scorer to have the images scored"
         )
 
 
-def _summarise(cached: CachedPairs, encoders: Encoders, seconds: float) -> None:
+def _summarize(cached: CachedPairs, encoders: Encoders, seconds: float) -> None:
     info, rejected = cached.info, cached.rejections()
     counts = info.counts
     total = counts["pairs"] + counts["rejected"]
@@ -155,9 +119,10 @@ def _summarise(cached: CachedPairs, encoders: Encoders, seconds: float) -> None:
     if len(info.pixels) > 1:
         sizes = Counter(info.pixels[kind] for kind in cached.shapes)
         listed = ", ".join(f"{height}x{width}: {count}" for (height, width), count in sizes.most_common(8))
-        print0(f"  {len(sizes)} buckets (height x width: pairs): {listed}{', ..' if len(sizes) > 8 else ''}")
+        more = ", .." if len(sizes) > 8 else ""
+        print0(f"  {len(sizes)} aspect-ratio buckets (height x width: pairs): {listed}{more}")
     if rejected:
-        print0(f"  rejected {counts['rejected']}: {_listed(rejected)}")
+        print0(f"  rejected {counts['rejected']}: {list_reasons(rejected)}")
     longer = encoders.truncated(cached.texts.tolist())
     cut = f", {longer} longer than the text encoders read (cut)" if longer else ""
     print0(f"  prompts: {counts['prompts'] - 1} distinct and the empty one{cut}")
@@ -167,4 +132,4 @@ def _summarise(cached: CachedPairs, encoders: Encoders, seconds: float) -> None:
         f"  rewards: {counts['stored']} pairs stored, {counts['scored']} scored{scale}; human labels: {labelled} pairs"
     )
     if counts["stored"] and counts["scored"]:
-        warn0("stored rewards and those of data.scorer are normalised together: are they of one reward model?")
+        warn0("stored rewards and those of data.scorer are normalized together: are they from the same reward model?")

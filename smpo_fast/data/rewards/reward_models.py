@@ -1,8 +1,8 @@
-"""The reward models' networks: published checkpoints, as their authors wrote them, on current transformers.
+"""The networks of the reward models: published checkpoints in their authors' formats, on current transformers.
 
-Weights come from safetensors, or from ``.pt`` and ``.pth`` files of which tensors alone are read.  What a score was
-trained with (how a picture is resized and padded, how long a prompt may be, the constants of the last step) belongs
-to it and is the same here; the networks compute in float32 where the original programs use half precision.
+Preprocessing (how an image is resized and padded, how long a prompt may be) and the constants of the last step are
+those that the models were trained with. The networks compute in float32 where the original programs use half
+precision.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from smpo_fast.data.rewards.published_weights import (
-    _below,
-    _first,
-    _pretrained,
+    below,
     blip_from_original,
-    checkpoint,
     clip_from_open_clip,
     head_from,
+    load_first,
+    load_pretrained,
     read_weights,
+    weight_file,
 )
 
 if TYPE_CHECKING:
@@ -35,13 +35,19 @@ if TYPE_CHECKING:
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_L = "openai/clip-vit-large-patch14"
-CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what PickScore and HPSv2 were tuned from
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and HPSv2 are fine-tuned versions of it
 BERT = "google-bert/bert-base-uncased"
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of RGB in 0..1
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of CLIP's training images, RGB in 0..1
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 _BATCH = 32
-_HEADS = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")  # the same weights, as they are published
+_HEADS = (
+    "sac+logos+ava1-l14-linearMSE.pth",
+    "aesthetic-model.pth",
+)  # two file names under which the same weights are published
 
 
 class RewardModel(ABC):
@@ -52,7 +58,7 @@ class RewardModel(ABC):
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray:
-        """Scores float32 [N] of N RGB pictures of any sizes with their prompts."""
+        """Scores float32 [N] of N RGB images of any sizes with their prompts."""
         parts = [
             self._score(images[i : i + _BATCH], prompts[i : i + _BATCH]).float().cpu()
             for i in range(0, len(images), _BATCH)
@@ -61,72 +67,72 @@ class RewardModel(ABC):
 
     @abstractmethod
     def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """[n]"""
+        """Scores [n] of at most _BATCH images."""
 
     def _placed(self, module: Any) -> Any:
         return module.to(self.device, self.dtype).eval().requires_grad_(False)
 
 
 class ClipCosine(RewardModel):
-    """Cosine of CLIP's picture and text embeddings, without the logit scale: PickScore and CLIP itself."""
+    """Cosine of CLIP's image and text embeddings, without the logit scale: PickScore and CLIP itself."""
 
-    def __init__(self, place: str, device: torch.device, half: bool, processors: Sequence[str]) -> None:
+    def __init__(self, location: str, device: torch.device, half: bool, processors: Sequence[str]) -> None:
         super().__init__(device, half)
         from transformers import CLIPModel, CLIPProcessor  # loads slowly, and most runs score nothing
 
-        self.model = self._placed(_pretrained(CLIPModel, place))
-        self.processor = _first(CLIPProcessor, [place, *processors])
+        self.model = self._placed(load_pretrained(CLIPModel, location))
+        self.processor = load_first(CLIPProcessor, [location, *processors])
 
     def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        pictures = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return _cosine(self.model, pictures, _tokens(self.processor.tokenizer, self.model, prompts), self)
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return _cosine(self.model, pixels, _tokens(self.processor.tokenizer, self.model, prompts), self)
 
 
 class Hps(RewardModel):
-    """HPSv2 and v2.1: cosine of a tuned OpenCLIP ViT-H-14; pictures are padded to a square, not cropped.
+    """HPSv2 and v2.1: cosine of a fine-tuned OpenCLIP ViT-H-14; images are padded to a square, not cropped.
 
-    As package ``hpsv2`` 1.2 computes it with a torchvision that antialiases (0.17 and later).
+    The scores are those of the package ``hpsv2`` 1.2 with a torchvision that antialiases (0.17 and later).
     """
 
-    def __init__(self, place: str, device: torch.device, half: bool, file: str) -> None:
+    def __init__(self, location: str, device: torch.device, half: bool, file: str) -> None:
         super().__init__(device, half)
         from transformers import CLIPTokenizer
 
-        weights = read_weights(checkpoint(place, (file, Path(file).stem + ".safetensors")))
+        weights = read_weights(weight_file(location, (file, Path(file).stem + ".safetensors")))
         self.model = self._placed(clip_from_open_clip(weights))
-        self.tokenizer = _first(CLIPTokenizer, [place, CLIP_H])
+        self.tokenizer = load_first(CLIPTokenizer, [location, CLIP_H])
 
     def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         side = self.model.config.vision_config.image_size
         texts = [html.unescape(html.unescape(prompt)) for prompt in prompts]  # as OpenCLIP's tokenizer does
-        pictures = torch.stack([padded(image, side) for image in images])
-        return _cosine(self.model, pictures, _tokens(self.tokenizer, self.model, texts), self)
+        pixels = torch.stack([padded(image, side) for image in images])
+        return _cosine(self.model, pixels, _tokens(self.tokenizer, self.model, texts), self)
 
 
 class ImageReward(RewardModel):
-    """ImageReward 1.0: BLIP's text encoder looks at the picture, an MLP scores its first token."""
+    """ImageReward 1.0: BLIP's text encoder attends to the image, and an MLP scores its first token."""
 
-    LENGTH = 35  # tokens of a prompt that are read
+    LENGTH = 35  # tokens; longer prompts are cut
     CENTRE, SCALE = 0.16717362830052426, 1.0333394966054072
 
-    def __init__(self, place: str, device: torch.device, half: bool) -> None:
+    def __init__(self, location: str, device: torch.device, half: bool) -> None:
         super().__init__(device, half)
         from transformers import BertTokenizer
 
-        weights = read_weights(checkpoint(place, ("ImageReward.pt", "ImageReward.safetensors")))
-        config = json.loads(checkpoint(place, ("med_config.json",)).read_text())
-        vision, text = blip_from_original(_below(weights, "blip."), config)
+        weights = read_weights(weight_file(location, ("ImageReward.pt", "ImageReward.safetensors")))
+        config = json.loads(weight_file(location, ("med_config.json",)).read_text())
+        vision, text = blip_from_original(below(weights, "blip."), config)
         self.vision, self.text = self._placed(vision), self._placed(text)
-        self.head = head_from(_below(weights, "mlp.")).to(device)
-        self.tokenizer = _first(BertTokenizer, [place, BERT])
+        self.head = head_from(below(weights, "mlp.")).to(device)
+        self.tokenizer = load_first(BertTokenizer, [location, BERT])
 
     def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         side = self.vision.config.image_size
-        pictures = torch.stack([squared(image, side) for image in images]).to(self.device, self.dtype)
+        pixels = torch.stack([squared(image, side) for image in images]).to(self.device, self.dtype)
         words = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.LENGTH, return_tensors="pt"
         ).to(self.device)
-        seen = self.vision(pixel_values=pictures).last_hidden_state
+        seen = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(
             input_ids=words.input_ids,
             attention_mask=words.attention_mask,
@@ -137,39 +143,39 @@ class ImageReward(RewardModel):
 
 
 class Aesthetic(RewardModel):
-    """LAION's improved aesthetic predictor: an MLP on the normalised picture embedding of CLIP ViT-L/14.
+    """LAION's improved aesthetic predictor: an MLP on the normalized image embedding of CLIP ViT-L/14.
 
-    The prompt does not matter.  A folder without a CLIP of its own has its head read from there, CLIP from the hub.
+    It ignores the prompt. If the location holds only the MLP, CLIP is loaded from the hub.
     """
 
-    def __init__(self, place: str, device: torch.device, half: bool) -> None:
+    def __init__(self, location: str, device: torch.device, half: bool) -> None:
         super().__init__(device, half)
         from transformers import CLIPModel
 
-        head = checkpoint(place, (*_HEADS, *(str(Path(name).with_suffix(".safetensors")) for name in _HEADS)))
-        own = (Path(place) / "config.json").is_file()
-        clip = _pretrained(CLIPModel, place if own else CLIP_L)
+        head = weight_file(location, (*_HEADS, *(str(Path(name).with_suffix(".safetensors")) for name in _HEADS)))
+        has_clip = (Path(location) / "config.json").is_file()
+        clip = load_pretrained(CLIPModel, location if has_clip else CLIP_L)
         self.vision, self.projection = self._placed(clip.vision_model), self._placed(clip.visual_projection)
         self.head = head_from(read_weights(head)).to(device)
 
     def _score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        pictures = torch.stack([squared(image, self.vision.config.image_size) for image in images])
-        embeds = self.projection(self.vision(pixel_values=pictures.to(self.device, self.dtype)).pooler_output)
+        pixels = torch.stack([squared(image, self.vision.config.image_size) for image in images])
+        embeds = self.projection(self.vision(pixel_values=pixels.to(self.device, self.dtype)).pooler_output)
         return self.head(nn.functional.normalize(embeds.float(), dim=-1))[:, 0]
 
 
 def squared(image: Image, side: int) -> Tensor:
-    """The shorter side resized (bicubic) and the centre, normalised as CLIP's: [3, side, side]."""
+    """The shorter side resized (bicubic), then the center cropped and normalized for CLIP: [3, side, side]."""
     width, height = image.size
     short = min(width, height)
     size = (int(side * width / short), int(side * height / short))
     left, top = (round((length - side) / 2) for length in size)
     image = image if size == image.size else image.resize(size, BICUBIC)
-    return _normalised(_tensor(image.crop((left, top, left + side, top + side))))
+    return _normalized(_tensor(image.crop((left, top, left + side, top + side))))
 
 
 def padded(image: Image, side: int) -> Tensor:
-    """The longer side resized (bicubic, antialiased), black beside it, normalised as CLIP's: [3, side, side]."""
+    """The longer side resized (bicubic, antialiased), padded with black, normalized for CLIP: [3, side, side]."""
     pixels = _tensor(image)
     scale = side / max(pixels.shape[1:])
     size = [round(length * scale) for length in pixels.shape[1:]]
@@ -177,14 +183,14 @@ def padded(image: Image, side: int) -> Tensor:
         pixels = nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
     rows, columns = (side - length for length in size)
     around = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
-    return _normalised(nn.functional.pad(pixels, around))
+    return _normalized(nn.functional.pad(pixels, around))
 
 
 def _tensor(image: Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def _normalised(pixels: Tensor) -> Tensor:
+def _normalized(pixels: Tensor) -> Tensor:
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
@@ -193,9 +199,9 @@ def _tokens(tokenizer: Any, model: Any, prompts: Sequence[str]) -> Mapping[str, 
     return tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
-def _cosine(model: Any, pictures: Tensor, words: Mapping[str, Tensor], at: RewardModel) -> Tensor:
+def _cosine(model: Any, pixels: Tensor, words: Mapping[str, Tensor], at: RewardModel) -> Tensor:
     out = model(
-        pixel_values=pictures.to(at.device, at.dtype),
+        pixel_values=pixels.to(at.device, at.dtype),
         input_ids=words["input_ids"].to(at.device),
         attention_mask=words["attention_mask"].to(at.device),
     )

@@ -1,17 +1,16 @@
-"""A folder of scores beside a pair table: written by ``smpo score``, looked up by picture and prompt.
+"""The score table: a folder of scores, written by ``smpo score`` and looked up by image and prompt.
 
-    scores.parquet     picture, prompt: sha256 of the encoded picture and of the text; score; where several scorers are
-                       combined, each one's score under its name
+    scores.parquet     picture, prompt: sha256 of the encoded image and of the text; score; if several scorers are
+                       combined, also each one's score under its name
     pairs.parquet      row, label_0, score_0, score_1 of every pair that was scored
     rejected.parquet   row, uid and reason of every row that was not
     scores.json        scorers with identity and version, constants, counts, the sha256 of scores.parquet
 
-A score belongs to the content of a picture: the table may be moved, shuffled, cut or imported again.
+A score belongs to the content of an image: the pair table may be moved, shuffled, cut or imported again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,18 +22,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_fast.common import storage
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import DataError
 from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.pairs.rules import no_finite_score
 
 SCORES, PAIRS, REJECTED, FACTS = "scores.parquet", "pairs.parquet", "rejected.parquet", "scores.json"
-KEY = np.dtype("S64")  # sha256 of the picture, then of the prompt
+KEY = np.dtype("S64")  # sha256 of the encoded image, then of the prompt
 _HASH = 32
 _PAIR_COLUMNS = ("row", "label_0", "score_0", "score_1")
 
 
-class Sidecar:
-    """The scores of a folder; raises SettingsError for a folder that holds none, or not as they were written."""
+class ScoreTable:
+    """The scores of a folder. Raises DataError if it holds none, or they are damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.facts = folder, read_facts(folder)
@@ -42,12 +41,12 @@ class Sidecar:
         self._keys = _keys(table["picture"], table["prompt"])
         self._scores = table["score"].to_numpy()
 
-    def rewarded(self, rows: Iterator[RawPair | Rejected]) -> Iterator[RawPair | Rejected]:
-        """The rows with these scores for rewards, whatever they had; pairs that were not scored are rejected."""
+    def with_rewards(self, rows: Iterator[RawPair | Rejected]) -> Iterator[RawPair | Rejected]:
+        """The rows with these scores as rewards, in place of any others; pairs that were not scored are rejected."""
         for item in rows:
-            yield item if isinstance(item, Rejected) else self._rewarded(item)
+            yield item if isinstance(item, Rejected) else self._with_rewards(item)
 
-    def _rewarded(self, pair: RawPair) -> RawPair | Rejected:
+    def _with_rewards(self, pair: RawPair) -> RawPair | Rejected:
         wanted = np.array(keys_of(pair), KEY)
         places = np.searchsorted(self._keys, wanted)
         found = (self._keys[np.minimum(places, len(self._keys) - 1)] == wanted).tolist()
@@ -62,30 +61,30 @@ class Sidecar:
 
 
 def keys_of(pair: RawPair) -> list[bytes]:
-    """The keys of a pair's two pictures with its prompt."""
-    prompt = hashlib.sha256(pair.prompt.encode()).digest()
-    return [hashlib.sha256(image).digest() + prompt for image in pair.images]
+    """The keys of a pair's two images with its prompt, 64 bytes each."""
+    prompt = storage.sha256_of(pair.prompt.encode())
+    return [storage.sha256_of(image) + prompt for image in pair.images]
 
 
 def identity(folder: Path) -> str:
-    """What the scores of a folder are, without reading them; raises SettingsError where there are none."""
+    """What identifies the scores of a folder, without reading them. Raises DataError if there are none."""
     return f"scores@{read_facts(folder)['sha256'][:16]}"
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The content of scores.json; raises SettingsError."""
+    """The content of scores.json. Raises DataError if it cannot be read, or scores.parquet has not the size it says."""
     try:
         facts = json.loads((folder / FACTS).read_text())
         size = (folder / SCORES).stat().st_size
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no finished scores ({error}): make them with smpo score") from error
+        raise DataError(f"{folder} holds no finished scores ({error}): make them with smpo score") from error
     if size != facts["bytes"]:
-        raise UserError(f"{folder / SCORES} has {size} bytes, {FACTS} says {facts['bytes']}: score again")
+        raise DataError(f"{folder / SCORES} has {size} bytes, {FACTS} says {facts['bytes']}: score again")
     return facts
 
 
 def read_pairs(folder: Path) -> dict[str, np.ndarray]:
-    """Label and scores of the pairs that were scored: 'label' float64 [N], 'rewards' float64 [N, 2]."""
+    """Human label and scores of the N scored pairs: 'label' float64 [N], 'rewards' float64 [N, 2]."""
     table = _read(folder / PAIRS, ["label_0", "score_0", "score_1"])
     columns = [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in table.column_names]
     return {"label": columns[0], "rewards": np.stack(columns[1:], axis=1)}
@@ -99,9 +98,10 @@ def write(
     rejected: Sequence[tuple[int, str, str]],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the four files, scores.json last.
+    """Write the four files; scores.json, which marks the table as complete, is the last.
 
-    keys: KEY [n], distinct.  scores: 'score' and others by name, [n] each.  pairs: columns of pairs.parquet.
+    keys: KEY [n], distinct.  scores: columns of scores.parquet, 'score' among them: [n] each.  pairs: columns of
+    pairs.parquet.  rejected: row, uid and reason.  facts: more content of scores.json.
     """
     order = np.argsort(keys)
     halves = np.frombuffer(keys[order].tobytes(), np.uint8).reshape(len(keys), 2, _HASH)
@@ -116,29 +116,26 @@ def write(
     pq.write_table(pa.Table.from_pylist(listed, kinds), folder / REJECTED)
     for name in (SCORES, PAIRS, REJECTED):
         storage.sync(folder / name)
-    with (folder / SCORES).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    size = (folder / SCORES).stat().st_size
-    storage.write_json(folder / FACTS, {**facts, "bytes": size, "sha256": digest}, indent=2)
+    storage.write_json(folder / FACTS, {**facts, **storage.file_facts(folder / SCORES)}, indent=2)
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:
     try:
         return pq.read_table(file, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read ({error}): score again") from error
+        raise DataError(f"{file} cannot be read ({error}): score again") from error
 
 
 def _hashes(values: np.ndarray) -> pa.Array:
-    """uint8 [n, 32] as a column of fixed width."""
+    """A column of hashes, from uint8 [n, 32]."""
     kind = pa.binary(_HASH)
     return pa.FixedSizeBinaryArray.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
-def _keys(pictures: pa.ChunkedArray, prompts: pa.ChunkedArray) -> np.ndarray:
-    """The two columns as keys, KEY [n]."""
-    both = np.empty((len(pictures), 2, _HASH), np.uint8)
-    for i, column in enumerate((pictures, prompts)):
+def _keys(images: pa.ChunkedArray, prompts: pa.ChunkedArray) -> np.ndarray:
+    """The keys that two columns of hashes form: KEY [n]."""
+    both = np.empty((len(images), 2, _HASH), np.uint8)
+    for i, column in enumerate((images, prompts)):
         first = 0
         for chunk in column.chunks:
             content = np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, _HASH)

@@ -1,13 +1,12 @@
-"""Reward models by name: from pictures and their prompts to scores.
+"""Reward models by name: from images and their prompts to scores.
 
-A scorer is named in the settings: one of ``KINDS``, with ``:FOLDER_OR_HUB_ID`` behind it for weights of another
-place, ``embedded`` (the rule of the miniature world), or ``module:function`` for a function of your own.  No code of
-a repository is run, and no objects are made of weight files.
+A setting names a scorer: one of ``KINDS``, optionally followed by ``:FOLDER_OR_HUB_ID`` for other weights; or
+``embedded`` (the rule of the embedded world); or ``module:function`` for a user's own function. Apart from that
+function, nothing that is loaded is executed: no code of a repository, and only tensors of weight files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import re
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError, DataError, ModelError, UserError
+from smpo_fast.common.storage import sha256, sha256_of
 from smpo_fast.data.rewards import reward_models
 from smpo_fast.data.rewards.reward_models import CLIP_H, CLIP_L, Aesthetic, ClipCosine, Hps, ImageReward, RewardModel
 
@@ -32,85 +32,88 @@ _FILES = ("*.json", "*.txt", "*.safetensors", "*.pt", "*.pth")
 
 
 class Scorer(Protocol):
+    """What scores images."""
+
     name: str
-    identity: str  # differs when the scores would
+    identity: str  # differs if the scores might differ
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray:
-        """One score per picture, float32 [N], higher is better. images: N RGB pictures of any sizes."""
+        """One score per image, float32 [N], higher is better. images: N RGB images of any sizes."""
         ...
 
     def parts(self, images: Sequence[Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The score under 'reward', first, and whatever it is made of under its name, float32 [N] each."""
+        """The score as 'reward', then its components by name, if it has any: float32 [N] each."""
         ...
 
 
 class Kind(NamedTuple):
-    """A reward model that is known by name."""
+    """A kind of reward model."""
 
-    place: str  # where its weights are published
-    network: Callable[[str, torch.device, bool], RewardModel]  # of a place, on a device, in float16 or not
-    what: str
+    location: str  # where its weights are published
+    network: Callable[[str, torch.device, bool], RewardModel]  # from a location, on a device, in float16 or not
+    about: str
 
 
 KINDS: dict[str, Kind] = {
     "pickscore": Kind(
         reward_models.PICKSCORE,
-        lambda place, device, half: ClipCosine(place, device, half, [CLIP_H]),
-        "cosine of a tuned CLIP ViT-H, 0.2 is usual",
+        lambda location, device, half: ClipCosine(location, device, half, [CLIP_H]),
+        "cosine of a fine-tuned CLIP ViT-H, usually about 0.2",
     ),
     "hpsv2.1": Kind(
         "xswu/HPSv2",
-        lambda place, device, half: Hps(place, device, half, "HPS_v2.1_compressed.pt"),
-        "cosine of a tuned CLIP ViT-H, 0.28 is usual",
+        lambda location, device, half: Hps(location, device, half, "HPS_v2.1_compressed.pt"),
+        "cosine of a fine-tuned CLIP ViT-H, usually about 0.28",
     ),
     "hpsv2": Kind(
         "xswu/HPSv2",
-        lambda place, device, half: Hps(place, device, half, "HPS_v2_compressed.pt"),
+        lambda location, device, half: Hps(location, device, half, "HPS_v2_compressed.pt"),
         "the version before",
     ),
-    "imagereward": Kind("THUDM/ImageReward", ImageReward, "BLIP, about standard normal"),
-    "aesthetic": Kind("trl-lib/ddpo-aesthetic-predictor", Aesthetic, "CLIP ViT-L/14 without the prompt, 1 to 10"),
+    "imagereward": Kind("THUDM/ImageReward", ImageReward, "BLIP, approximately standard normal"),
+    "aesthetic": Kind("trl-lib/ddpo-aesthetic-predictor", Aesthetic, "CLIP ViT-L/14, ignores the prompt, 1 to 10"),
     "clip": Kind(
         CLIP_L,
-        lambda place, device, half: ClipCosine(place, device, half, [CLIP_L]),
-        "cosine of CLIP ViT-L/14: fits the prompt, not: pleases",
+        lambda location, device, half: ClipCosine(location, device, half, [CLIP_L]),
+        "cosine of CLIP ViT-L/14: how well the image fits the prompt",
     ),
 }
 CHOICES = f"'embedded', {', '.join(map(repr, KINDS))} (or 'pickscore:FOLDER_OR_HUB_ID', ..), 'module:function'"
 
 
 def load_scorer(name: str, device: torch.device, *, half: bool = False) -> Scorer:
-    """The scorer that a setting names; half: in float16, where it is one of KINDS.
+    """Load the scorer of a name. half: compute in float16, which the scorers of KINDS can.
 
-    Raises SettingsError when there is none, it cannot be loaded, or does not compute in half precision.
+    Raises ConfigError for an unknown name and for ``half`` with another scorer, ModelError if its weights cannot be
+    loaded, and EnvironmentProblem if the hub fails.
     """
     check_scorer(name, "scorer")
     kind, _, rest = name.partition(":")
     if kind in KINDS:
-        return _Known(name, kind, rest or KINDS[kind].place, device, half)
+        return _PublishedScorer(name, kind, rest or KINDS[kind].location, device, half)
     if half:
-        raise UserError(f"scorer '{name}' has no half precision: only {', '.join(KINDS)} have")
-    return _Embedded() if name == "embedded" else _UserFunction(name, kind, rest)
+        raise ConfigError(f"scorer '{name}' has no half precision: only {', '.join(KINDS)} have")
+    return _EmbeddedScorer() if name == "embedded" else _UserFunction(name, kind, rest)
 
 
 def check_scorer(name: str, key: str) -> None:
-    """Raise SettingsError, naming the setting ``key``, for a scorer that there is not; loads nothing heavy."""
+    """Raise ConfigError, naming the setting ``key``, for an unknown scorer or a combination; loads no weights."""
     if len(terms(name)) > 1 or terms(name)[0] != (1.0, name):
-        raise UserError(
-            f"{key}: '{name}' combines scorers, which are standardised over a whole table: score the table first "
-            "(smpo score), and give data.scores"
+        raise ConfigError(
+            f"{key}: '{name}' combines scorers, which are standardized over a whole table: score the table first "
+            "(smpo score), and set data.scores"
         )
     kind, _, rest = name.partition(":")
     if name == "embedded" or kind in KINDS:
         return
     if not (kind and rest):
-        raise UserError(f"{key}: scorer '{name}' is unknown; there are {CHOICES}")
+        raise ConfigError(f"{key}: scorer '{name}' is unknown; known are {CHOICES}")
     if _module_file(kind) is None:
-        raise UserError(f"{key}: '{name}': there is no module '{kind}' (is its folder on PYTHONPATH?)")
+        raise ConfigError(f"{key}: '{name}': there is no module '{kind}' (is its folder on PYTHONPATH?)")
 
 
 def terms(name: str) -> list[tuple[float, str]]:
-    """Weights and names of a combination, as in ``0.7*pickscore + 0.3*aesthetic``; of a plain name (1, name)."""
+    """Weights and names of a combination such as ``0.7*pickscore + 0.3*aesthetic``; (1, name) of a single name."""
     if not _TERM.match(name.strip()):
         return [(1.0, name)]
     _, *found = _TERM.split(name.strip())
@@ -118,19 +121,19 @@ def terms(name: str) -> list[tuple[float, str]]:
 
 
 def scorer_identity(name: str) -> str:
-    """What a scorer's scores depend on, without loading it: '' for no scorer.
+    """What identifies a scorer's scores, without loading it: '' for no scorer.
 
-    Follows the content of a local folder or file, or of the module's file; a hub id stands for itself.
+    It depends on the content of a local folder or file, or of the module's file; a hub id is taken as it is.
     """
     kind, _, rest = name.partition(":")
     if kind in KINDS:
-        return _place_identity(kind, rest or KINDS[kind].place)
+        return _location_identity(kind, rest or KINDS[kind].location)
     file = _module_file(kind) if rest else None
     return name if file is None else f"{name}@{_digest([file])}"
 
 
-class _Base(ABC):
-    """A scorer whose score has no parts."""
+class _BaseScorer(ABC):
+    """A scorer whose score has no components."""
 
     name: str
     identity: str
@@ -142,7 +145,7 @@ class _Base(ABC):
         return {"reward": self(images, prompts)}
 
 
-class _Embedded(_Base):
+class _EmbeddedScorer(_BaseScorer):
     """The rule of the embedded world."""
 
     name = identity = "embedded"
@@ -153,54 +156,54 @@ class _Embedded(_Base):
     def parts(self, images: Sequence[Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
         from smpo_fast.embedded import reward
 
-        try:  # one by one: pictures may differ in size
+        try:  # one by one: images may differ in size
             scores = [asdict(reward.score(np.asarray(i)[None], [p])) for i, p in zip(images, prompts, strict=True)]
         except ValueError as error:
-            raise UserError(f"scorer 'embedded' knows the embedded world only: {error}") from error
+            raise DataError(f"scorer 'embedded' can only score images of the embedded world: {error}") from error
         names = [field.name for field in fields(reward.Scores)]
         return {name: np.array([score[name][0] for score in scores], dtype=np.float32) for name in names}
 
 
-class _Known(_Base):
+class _PublishedScorer(_BaseScorer):
     """A reward model of KINDS."""
 
-    def __init__(self, name: str, kind: str, place: str, device: torch.device, half: bool) -> None:
-        self.name, self.identity = name, _place_identity(kind, place)
+    def __init__(self, name: str, kind: str, location: str, device: torch.device, half: bool) -> None:
+        self.name, self.identity = name, _location_identity(kind, location)
         try:
-            self.network = KINDS[kind].network(place, device, half)
+            self.network = KINDS[kind].network(location, device, half)
         except UserError as error:
-            raise UserError(f"scorer '{name}': {error}") from error
+            raise type(error)(f"scorer '{name}': {error}") from error
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray:
         return self.network(images, prompts)
 
 
-class _UserFunction(_Base):
-    """``function(images, prompts)`` of a module of yours: numbers [N] in any array, higher is better."""
+class _UserFunction(_BaseScorer):
+    """A user's ``function(images, prompts)``: returns N numbers in any kind of array, higher is better."""
 
     def __init__(self, name: str, module: str, function: str) -> None:
         self.name, self.identity = name, scorer_identity(name)
         found = getattr(importlib.import_module(module), function, None)
         if not callable(found):
-            raise UserError(f"scorer '{name}': module '{module}' has no function '{function}'")
+            raise ConfigError(f"scorer '{name}': module '{module}' has no function '{function}'")
         self.function: Callable[[list[Image], list[str]], Any] = found
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray:
         given = self.function(list(images), list(prompts))
         scores = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given, dtype=np.float32)
         if scores.shape != (len(images),):
-            raise UserError(
-                f"scorer '{self.name}' gave an array {list(scores.shape)} for {len(images)} pictures; "
-                f"[{len(images)}] would be right"
+            raise ModelError(
+                f"scorer '{self.name}' returned an array of shape {list(scores.shape)} for {len(images)} images, "
+                f"instead of [{len(images)}]"
             )
         return scores
 
 
-def _place_identity(kind: str, place: str) -> str:
-    """Of a folder or file the hash of what is read from it, else the hub id."""
-    path = Path(place).expanduser()
+def _location_identity(kind: str, location: str) -> str:
+    """The hash of what is read from a folder or file; otherwise the hub id."""
+    path = Path(location).expanduser()
     if not path.exists():
-        return f"{kind}:{place}"
+        return f"{kind}:{location}"
     read = sorted(f for pattern in _FILES for f in path.glob(pattern)) if path.is_dir() else [path]
     return f"{kind}@{_digest(read)}"
 
@@ -214,8 +217,6 @@ def _module_file(module: str) -> Path | None:
 
 
 def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
+    """A short hash of files' names and contents."""
+    facts = [f"{file.name}\0".encode() + bytes.fromhex(sha256(file)) for file in files]
+    return sha256_of(b"".join(facts)).hex()[:16]

@@ -1,0 +1,29 @@
+"""Reporting what training weights the scores of a folder give: as text, labels.json and labels.png."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from smpo_fast.common import plots, storage
+from smpo_fast.common.runtime import print0
+from smpo_fast.config.schema import Labels
+from smpo_fast.data.rewards import score_table
+from smpo_fast.method import label_report, labels
+
+
+def report_labels(out: Path, settings: Labels) -> None:
+    """Print a summary of the pairs' weights, and write labels.json and labels.png into the folder ``out``."""
+    found = score_table.read_pairs(out)
+    weighted = labels.weigh(settings, found["rewards"], found["label"])
+    bins = label_report.calibration(weighted.preference, found["label"])
+    facts = {
+        "labels": settings.model_dump(),
+        "report": {key: None if value != value else value for key, value in asdict(weighted.report).items()},
+        "calibration": [asdict(b) for b in bins],
+    }
+    storage.write_json(out / "labels.json", facts, indent=2)
+    plots.draw_labels(
+        weighted.weight[weighted.used], [(b.predicted, b.human, b.error) for b in bins], out / "labels.png"
+    )
+    print0(weighted.report)
