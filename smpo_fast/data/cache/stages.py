@@ -33,7 +33,11 @@ _SKIP_ROWS = 256  # rows that are read and dropped; to skip more, the table is o
 
 
 class Encoders(Protocol):
-    """What the cache needs of the networks (smpo_fast.models.encoders.Encoders)."""
+    """What the cache needs of the networks (smpo_fast.models.encoders.Encoders).
+
+    ``encode_images`` turns pixels [n, 3, H, W] in -1 .. 1 into mean and standard deviation [n, C, h, w] of the VAE's
+    posterior, or raises FloatingPointError; ``encode_prompts`` gives embeddings [n, S, D] and, for SDXL, [n, E].
+    """
 
     kind: str  # "sdxl" | "sd15"
     identity: str

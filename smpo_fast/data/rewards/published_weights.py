@@ -65,7 +65,7 @@ def load_pretrained(cls: Any, location: str) -> Any:
     absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if absent:
         raise ModelError(
-            f"{location} is not a complete {cls.__name__}: {len(absent)} weights are missing, as {absent[0]}"
+            f"{location} is not a complete {cls.__name__}: {len(absent)} weights are missing, such as {absent[0]}"
         )
     return model
 
