@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, *, ahead: int) -> Iterator[R]:
+def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, *, ahead: int) -> Generator[R, None, None]:
     """Yield ``function(item)`` for each item, in order, computed by ``workers`` threads.
 
     At most ``ahead`` results are computed before they are consumed, which bounds the memory. ``items`` is iterated

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import EnvironmentProblem
 from smpo_fast.common.storage import sha256_of
 
@@ -63,15 +64,15 @@ def uniform(seed: int, purpose: str, *keys: int) -> float:
 
 
 def print0(*words: object) -> None:
-    """Print on rank 0 only, without buffering."""
+    """Print on rank 0 only, without buffering. Control characters other than line breaks and tabs are escaped."""
     if _printing_rank:
-        print(*words, flush=True)
+        print(*(printable(word, lines=True) for word in words), flush=True)
 
 
 def warn0(*words: object) -> None:
-    """Print a warning to standard error, on rank 0 only."""
+    """Print a warning to standard error, like ``print0``."""
     if _printing_rank:
-        print("warning:", *words, file=sys.stderr, flush=True)
+        print("warning:", *(printable(word, lines=True) for word in words), file=sys.stderr, flush=True)
 
 
 class Stopped(Exception):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError
 
 FORMAT = 2
@@ -136,9 +137,9 @@ def entry_from_json(values: dict[str, Any]) -> Entry:
 
 
 def brief(value: Any) -> str:
-    """A value for an error message; hashes and other long values are shortened."""
+    """A value for an error message, printable; hashes and other long values are shortened."""
     text = str(value)
-    return repr(value) if len(text) <= 60 else f"'{text[:12]}..{text[-12:]}'"
+    return printable(repr(value)) if len(text) <= 60 else f"'{printable(text[:12])}..{printable(text[-12:])}'"
 
 
 def damaged(file: Path, problem: str) -> CacheError:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError
 from smpo_fast.common.pools import map_ahead
 from smpo_fast.common.runtime import World, print0
@@ -163,8 +164,8 @@ def plan(config: Config, batch: int) -> dict[str, Any]:
 def strict_error(row: int, uid: str, reason: str) -> DataError:
     """The error for a row that cannot be used, with ``data.strict``."""
     return DataError(
-        f"data.strict: row {row} of data.pairs ({uid}) cannot be used: {reason}. Correct it; without data.strict, "
-        "such rows are left out, counted, and listed in rejected.parquet"
+        f"data.strict: row {row} of data.pairs ({printable(uid)}) cannot be used: {printable(reason)}. Correct it; "
+        "without data.strict, such rows are left out, counted, and listed in rejected.parquet"
     )
 
 

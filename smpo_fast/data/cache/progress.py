@@ -11,6 +11,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.runtime import World, print0, warn0
 from smpo_fast.data.pairs import rules
 
@@ -76,7 +77,7 @@ def list_reasons(rejected: Sequence[tuple[int, str, str]]) -> str:
     kinds = Counter(rules.reason_kind(reason) for _, _, reason in rejected)
     rows = {kind: [str(row) for row, _, reason in rejected if rules.reason_kind(reason) == kind][:5] for kind in kinds}
     return "; ".join(
-        f"{count} x {kind} (row {', '.join(rows[kind])}{', ..' if count > 5 else ''})"
+        f"{count} x {printable(kind)} (row {', '.join(rows[kind])}{', ..' if count > 5 else ''})"
         for kind, count in kinds.most_common()
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.storage import sha256
 from smpo_fast.data.cache.format import (
     INFO,
@@ -97,10 +98,9 @@ def _bad_numbers(cached: CachedPairs) -> Iterator[str]:
             for position in _bad_rows(array, least=0.0 if what == "std" else -np.inf):
                 here = (cached.places == (shard, position)).all(axis=1)
                 for pair in np.flatnonzero(here & (not size or sizes == size)):
-                    yield (
-                        f"{cached.root / name}: row {cached.rows[pair]} ({cached.uids[pair]}): the latents' {what} "
-                        "contains a number that is not finite or is below 0"
-                    )
+                    row = f"row {cached.rows[pair]} ({printable(cached.uids[pair])})"
+                    problem = "contains a number that is not finite or is below 0"
+                    yield f"{cached.root / name}: {row}: the latents' {what} {problem}"
     for shard in np.unique(cached.prompt_places[:, 0]):
         name = shard_name(PROMPTS_PART, shard)
         for array in cached.shard(name).values():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smpo_fast.common import shared_work
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError
 from smpo_fast.common.runtime import World, print0
 from smpo_fast.common.shared_work import AlreadyFinished, SharedWork
@@ -85,7 +86,7 @@ def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> Non
 
 def _summary(out: Path, facts: dict[str, Any]) -> str:
     counts = facts["counts"]
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in counts["rejected"].items()) or "none"
+    reasons = ", ".join(f"{printable(reason)} ({count})" for reason, count in counts["rejected"].items()) or "none"
     lines = [f"{out}: {counts['pictures']} images of {counts['pairs']} pairs scored; rejected rows: {reasons}"]
     lines += [
         f"  {fact['name']}: mean {fact['mean']:.4g}, standard deviation {fact['std']:.4g}, weight {fact['weight']:g}"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError
 from smpo_fast.common.pools import map_ahead
 from smpo_fast.common.runtime import World
@@ -226,7 +227,7 @@ class ScoringWork:
         good = np.isfinite(rewards).all(axis=1)
         rejected = sorted([*self._unusable(), *self._without_score(rewards, number)])
         if not good.any():
-            raise DataError(f"{self.scorer}: no pair could be scored; the first: {rejected[0]}")
+            raise DataError(f"{self.scorer}: no pair could be scored; the first: {printable(rejected[0])}")
         single = {name: raw[:, i] for i, name in enumerate(self.names)} if len(self.names) > 1 else {}
         score_table.write(
             self.shared.folder,
