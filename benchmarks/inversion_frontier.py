@@ -36,10 +36,10 @@ from smpo_fast.method.schedule import NoisePath
 from smpo_fast.models import load, locate
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference.caller import InferenceCaller
-from smpo_fast.training import loop
 from smpo_fast.training.job import Job
 from smpo_fast.training.loader import Loader
-from smpo_fast.training.metrics import read_metrics
+from smpo_fast.training.run import prepare_cache
+from smpo_fast.training.run_log import read_metrics
 
 FINE = {"solver": "heun", "steps": 250}
 SAMPLER_STEPS = 25
@@ -75,10 +75,10 @@ class Study:
         values["objective"]["name"], values["data"]["prompt_dropout"] = "smpo", 0.0
         self.config = loading.from_dict({**values, "inversion": {}})
         job = Job(self.config, None)
-        loop.prepare_cache(job)
+        prepare_cache(job)
         self.device, self.cache = job.world.device, cache
         (self.pairs,) = (
-            p.map(lambda t: t.to(self.device)) for p in Loader(job.open_cache(), self.config, World()).window(0)
+            p.map(lambda t: t.to(self.device)) for p in Loader(job.open_cache(), self.config, World()).step_batch(0)
         )
         self.precision, self.source = job.precision, job.source
         dtype = runtime.COMPUTE_DTYPES[job.precision]

@@ -33,6 +33,8 @@ from smpo_fast.models.inference import compilation
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.training import reference
 from smpo_fast.training.loader import Loader
+from smpo_fast.training.policy import load_policy
+from smpo_fast.training.progress import CallHook
 from smpo_fast.training.step import Trainer
 
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -103,7 +105,7 @@ def make_trainer(architecture: Architecture, device: torch.device, overrides: Ov
     schedule = locate.schedule_of(source, run.inversion)
     as_denoiser = partial(Denoiser, source=source, schedule=schedule, precision=precision, device=device)
     with mock.patch.object(load, "load_network", random_weights):
-        policy = reference.load_policy(run, source, precision, device)
+        policy = load_policy(run, source, precision, device)
         engine_ = create.make_engine(policy, run, world, precision, None)
         where = reference.resolve(run, None)
         frozen = reference.make_reference(where, run, source, world, precision, engine_.unet, as_denoiser, None)
@@ -111,8 +113,8 @@ def make_trainer(architecture: Architecture, device: torch.device, overrides: Ov
         with frozen() as network:
             compilation.compile_training(engine_.unet, network.unet)
     cache: Any = SyntheticCache(architecture, max(16, run.batch.pairs_per_step))
-    loader, signals, bar = Loader(cache, run, World()), cast(Any, NoSignals()), tqdm(disable=True)
-    return Trainer(run, world, schedule, engine_, as_denoiser(engine_.unet), frozen, loader, None, signals, bar)
+    loader, before_call = Loader(cache, run, World()), CallHook(cast(Any, NoSignals()), tqdm(disable=True))
+    return Trainer(run, world, schedule, engine_, as_denoiser(engine_.unet), frozen, loader, None, before_call)
 
 
 def planned_peak(architecture: Architecture, checkpointing: bool) -> int:

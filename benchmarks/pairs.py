@@ -24,8 +24,9 @@ from reference_trainer import (
     make_raw_pairs,
 )
 
-from smpo_fast.method import inversion
+from smpo_fast.common.runtime import World
 from smpo_fast.method.batch import Conditioning, Pairs
+from smpo_fast.training.step_paths import StepPaths
 
 PHASES = ("load", "encode", "inversion", "reference", "policy", "log", "optimizer")
 # what x_t of one pair may differ by between two correct contenders: bf16 gives 0.01, another fidelity 0.2
@@ -109,7 +110,7 @@ def make_ours(
         values[section] = {**values.get(section, {}), **given}
     trainer: Any = ours.make_trainer(architecture, device, values)
     paths = [trainer.schedule.path(t, trainer.config.inversion) for t in even_times(pairs)]
-    trainer.paths = lambda step, places: (paths, inversion.active_counts(paths))
+    trainer.noise_paths = lambda step: StepPaths(paths, World())
     number = iter(range(1 << 30))
 
     def step() -> Mapping[str, float]:
@@ -124,8 +125,8 @@ def make_ours(
             *(added[k][:1].float() for k in ("text_embeds", "time_ids") if k in added),
         )
         window = Pairs((0,), pair.mean[None], cond, torch.ones(1, device=device), (0,))
-        path = [trainer.schedule.path(pair.time, trainer.config.inversion)]
-        return trainer.trajectory(window, path, inversion.active_counts(path), 0)[0][0, 0]
+        path = StepPaths([trainer.schedule.path(pair.time, trainer.config.inversion)], World())
+        return trainer.noiser(window, path, 0)[0][0, 0]
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return Contender(name, pairs, step, invert, dtype, step)

@@ -91,13 +91,13 @@ def test_data_loading(bench: Any, device: torch.device, cache: CachedPairs, impl
     jpegs = _jpegs(2 * WINDOW)
 
     def cached() -> torch.Tensor:
-        return loader.window(0)[0].latents
+        return loader.step_batch(0)[0].latents
 
     def decoded() -> torch.Tensor:
         return torch.stack([_decode(data, ARCHITECTURE.resolution) for data in jpegs]).to(device)
 
     call = cached if implementation == "prepared cache" else decoded
-    wanted = loader.window(0)[0].latents if implementation == "prepared cache" else decoded()
+    wanted = loader.step_batch(0)[0].latents if implementation == "prepared cache" else decoded()
     bench(
         "data loading", f"{WINDOW} pairs {ARCHITECTURE.name}", implementation, call, baseline="decode JPEGs",
         reference=lambda: wanted, tolerance=0.0, seconds=0.5,
@@ -112,7 +112,7 @@ def test_reading_at_sdxl_shapes(bench: Any, tmp_path: Path) -> None:
     taken, busy = [], time.process_time()
     for step in range(6):
         start = time.perf_counter()
-        window = loader.window(step)
+        window = loader.step_batch(step)
         taken.append(time.perf_counter() - start)
     busy = (time.process_time() - busy) / 6 / pairs
     assert window[0].latents.shape == (pairs, 2, 4, 128, 128)

@@ -21,7 +21,9 @@ from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import Stopped, print0
 from smpo_fast.config import loading
 from smpo_fast.training.job import Job
-from smpo_fast.training.loop import TrainingFailed, train
+from smpo_fast.training.loop import TrainingFailed
+from smpo_fast.training.overview import overview
+from smpo_fast.training.run import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print0(loading.dump(settings))
             return 0
         job = Job(settings, args.ds_config)
-        print0(job.plan())
+        print0(overview(job))
         if not args.dry_run:
             train(job)
     except Stopped as stopped:

@@ -16,7 +16,7 @@ from smpo_fast import cli, train
 from smpo_fast.config.schema import EMBEDDED
 from smpo_fast.data.pairs import reader
 from smpo_fast.data.pairs.pair import RawPair
-from smpo_fast.training.metrics import read_metrics
+from smpo_fast.training.run_log import read_metrics
 
 SETTINGS = [
     "run.steps=2", "run.save_every=2", "batch.pairs_per_step=6", "batch.micro_pairs=3", "optim.warmup_steps=0",

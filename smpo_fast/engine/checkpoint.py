@@ -1,11 +1,11 @@
-"""What a checkpoint is: a folder that is complete or not there, verified before a byte of it is believed.
+"""Checkpoints: a folder is complete or absent, and verified before anything in it is used.
 
     <run>/checkpoints/step-000050/manifest.json   progress, layout, facts, versions, size and sha256 of every file
-                                  engine/...      what the engine wrote: weights and optimizer state, in slices
+                                  engine/...      weights and optimizer state, in parameter slices
 
-Another number of ranks, another ZeRO stage, or plain PyTorch can continue from it. It is written under a name that
-starts with a dot and renamed when every file is on disk, so a run killed at any moment leaves the earlier checkpoints
-as they were.
+Another number of ranks, another ZeRO stage, or plain PyTorch can resume from it. It is written under a name that
+starts with a dot and renamed once every file is on disk, so a run that is killed at any moment leaves the earlier
+checkpoints intact.
 """
 
 from __future__ import annotations
@@ -18,26 +18,24 @@ import os
 import platform
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from smpo_fast.common.errors import CheckpointError
 from smpo_fast.common.runtime import World, print0
 from smpo_fast.common.storage import as_json, publish_folder, sha256, sync
+from smpo_fast.engine.collectives import gather, on_every_rank, on_rank_0
 from smpo_fast.engine.protocol import Engine
 
-FORMAT = 2  # 1 held DeepSpeed's own files
+FORMAT = 2  # 1 consisted of DeepSpeed's own files
 _LIBRARIES = ("smpo_fast", "torch", "deepspeed", "bitsandbytes")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps, pairs seen over all ranks, seconds of training, steps skipped."""
+    """How far a run has come: optimizer steps, pairs seen over all ranks, seconds of training, skipped steps."""
 
     step: int = 0
     pairs_seen: int = 0
@@ -46,12 +44,12 @@ class Progress:
 
 
 def checkpoints_dir(run_dir: str | Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """The folder of a run's checkpoints."""
     return Path(run_dir) / "checkpoints"
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first; unfinished ones are not among them."""
+    """The checkpoint folders of a run, oldest first, without unfinished ones."""
     return sorted(checkpoints_dir(run_dir).glob("step-*"), key=lambda p: (len(p.name), p.name))
 
 
@@ -60,53 +58,52 @@ def save(
 ) -> Path:
     """Write a checkpoint, then remove all but the last ``keep`` complete ones. Returns its folder.
 
-    Collective; the gradients of an unfinished step are left out, so ``progress`` counts finished steps. ``facts``
-    (JSON values) are what must be the same when the run continues. The folder must be on a disk that all ranks
-    see. An error on one rank is raised on all. A complete checkpoint of this step is kept as it is: what a step does
-    is a function of the settings.
+    Collective. Gradients of an unfinished step are not saved, so ``progress`` counts finished steps. ``facts`` (JSON
+    values) must be the same when the run resumes. The folder must be on a disk that all ranks see. An error on one
+    rank is raised on all. A complete checkpoint of this step is not written again: the result of a step is a function
+    of the settings.
     """
     root, name = checkpoints_dir(run_dir), f"step-{progress.step:06d}"
     final, building = root / name, root / f".saving-{name}"
-    if _on_rank_0(world, lambda: _complete(final)):
+    if on_rank_0(world, lambda: _complete(final)):
         return final
-    _on_rank_0(world, lambda: _prepare(root, building))
-    # all ranks have written before any of them lists the files
-    _raise_first(_gather(world, _guarded(lambda: engine.save(building / "engine"))))
-    files = _gather(world, _guarded(lambda: _describe_files(building, world)))
+    on_rank_0(world, lambda: _prepare(root, building))
+    on_every_rank(world, lambda: engine.save(building / "engine"))  # all have written before any lists the files
+    files = on_every_rank(world, lambda: _describe_files(building, world))
     manifest = {
         "format": FORMAT,
         "progress": dataclasses.asdict(progress),
         "layout": engine.layout,
         "facts": dict(facts),
         "versions": _versions(),
-        "files": {k: v for part in _raise_first(files) for k, v in part.items()},
+        "files": {k: v for described in files for k, v in described.items()},
     }
-    _on_rank_0(world, lambda: _publish(root, building, final, manifest, keep))
+    on_rank_0(world, lambda: _publish(root, building, final, manifest, keep))
     return final
 
 
 def restore_latest(run_dir: str | Path, engine: Engine, world: World, facts: Mapping[str, Any]) -> Progress | None:
-    """Load the newest checkpoint into a fresh ``engine`` and return where it stands; None when there is none.
+    """Load the newest checkpoint into a fresh ``engine`` and return its progress; None where no checkpoint exists.
 
-    Collective. The number of ranks and the ZeRO stage may be others; on the same ones the run continues bit for bit.
+    Collective. The number of ranks and the ZeRO stage may differ; with the same ones the run continues bit for bit.
     Raises CheckpointError, on every rank, for a checkpoint that is damaged, or was made with other ``facts``, in
-    another precision, or with another optimizer; the message names the newest one that would do and how to take it.
+    another precision, or with another optimizer; the message names the newest usable one and how to resume from it.
     """
-    found = _on_rank_0(world, lambda: [str(p) for p in list_checkpoints(run_dir)])
+    found = on_rank_0(world, lambda: [str(p) for p in list_checkpoints(run_dir)])
     if not found:
         return None
     newest = Path(found[-1])
-    wanted = {"facts": _plain(facts), "layout": engine.layout}
-    reasons = _gather(world, _problem(newest, wanted, world))
+    wanted = {"facts": as_json(dict(facts)), "layout": engine.layout}
+    reasons = gather(world, _problem(newest, wanted, world))
     if any(reasons):
         reason = next(r for r in reasons if r)
-        advice = _on_rank_0(world, lambda: _advice([Path(f) for f in found], wanted))
+        advice = on_rank_0(world, lambda: _advice([Path(f) for f in found], wanted))
         raise CheckpointError(f"checkpoint {newest}: {reason}. {advice}")
     engine.load(newest / "engine")
     manifest = _read_manifest(newest)
     if world.rank == 0 and manifest["layout"] != engine.layout:
-        there, here = _layout_words(manifest["layout"]), _layout_words(engine.layout)
-        print0(f"{newest} was written by {there}; this run is {here}: it continues but for the order of sums")
+        there, here = _layout_text(manifest["layout"]), _layout_text(engine.layout)
+        print0(f"{newest} was written by {there}; this run has {here}: sums may be rounded differently from here on")
     return Progress(**manifest["progress"])
 
 
@@ -124,7 +121,7 @@ def _publish(root: Path, building: Path, final: Path, manifest: dict[str, Any], 
     path = building / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1, sort_keys=True))
     sync(path)
-    if final.exists():  # an incomplete one: it is in the way
+    if final.exists():  # it is incomplete
         _remove(final)
     publish_folder(building, final)
     _prune(root, keep)
@@ -138,14 +135,14 @@ def _prune(root: Path, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Out of the listing at once, so that no half-removed checkpoint is ever found."""
+    """Rename first, so that a half-removed checkpoint is never listed."""
     gone = folder.with_name(f".removing-{folder.name}")
     os.rename(folder, gone)
     shutil.rmtree(gone)
 
 
 def _describe_files(building: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Path -> size in bytes and sha256, for this rank's share of the files, brought to disk."""
+    """Path -> size in bytes and sha256, for this rank's share of the files, which are synced to disk."""
     files = sorted(p for p in building.rglob("*") if p.is_file())
     described = {}
     for path in files[world.rank :: world.size]:
@@ -166,19 +163,19 @@ def _versions() -> dict[str, str]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError, without the folder's name, when it cannot be read or is of another format."""
+    """Raises CheckpointError, without the name of the folder, when it cannot be read or has another format."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"damaged: manifest.json cannot be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise CheckpointError(f"of another program version: format {found}, this one reads {FORMAT}")
+        raise CheckpointError(f"written by another version of the program: format {found}, this one reads {FORMAT}")
     return manifest
 
 
 def _complete(folder: Path) -> bool:
-    """Whether the manifest can be read and all files have their sizes; contents are not looked at."""
+    """Whether the manifest can be read and all files have the right size; contents are not verified."""
     try:
         files = _read_manifest(folder)["files"]
         return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
@@ -187,7 +184,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _problem(folder: Path, wanted: Mapping[str, Any], world: World) -> str | None:
-    """Why ``folder`` cannot be used, as far as this rank's share of its files shows; None when it can."""
+    """Why ``folder`` cannot be used, judging by this rank's share of its files; None when it can."""
     try:
         manifest = _read_manifest(folder)
         return (
@@ -205,12 +202,12 @@ def _layout_problem(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str 
     if all(found[key] == wanted[key] for key in ("precision", "master", "optimizer")):
         return None
     return (
-        f"written by {_layout_words(found)}, and this run is {_layout_words(wanted)}: take its precision, master "
-        "weights and optimizer, or give another run.dir"
+        f"written by {_layout_text(found)}, and this run has {_layout_text(wanted)}: use its precision, master "
+        "weights and optimizer, or set another run.dir"
     )
 
 
-def _layout_words(layout: Mapping[str, Any]) -> str:
+def _layout_text(layout: Mapping[str, Any]) -> str:
     zero = f" with ZeRO stage {layout['zero_stage']}" if layout["engine"] == "deepspeed" else " without DeepSpeed"
     ranks = "1 process" if layout["world_size"] == 1 else f"{layout['world_size']} processes"
     masters = "" if layout["master"] == "fp32" else " without master weights"
@@ -222,8 +219,8 @@ def _facts_problem(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str |
     different = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
     if not different:
         return None
-    words = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in different)
-    return f"made with other settings: {words}: give them their values back, or give another run.dir"
+    values = "; ".join(f"{key} was {there.get(key)!r} and is {here.get(key)!r} now" for key in different)
+    return f"made with other settings: {values}: restore these settings, or set another run.dir"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -247,50 +244,10 @@ def _damage(folder: Path, files: Mapping[str, Any], world: World) -> str | None:
 
 
 def _advice(folders: list[Path], wanted: Mapping[str, Any]) -> str:
-    """What to do about the newest of ``folders``."""
+    """What the user can do when the newest of ``folders`` cannot be used."""
     for count, folder in enumerate(reversed(folders[:-1]), start=1):
         if _problem(folder, wanted, World()) is None:
             newer = shlex.join(str(f) for f in folders[-count:])
-            return f"The last good checkpoint is {folder}: to continue from it, remove what is newer: rm -r {newer}"
+            return f"The last usable checkpoint is {folder}: to resume from it, remove the newer ones: rm -r {newer}"
     everything = shlex.quote(str(folders[0].parent))
-    return f"No earlier checkpoint can be used: to start the run from its beginning: rm -r {everything}"
-
-
-def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """``facts`` as they come back from JSON (tuples are lists there)."""
-    plain: dict[str, Any] = as_json(dict(facts))
-    return plain
-
-
-# --- several ranks --------------------------------------------------------------------------------------------
-
-
-def _gather(world: World, value: _T) -> list[_T]:
-    """Every rank's value, in rank order; also a barrier."""
-    if world.size == 1:
-        return [value]
-    values: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _guarded(action: Callable[[], _T]) -> _T | Exception:
-    """An error becomes a value, so that it reaches the other ranks instead of leaving them waiting."""
-    try:
-        return action()
-    except Exception as error:
-        return error
-
-
-def _raise_first(values: list[_T | Exception]) -> list[_T]:
-    for value in values:
-        if isinstance(value, Exception):
-            raise value
-    return [v for v in values if not isinstance(v, Exception)]
-
-
-def _on_rank_0(world: World, action: Callable[[], _T]) -> _T:
-    """What ``action`` returns on rank 0, on every rank; its error is raised on every rank."""
-    value = _guarded(action) if world.rank == 0 else None
-    first: Any = _gather(world, value)[0]
-    return _raise_first([first])[0]
+    return f"No earlier checkpoint can be used: to start the run over: rm -r {everything}"

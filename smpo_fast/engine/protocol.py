@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import World
 from smpo_fast.config.schema import Config
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a rank that is not heard of for so long ends the others
 
 
 @dataclass(frozen=True)
@@ -32,28 +28,27 @@ class Engine(Protocol):
     unet: nn.Module
     """Call it for every forward pass of the policy, with or without gradients, in train or eval mode."""
     dtype: torch.dtype
-    """What the weights are held in for computing; master weights, where there are any, are fp32."""
+    """The dtype of the weights that compute; master weights, where there are any, are fp32."""
     layout: dict[str, str | int]
-    """How the state is kept: engine, zero_stage, world_size, and what a checkpoint must share to be read:
-    precision, master, optimizer."""
+    """How the state is stored (engine, zero_stage, world_size), and what a checkpoint must share to be loaded
+    (precision, master, optimizer)."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of ``loss``, a scalar: this micro-batch's share of the mean over the rank's pairs.
 
-        ``last`` marks the step's last micro-batch.
+        ``last`` marks the last micro-batch of the step.
         """
 
     def step(self, lr: float) -> StepResult:
-        """Average the gradients over the ranks, clip, update with rate ``lr``, and drop them.
+        """Average the gradients over the ranks, clip, update with learning rate ``lr``, and drop the gradients.
 
-        A loss or gradient that is not finite on any rank leaves weights and optimizer state as they were, on
-        every rank.
+        A loss or gradient that is not finite on any rank leaves weights and optimizer state unchanged on every rank.
         """
 
     def save(self, folder: Path) -> None:
         """Write this rank's slices of weights and optimizer state into ``folder``, which exists.
 
-        Gradients on their way are left out. Not collective: an error is this rank's alone.
+        Gradients of an unfinished step are not saved. Not collective: an error is raised on this rank alone.
         """
 
     def load(self, folder: Path) -> None:
@@ -63,41 +58,27 @@ class Engine(Protocol):
         """
 
     def full_state(self) -> dict[str, Tensor]:
-        """The state dict with the master weights in fp32, on CPU: complete on rank 0, empty on the others."""
+        """The state dict with the master weights in fp32, on the CPU: complete on rank 0, empty on the others."""
 
 
-def micro_steps(config: Config, world_size: int) -> int:
-    """Micro-batches in one step of a rank; the last one may be smaller.
-
-    Raises SettingsError when the pairs of a step do not divide evenly among the ranks.
-    """
-    return math.ceil(pairs_per_rank(config, world_size) / config.batch.micro_pairs)
+# --- what both engines share ----------------------------------------------------------------------------------
 
 
-def pairs_per_rank(config: Config, world_size: int) -> int:
-    """Pairs of one rank in one step; raises SettingsError when they do not divide evenly."""
-    pairs, rest = divmod(config.batch.pairs_per_step, world_size)
-    if rest:
-        raise UserError(
-            f"batch.pairs_per_step = {config.batch.pairs_per_step} does not divide among {world_size} ranks: "
-            f"take a multiple of {world_size}"
-        )
-    return pairs
-
-
-def _set_lr(optimizer: Any, lr: float) -> None:
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def _poisoned(loss: Tensor) -> Tensor:
-    """``loss`` with its gradients made NaN when it is not finite; bitwise the same when it is. No host sync."""
+def nan_unless_finite(loss: Tensor) -> Tensor:
+    """A scalar loss whose gradients are NaN when it is not finite; bitwise the same when it is. No host sync."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
-def _layout(kind: str, stage: int, world: World, precision: str, config: Config) -> dict[str, str | int]:
+def describe_layout(engine: str, stage: int, world: World, precision: str, config: Config) -> dict[str, str | int]:
+    """``Engine.layout``."""
     return {
-        "engine": kind,
+        "engine": engine,
         "zero_stage": stage,
         "world_size": world.size,
         "precision": precision,
@@ -106,6 +87,7 @@ def _layout(kind: str, stage: int, world: World, precision: str, config: Config)
     }
 
 
-def _check_ready(ready: bool) -> None:
-    if not ready:
+def require_last_backward(done: bool) -> None:
+    """Raise RuntimeError when a step is made before the last micro-batch's backward pass."""
+    if not done:
         raise RuntimeError("step() needs backward(loss, last=True) before it")

@@ -1,10 +1,10 @@
-"""Slices of parameters on disk: every rank writes what it holds, and any other layout reads what it needs.
+"""Parameter slices on disk: every rank writes the ones it owns, and any other layout reads what it needs.
 
-A parameter is flattened; a slice of it is a name, the place of its first element, and a length. For a slice there are
-several tensors, told apart by a word: ``weight``, and whatever an optimizer keeps. Each has one entry an element, one
-entry a block of elements counted from the parameter's start, or a few numbers for the whole slice.
+A parameter is flattened; a slice of it is a name, the index of its first element, and a length. Several tensors may be
+stored for a slice, told apart by their kind: ``weight``, and whatever an optimizer keeps. Such a tensor has one entry
+per element, or one per block of elements counted from the start of the parameter, or a few numbers for the whole slice.
 
-    rank00003-0000.safetensors      of at most about 1 GiB, so that writing takes no more host memory than that
+    rank00003-0000.safetensors      of about 1 GiB at most, so that writing needs no more host memory than that
         exp_avg@4096+1024/conv.weight     elements 4096 to 5119 of conv.weight
 """
 
@@ -18,89 +18,96 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import CheckpointError
 
 FILE_BYTES = 1 << 30
 
 
-class Slice(NamedTuple):
+class ParameterSlice(NamedTuple):
     """Elements [offset, offset + numel) of the flattened parameter ``name``."""
 
     name: str
     offset: int
     numel: int
 
+    @property
+    def end(self) -> int:
+        """The first element after the slice."""
+        return self.offset + self.numel
 
-class Writer:
-    """Writes one rank's slices; call ``close`` at the end. A slice and a word must not be added twice."""
+
+class ShardWriter:
+    """Writes the slices of one rank; call ``close`` at the end. Add each kind of a slice at most once."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank = folder, rank
-        self._waiting: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
         self._bytes = self._files = 0
 
-    def add(self, piece: Slice, word: str, tensor: Tensor) -> None:
-        """Keep a tensor's values as they are now; written when a file is full."""
-        key = f"{word}@{piece.offset}+{piece.numel}/{piece.name}"
-        self._waiting[key] = tensor.detach().reshape(-1).to("cpu", copy=True)
+    def add(self, param_slice: ParameterSlice, kind: str, tensor: Tensor) -> None:
+        """Copy the present values of a tensor of any shape; they are written once a file is full."""
+        key = f"{kind}@{param_slice.offset}+{param_slice.numel}/{param_slice.name}"
+        self._pending[key] = tensor.detach().reshape(-1).to("cpu", copy=True)
         self._bytes += tensor.nbytes
         if self._bytes >= FILE_BYTES:
             self.close()
 
     def close(self) -> None:
-        """Write what waits."""
-        if self._waiting:
-            save_file(self._waiting, self._folder / f"rank{self._rank:05d}-{self._files:04d}.safetensors")
+        """Write what is still in memory."""
+        if self._pending:
+            save_file(self._pending, self._folder / f"rank{self._rank:05d}-{self._files:04d}.safetensors")
             self._files += 1
-            self._waiting, self._bytes = {}, 0
+            self._pending, self._bytes = {}, 0
 
 
-class Reader:
-    """Reads what all ranks' writers left in a folder. Only what is asked for is brought into memory."""
+class ShardReader:
+    """Reads what the writers of all ranks left in a folder. Only what is requested is brought into memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._keys: dict[tuple[str, str], list[tuple[Slice, str, Any]]] = defaultdict(list)
+        self._stored: dict[tuple[str, str], list[tuple[ParameterSlice, str, Any]]] = defaultdict(list)
         for path in sorted(folder.glob("rank*.safetensors")):
             file = safe_open(path, "pt")
             for key in file.keys():
-                place, _, name = key.partition("/")
-                word, _, numbers = place.partition("@")
+                location, _, name = key.partition("/")
+                kind, _, numbers = location.partition("@")
                 offset, _, numel = numbers.partition("+")
-                self._keys[name, word].append((Slice(name, int(offset), int(numel)), key, file))
+                self._stored[name, kind].append((ParameterSlice(name, int(offset), int(numel)), key, file))
 
-    def slices(self, name: str, word: str) -> list[Slice]:
-        """The slices of a parameter that have a word, in the order of their offsets."""
-        return sorted(piece for piece, _, _ in self._keys[name, word])
+    def slices(self, name: str, kind: str) -> list[ParameterSlice]:
+        """The stored slices of one kind of a parameter, by ascending offset."""
+        return sorted(param_slice for param_slice, _, _ in self._stored[name, kind])
 
-    def exact(self, piece: Slice, word: str) -> Tensor | None:
-        """What was added for this very slice; None where the writers cut the parameter otherwise."""
-        found = (file.get_tensor(key) for other, key, file in self._keys[piece.name, word] if other == piece)
+    def exact(self, param_slice: ParameterSlice, kind: str) -> Tensor | None:
+        """What was added for exactly this slice; None where the parameter was cut differently."""
+        stored = self._stored[param_slice.name, kind]
+        found = (file.get_tensor(key) for other, key, file in stored if other == param_slice)
         return next(found, None)
 
-    def elements(self, piece: Slice, word: str, block: int = 1) -> Tensor:
-        """The entries of a slice however the writers cut it: one an element, or one a ``block`` of elements.
+    def elements(self, param_slice: ParameterSlice, kind: str, block: int = 1) -> Tensor:
+        """The entries of a slice, however the parameter was cut: one per element, or one per ``block`` elements.
 
-        Raises SettingsError where entries are missing.
+        Raises CheckpointError where entries are missing.
         """
-        first, end = piece.offset // block, -(-(piece.offset + piece.numel) // block)
+        first, end = param_slice.offset // block, -(-param_slice.end // block)
         out, missing = None, end - first
-        for (_, offset, numel), key, file in sorted(self._keys[piece.name, word], key=lambda found: found[0]):
-            begin = offset // block
-            low, high = max(first, begin), min(end, -(-(offset + numel) // block))
+        stored = sorted(self._stored[param_slice.name, kind], key=lambda entry: entry[0])
+        for other, key, file in stored:
+            begin = other.offset // block
+            low, high = max(first, begin), min(end, -(-other.end // block))
             if low >= high:
                 continue
-            part = file.get_slice(key)[low - begin : high - begin]
+            values = file.get_slice(key)[low - begin : high - begin]
             if out is None:
-                out, reached = part.new_empty(end - first), first
+                out, reached = values.new_empty(end - first), first
             if low > reached:
                 break
             missing -= max(0, high - reached)
-            out[low - first : high - first] = part
+            out[low - first : high - first] = values
             reached = max(reached, high)
         if out is None or missing:
-            raise UserError(
-                f"{self._folder}: '{word}' of {piece.name}, elements {piece.offset} to "
-                f"{piece.offset + piece.numel - 1}, is not there: the checkpoint is of another network or optimizer"
+            raise CheckpointError(
+                f"{self._folder}: '{kind}' of {param_slice.name}, elements {param_slice.offset} to "
+                f"{param_slice.end - 1}, is missing: the checkpoint belongs to another network or optimizer"
             )
         return out

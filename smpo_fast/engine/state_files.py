@@ -1,4 +1,4 @@
-"""Writing and reading an engine's weights and optimizer states as slices."""
+"""Writing and reading the weights and optimizer states of an engine as parameter slices."""
 
 from __future__ import annotations
 
@@ -8,38 +8,43 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from smpo_fast.engine.optimizers import Held, SlicedOptimizer
-from smpo_fast.engine.shards import Reader, Slice, Writer
+from smpo_fast.engine.optimizers import LocalSlice, SlicedOptimizer
+from smpo_fast.engine.shards import ParameterSlice, ShardReader, ShardWriter
 
 
-def _write(folder: Path, rank: int, held: Iterable[Held], optimizer: SlicedOptimizer, module: nn.Module) -> None:
-    writer = Writer(folder, rank)
-    for one in held:
-        writer.add(one.piece, "weight", one.values())
-        for word, numbers in optimizer.numbers(one.piece):
-            writer.add(one.piece, word, numbers)
+def write_state(
+    folder: Path, rank: int, slices: Iterable[LocalSlice], optimizer: SlicedOptimizer, module: nn.Module
+) -> None:
+    """Write this rank's slices with their optimizer states; rank 0 adds the buffers of the module."""
+    writer = ShardWriter(folder, rank)
+    for local in slices:
+        writer.add(local.param_slice, "weight", local.values())
+        for kind, value in optimizer.states(local.param_slice):
+            writer.add(local.param_slice, kind, value)
     if rank == 0:
-        for name, buffer in _persistent_buffers(module).items():
-            writer.add(Slice(name, 0, buffer.numel()), "buffer", buffer)
+        for name, buffer in persistent_buffers(module).items():
+            writer.add(ParameterSlice(name, 0, buffer.numel()), "buffer", buffer)
     writer.close()
 
 
 @torch.no_grad()
-def _read(folder: Path, held: Iterable[Held], optimizer: SlicedOptimizer, module: nn.Module) -> None:
-    saved = Reader(folder)
-    for one in held:
-        weights = one.values()
-        weights.copy_(saved.elements(one.piece, "weight").view(weights.shape))
-        optimizer.restore(one.piece, saved)
-    for name, buffer in _persistent_buffers(module).items():
+def read_state(folder: Path, slices: Iterable[LocalSlice], optimizer: SlicedOptimizer, module: nn.Module) -> None:
+    """Read into this rank's slices, their optimizer states and all buffers what any layout wrote.
+
+    Raises CheckpointError where something is missing.
+    """
+    saved = ShardReader(folder)
+    for local in slices:
+        weights = local.values()
+        weights.copy_(saved.elements(local.param_slice, "weight").view(weights.shape))
+        optimizer.restore(local.param_slice, saved)
+    for name, buffer in persistent_buffers(module).items():
         if buffer.numel():
-            buffer.copy_(saved.elements(Slice(name, 0, buffer.numel()), "buffer").view(buffer.shape))
+            whole = ParameterSlice(name, 0, buffer.numel())
+            buffer.copy_(saved.elements(whole, "buffer").view(buffer.shape))
 
 
-def _whole(parameters: dict[str, Tensor]) -> list[Held]:
-    return [Held(Slice(name, 0, p.numel()), p.numel(), p) for name, p in parameters.items()]
-
-
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a module that belong to its state dict."""
     kept = module.state_dict().keys()
     return {name: b for name, b in module.named_buffers(remove_duplicate=False) if name in kept}

@@ -1,10 +1,9 @@
-"""The engine on DeepSpeed, ZeRO stage 0 to 3."""
+"""The engine on DeepSpeed, ZeRO stage 0 to 3, and the import of DeepSpeed with its process group."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import io
 import json
 import logging
@@ -12,35 +11,42 @@ import math
 import os
 import socket
 import warnings
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from smpo_fast.common.runtime import COMPUTE_DTYPES as DTYPES
-from smpo_fast.common.runtime import World
+from smpo_fast.common.runtime import COMPUTE_DTYPES, World
 from smpo_fast.config.schema import Config
+from smpo_fast.engine.collectives import COLLECTIVE_TIMEOUT, on_every_rank, shutdown
 from smpo_fast.engine.ds_config import zero_stage
-from smpo_fast.engine.optimizers import Held, make_optimizer
-from smpo_fast.engine.protocol import COLLECTIVE_TIMEOUT, StepResult, _check_ready, _layout, _poisoned, _set_lr
-from smpo_fast.engine.shards import Slice
-from smpo_fast.engine.state_files import _persistent_buffers, _read, _whole, _write
+from smpo_fast.engine.optimizers import LocalSlice, make_optimizer, whole_parameters
+from smpo_fast.engine.protocol import (
+    StepResult,
+    describe_layout,
+    nan_unless_finite,
+    require_last_backward,
+    set_learning_rate,
+)
+from smpo_fast.engine.shards import ParameterSlice
+from smpo_fast.engine.state_files import persistent_buffers, read_state, write_state
 
-_SCALER = "loss_scale.json"
+_LOSS_SCALE_FILE = "loss_scale.json"
 
 
-class _ForwardCounter(nn.Module):
-    """The policy as its callers see it: the module's own attributes, with forward passes through DeepSpeed.
+class _PolicyModule(nn.Module):
+    """The policy for its callers: forward passes go through DeepSpeed, attributes are the module's own.
 
-    DeepSpeed's engine is no stand-in for the module: its ``config`` is DeepSpeed's, and its ``training`` flag
-    does not follow ``eval()``.
+    DeepSpeed's engine cannot replace the module: its ``config`` is DeepSpeed's, and its ``training`` flag does not
+    follow ``eval()``.
     """
 
     def __init__(self, module: nn.Module, deepspeed_engine: nn.Module) -> None:
         super().__init__()
         self.module = module
-        object.__setattr__(self, "_deepspeed", deepspeed_engine)  # no child: it holds the module too
+        object.__setattr__(self, "_deepspeed", deepspeed_engine)  # not as a submodule: it contains the module too
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._deepspeed(*args, **kwargs)
@@ -53,13 +59,13 @@ class _ForwardCounter(nn.Module):
 
 
 class DeepSpeedEngine:
-    """ZeRO 0 to 3 on all ranks of ``world``."""
+    """ZeRO 0 to 3 on all ranks of ``world``. Losses are scalars; ``protocol.Engine`` documents the methods."""
 
     def __init__(self, unet: nn.Module, config: Config, world: World, precision: str, settings: dict[str, Any]) -> None:
-        deepspeed = _import_deepspeed(world)
-        self.dtype = DTYPES[precision]
+        deepspeed = import_deepspeed(world)
+        self.dtype = COMPUTE_DTYPES[precision]
         self._stage = zero_stage(settings)
-        self.layout = _layout("deepspeed", self._stage, world, precision, config)
+        self.layout = describe_layout("deepspeed", self._stage, world, precision, config)
         self._module, self._world = unet, world
         named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
         originals = {name: p.data.cpu() for name, p in named if p.dtype is not self.dtype}
@@ -69,52 +75,55 @@ class DeepSpeedEngine:
         self._optimizer = make_optimizer([p for _, p in named], config, world)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
             self._engine, *_ = deepspeed.initialize(model=unet, optimizer=self._optimizer, config=settings)
-        owners, self._held = self._find_slices()
-        self._optimizer.hold(owners, self._held)
+        owners, self._slices = self._find_slices()
+        self._optimizer.assign_slices(owners, self._slices)
         if self.dtype is not torch.float32:
             self._restore_masters(originals)
-        self.unet: nn.Module = _ForwardCounter(unet, self._engine)
+        self.unet: nn.Module = _PolicyModule(unet, self._engine)
         self._ready = False
 
-    def _find_slices(self) -> tuple[list[list[Tensor]], list[Held]]:
-        """What DeepSpeed steps at a time, and where in it this rank's slices of the parameters lie."""
+    def _find_slices(self) -> tuple[list[list[Tensor]], list[LocalSlice]]:
+        """The tensors of each of DeepSpeed's optimizer calls, and where in them this rank's parameter slices are."""
         trained = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         zero, groups = self._engine.optimizer, self._optimizer.param_groups
         if self._stage == 0:
-            return [list(trained.values())], _whole(cast(dict[str, Tensor], trained))
-        held = []
+            return [list(trained.values())], whole_parameters(cast(dict[str, Tensor], trained))
+        slices = []
         if self._stage < 3:
             for name, p in trained.items():
                 if (mapped := p._hp_mapping) is not None:  # type: ignore[attr-defined]
-                    piece = Slice(name, mapped.lp_fragment_address.start, mapped.lp_fragment_address.numel)
+                    param_slice = ParameterSlice(
+                        name, mapped.lp_fragment_address.start, mapped.lp_fragment_address.numel
+                    )
                     owner = groups[mapped.param_group_index]["params"][0]
-                    held.append(Held(piece, p.numel(), owner, mapped.hp_fragment_address.start))
-            return [[group["params"][0]] for group in groups], held
+                    slices.append(LocalSlice(param_slice, p.numel(), owner, mapped.hp_fragment_address.start))
+            return [[group["params"][0]] for group in groups], slices
         for name, p in trained.items():
             group, start, share = zero.grad_position[zero.get_param_id(p)]
             offset, total = share * self._world.rank, p.ds_numel  # type: ignore[attr-defined]
             if offset < total:
-                piece = Slice(name, offset, min(share, total - offset))
-                held.append(Held(piece, total, zero.fp32_partitioned_groups_flat[group], start))
-        return [[flat] for flat in zero.fp32_partitioned_groups_flat], held
+                param_slice = ParameterSlice(name, offset, min(share, total - offset))
+                slices.append(LocalSlice(param_slice, total, zero.fp32_partitioned_groups_flat[group], start))
+        return [[flat] for flat in zero.fp32_partitioned_groups_flat], slices
 
     @torch.no_grad()
     def _restore_masters(self, originals: dict[str, Tensor]) -> None:
-        """DeepSpeed makes the fp32 master weights from the rounded ones: give them back the digits they lost."""
-        for one in self._held:
-            if (original := originals.get(one.piece.name)) is not None:
-                one.values().copy_(original.flatten()[one.piece.offset :][: one.piece.numel])
+        """DeepSpeed makes the fp32 master weights from rounded ones: put the unrounded values back."""
+        for local in self._slices:
+            where = local.param_slice
+            if (original := originals.get(where.name)) is not None:
+                local.values().copy_(original.flatten()[where.offset : where.end])
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        # The loss is a share of the mean already: DeepSpeed would divide by the number of micro-batches again.
-        self._engine.backward(_poisoned(loss), scale_wrt_gas=False)
+        # The loss is already a share of the mean: DeepSpeed would divide it by the number of micro-batches again.
+        self._engine.backward(nan_unless_finite(loss), scale_wrt_gas=False)
         self._ready = last
 
     def step(self, lr: float) -> StepResult:
-        _check_ready(self._ready)
+        require_last_backward(self._ready)
         self._ready = False
-        _set_lr(self._engine.optimizer, lr)
+        set_learning_rate(self._engine.optimizer, lr)
         if self._stage == 0:
             return self._step_unsharded()
         self._engine.step()
@@ -122,8 +131,8 @@ class DeepSpeedEngine:
         return StepResult(applied, float(self._engine.get_global_grad_norm()))
 
     def _step_unsharded(self) -> StepResult:
-        """At stage 0 in fp32 DeepSpeed has no check for non-finite gradients of its own."""
-        # The gradients are averaged already, so the norm is the same on every rank.
+        """At stage 0 in fp32 DeepSpeed does not check for non-finite gradients itself."""
+        # The gradients are already averaged, so the norm is the same on every rank.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._module.parameters() if p.grad is not None])
         result = StepResult(math.isfinite(norm), float(norm))
         if result.applied:
@@ -133,28 +142,23 @@ class DeepSpeedEngine:
         return result
 
     def save(self, folder: Path) -> None:
-        mine = self._held if self._stage > 0 or self._world.rank == 0 else []
-        _write(folder, self._world.rank, mine, self._optimizer, self._module)
+        mine = self._slices if self._stage > 0 or self._world.rank == 0 else []
+        write_state(folder, self._world.rank, mine, self._optimizer, self._module)
         if self.dtype is torch.float16 and self._world.rank == 0:
-            (folder / _SCALER).write_text(json.dumps(_numbers_of(self._engine.optimizer.loss_scaler)))
+            (folder / _LOSS_SCALE_FILE).write_text(json.dumps(loss_scaler_state(self._engine.optimizer.loss_scaler)))
 
     def load(self, folder: Path) -> None:
-        problem: Exception | None = None
-        try:
-            _read(folder, self._held, self._optimizer, self._module)
-            if self.dtype is torch.float16:
-                vars(self._engine.optimizer.loss_scaler).update(json.loads((folder / _SCALER).read_text()))
-        except Exception as error:
-            problem = error
-        problems: list[Any] = [None] * self._world.size
-        torch.distributed.all_gather_object(problems, problem)
-        if found := next((p for p in problems if p is not None), None):
-            raise found
-        self._spread_masters()
+        on_every_rank(self._world, partial(self._read, folder))
+        self._copy_masters_to_computing_weights()
+
+    def _read(self, folder: Path) -> None:
+        read_state(folder, self._slices, self._optimizer, self._module)
+        if self.dtype is torch.float16:
+            vars(self._engine.optimizer.loss_scaler).update(json.loads((folder / _LOSS_SCALE_FILE).read_text()))
 
     @torch.no_grad()
-    def _spread_masters(self) -> None:
-        """Make the weights that compute from the master weights, on all ranks."""
+    def _copy_masters_to_computing_weights(self) -> None:
+        """Update the weights of forward passes from the master weights, on all ranks."""
         zero = self._engine.optimizer
         if self._stage in (1, 2):
             zero.update_lp_params()
@@ -172,7 +176,7 @@ class DeepSpeedEngine:
             if self._world.rank == 0:
                 state[name] = weights.float().cpu().clone()
         if self._world.rank == 0:
-            state |= {name: b.cpu().clone() for name, b in _persistent_buffers(self._module).items()}
+            state |= {name: b.cpu().clone() for name, b in persistent_buffers(self._module).items()}
         return state
 
     def _gathered(self, parameter: nn.Parameter) -> Tensor:
@@ -186,20 +190,15 @@ class DeepSpeedEngine:
             return parameter.detach().clone()
 
 
-def shutdown() -> None:
-    """Leave the process group, if there is one; called at exit by itself, and harmless to call earlier."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _numbers_of(loss_scaler: Any) -> dict[str, Any]:
+def loss_scaler_state(loss_scaler: Any) -> dict[str, Any]:
+    """The numbers that a DeepSpeed loss scaler consists of, as JSON values."""
     return {name: value for name, value in vars(loss_scaler).items() if isinstance(value, (bool, int, float))}
 
 
-@functools.cache
-def _import_deepspeed(world: World) -> Any:
-    """DeepSpeed, with the process group it needs, also without a launcher."""
-    # DeepSpeed picks its device when imported; run.device = "cpu" on a GPU machine must reach it.
+@cache
+def import_deepspeed(world: World) -> Any:
+    """DeepSpeed, with the process group that it needs; it works without a launcher too."""
+    # DeepSpeed chooses its device when it is imported; run.device = "cpu" must reach it on a machine with a GPU.
     os.environ["DS_ACCELERATOR"] = world.device.type
     if "MASTER_PORT" not in os.environ and world.size == 1:
         with socket.socket() as free:
@@ -211,9 +210,9 @@ def _import_deepspeed(world: World) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch is giving up: hundreds of lines that no user can act on.
+    # DeepSpeed calls collectives by deprecated names: hundreds of warnings that no user can act on.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # On CPU it would compile an operator for inference that training never calls: a minute, and a C++ compiler.
+    # On the CPU it would compile an inference operator that training never calls: it takes a minute and a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)

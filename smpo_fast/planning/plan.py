@@ -15,7 +15,7 @@ from smpo_fast.common.errors import EnvironmentProblem, UserError
 from smpo_fast.common.runtime import World, print0
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config, Model
-from smpo_fast.engine import ds_config, protocol
+from smpo_fast.engine import batch_size, combinations, ds_config
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models.locate import ModelSource, find, schedule_of
 from smpo_fast.models.network_spec import network_spec
@@ -45,7 +45,7 @@ def precision_of(c: Config, ds: Mapping[str, Any] | None, gpu: Gpu) -> str:
     'auto' is what ``engine.resolve_precision`` makes of it on a GPU that has bfloat16.
     """
     raw = dict(ds or {})
-    here = ds_config.resolve_precision(c, None if ds is None else raw, torch.device("cpu"))
+    here = combinations.resolve_precision(c, None if ds is None else raw, torch.device("cpu"))
     off = any(raw.get(name, {}).get("enabled") is False for name in ("bf16", "bfloat16"))
     if here != "fp32" or c.model.precision == "fp32" or gpu.name == CPU or off:
         return here
@@ -75,7 +75,7 @@ def plan(c: Config, request: Request) -> dict[str, Any]:
     ds_file = "" if request.ds_file is None else str(request.ds_file)
     network = network_spec(source, c.data.resolution, c.model.attention, c.lora)
     s = Subject(c, network, precision_of(c, ds, gpu), request.gpus, request.per_node, ds)
-    protocol.pairs_per_rank(c, s.ranks)
+    batch_size.pairs_per_rank(c, s.ranks)
     schedule, choice = schedule_of(source, c.inversion), s.choice()
     own, done = memory(s, choice), work(s, schedule, choice.checkpointing)
     fitting = options(s, schedule, gpu, ds_file)
@@ -115,7 +115,7 @@ def _valid(s: Subject, option: Option) -> bool:
     ds = s_of(s, option).ds
     try:
         c = loading.from_dict(values)
-        ds_config.check_combination(c, there.precision, World(size=s.ranks), None if ds is None else dict(ds))
+        combinations.check_combination(c, there.precision, World(size=s.ranks), None if ds is None else dict(ds))
     except UserError:
         return False
     return True

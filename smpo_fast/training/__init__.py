@@ -1,4 +1,4 @@
-"""A run: what is checked before it starts, the optimizer step, the loop around it, and what ends it.
+"""Training: what is checked before a run starts, the optimizer step, the loop around it, and the end of a run.
 
-Imports everything below it. In: a ``Config``. Out: a run folder with checkpoints, logs and an export.
+Imports every package below it. In: a ``Config``. Out: a run folder with checkpoints, logs and an export.
 """

@@ -1,4 +1,4 @@
-"""What ends a run: export, curves, evaluation and summary."""
+"""The end of a run: export, curves, evaluation and summary."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from smpo_fast.common.runtime import print0
 from smpo_fast.evaluation import compare
 from smpo_fast.models import lora
 from smpo_fast.models.export import export_pipeline
-from smpo_fast.training import metrics
 from smpo_fast.training.job import Job
+from smpo_fast.training.run_log import read_metrics
 
 
 def finish(job: Job, state: dict[str, Tensor]) -> None:
-    """Export, draw the curves, evaluate, and say where everything lies (rank 0)."""
+    """Export, draw the curves, evaluate, and print where everything is. Called on rank 0.
+
+    state: the trained weights, of any shapes, by name.
+    """
     c, export = job.config, job.run_dir / "export"
     if c.lora.rank:
         lora.save(c, job.source, state, export)
@@ -25,24 +28,28 @@ def finish(job: Job, state: dict[str, Tensor]) -> None:
         export_pipeline(job.source, state, export, c.model.export_dtype)
     if c.lora.merge:
         lora.merge(c, job.source, export, job.run_dir / "merged")
-    plots.draw_curves(metrics.read_metrics(job.run_dir), job.run_dir / "curves.png")
+    plots.draw_curves(read_metrics(job.run_dir), job.run_dir / "curves.png")
     summary = ""
     if c.eval.prompts:
         summary = compare.evaluate(c, job.source, export, job.run_dir / "evaluation", job.world.device)
     exported = f"the {'adapters' if c.lora.rank else 'aligned pipeline'}, for diffusers'"
     exported += " load_lora_weights" if c.lora.rank else " from_pretrained"
     print0(
-        f"\n{summary}\n{totals(metrics.read_metrics(job.run_dir))}\nThe run is complete: {job.run_dir}/\n"
+        f"\n{summary}\n{totals(read_metrics(job.run_dir))}\nThe run is complete: {job.run_dir}/\n"
         f"  export/         {exported}\n"
-        + ("  merged/         the aligned pipeline, adapters in its weights\n" if c.lora.merge else "")
-        + "  metrics.jsonl   one line a step; tensorboard/ has the same; curves.png shows them\n"
+        + (
+            "  merged/         the aligned pipeline, with the adapters merged into its weights\n"
+            if c.lora.merge
+            else ""
+        )
+        + "  metrics.jsonl   one line per step; tensorboard/ has the same; curves.png plots them\n"
         "  config.toml     the resolved settings; environment.json has versions and device\n"
-        + ("  evaluation/     grid.png (base beside aligned), evaluation.json, scores.csv\n" if summary else "")
+        + ("  evaluation/     grid.png (base next to aligned), evaluation.json, scores.csv\n" if summary else "")
     )
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> str:
-    """Steps, seconds, speed and peak memory of a run, from its log."""
+    """Steps, seconds, speed and peak memory of a run, from the rows of its log."""
     if not rows:
         return "no step was trained"
     seconds, peak = sum(row["seconds"] for row in rows), max(row["memory_gb"] for row in rows)

@@ -1,21 +1,18 @@
-"""What a step reports: statistics kept on the device and fetched once per step, phase times, and the logs.
+"""The numbers of a step: statistics collected on the device and read once per step, and the seconds of its phases.
 
-All pairs of a step, whichever rank trained them, end up in one table, so the numbers are the same for any number
-of ranks. Names are those of the sibling scripts (``train_loss``, ``implicit_acc``, ``model_mse``, ...).
+The pairs of all ranks end up in one table, so the numbers are the same for any number of ranks. Their names are those
+of the released scripts (``train_loss``, ``implicit_acc``, ``model_mse``, ...).
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smpo_fast.common.runtime import World
-from smpo_fast.config.schema import Config
 
 COLUMNS = ("loss", "logit", "weight", "policy_w", "policy_l", "reference_w", "reference_l")
 TIME_BINS = 5
@@ -31,7 +27,7 @@ TIME_BINS = 5
 
 @dataclass(frozen=True)
 class StepTable:
-    """Every pair of a step, all ranks: ids and timesteps [P], and a column [P] float64 for each of COLUMNS."""
+    """The examples of a step on all ranks: ids and timesteps [P], and a column [P] float64 for each of COLUMNS."""
 
     ids: np.ndarray
     times: np.ndarray
@@ -43,7 +39,7 @@ class StepTable:
 
 
 class Meter:
-    """Collects one step on one rank; ``flush`` is the step's only read of device memory."""
+    """Collects the numbers of a step on one rank; only ``flush`` reads device memory."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -53,20 +49,20 @@ class Meter:
         self._marks: list[tuple[str, Any, Any]] = []
 
     def add(self, ids: Sequence[int], times: Sequence[int], **columns: Tensor) -> None:
-        """Add pairs: each of COLUMNS as [B]."""
+        """Add B examples, with a tensor [B] for each of COLUMNS."""
         self._ids += ids
         self._times += times
         self._rows.append(torch.stack([columns[name].detach().double() for name in COLUMNS], dim=1))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase without stopping the device."""
+        """Measure the time of a phase without waiting for the device."""
         start = self._now()
         yield
         self._marks.append((name, start, self._now()))
 
     def flush(self) -> tuple[StepTable, dict[str, float]]:
-        """The step's table over all ranks (collective) and this rank's seconds per phase; starts anew."""
+        """The table of the step over all ranks, and this rank's seconds per phase; then start over. Collective."""
         head = torch.tensor([self._ids, self._times], dtype=torch.float64, device=self.world.device).T
         mine = torch.cat([head, torch.cat(self._rows)], dim=1)
         table = self._gather(mine).cpu().numpy()
@@ -82,7 +78,7 @@ class Meter:
             return mine
         parts = [torch.empty_like(mine) for _ in range(self.world.size)]
         dist.all_gather(parts, mine.contiguous())
-        return torch.stack(parts, dim=1).flatten(0, 1)  # in order of position: ranks take every R-th
+        return torch.stack(parts, dim=1).flatten(0, 1)  # by position: each rank has every R-th
 
     def _now(self) -> Any:
         if self.world.device.type != "cuda":
@@ -93,17 +89,18 @@ class Meter:
 
 
 def summarize(table: StepTable, beta: float, num_train_timesteps: int) -> dict[str, float]:
-    """The numbers a step is logged with, from all its pairs.
+    """The numbers that are logged for a step.
 
-    ``avg_win_diff_loss`` and ``avg_lose_diff_loss`` are the drifts m_w - r_w and m_l - r_l; ``rewards/*`` are
-    -(beta/2) times the drifts, unweighted; ``acc_t*`` is the implicit accuracy by timestep bin.
+    ``avg_win_diff_loss`` and ``avg_lose_diff_loss`` are the drifts of the policy's errors from the reference's,
+    m_w - r_w and m_l - r_l; ``rewards/*`` are -(beta/2) times the drifts, unweighted; ``acc_t*`` is the implicit
+    accuracy by timestep bin.
     """
     c = table.columns
     drift_w, drift_l = c["policy_w"] - c["reference_w"], c["policy_l"] - c["reference_l"]
-    right = (drift_w < drift_l).astype(float)
+    correct = (drift_w < drift_l).astype(float)
     values = {
         "train_loss": c["loss"].mean(),
-        "implicit_acc": right.mean(),
+        "implicit_acc": correct.mean(),
         "model_mse": (c["policy_w"] + c["policy_l"]).mean() / 2,
         "ref_mse": (c["reference_w"] + c["reference_l"]).mean() / 2,
         "model_mse_win": c["policy_w"].mean(),
@@ -124,77 +121,12 @@ def summarize(table: StepTable, beta: float, num_train_timesteps: int) -> dict[s
     for b in range(TIME_BINS):
         if (bins == b).any():
             low, high = (k * num_train_timesteps // TIME_BINS for k in (b, b + 1))
-            values[f"acc_t{low:03d}-{high - 1:03d}"] = right[bins == b].mean()
+            values[f"acc_t{low:03d}-{high - 1:03d}"] = correct[bins == b].mean()
     return {name: float(value) for name, value in values.items()}
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory so far in GB (1e9 bytes): the device's on CUDA, the process's resident set on the CPU."""
+    """Peak memory so far in GB (1e9 bytes): of the device on CUDA, of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-class _Sink(NamedTuple):
-    write: Callable[[Mapping[str, float], int], object]
-    close: Callable[[], object]
-
-
-class RunLog:
-    """Rank 0's logs in the run's folder: metrics.jsonl always, the others as ``[log]`` says.
-
-    Lines of steps from ``first_step`` on, left by a run that went further than its last checkpoint, are dropped:
-    those steps will be logged again.
-    """
-
-    def __init__(self, run_dir: Path, config: Config, first_step: int, world: World) -> None:
-        self.active = world.rank == 0
-        self._sinks: list[_Sink] = []
-        if not self.active:
-            return
-        self.file = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-            add = writer.add_scalar
-            self._sinks.append(_Sink(lambda values, step: [add(k, v, step) for k, v in values.items()], writer.close))
-        for module, project in (("wandb", config.log.wandb), ("trackio", config.log.trackio)):
-            if project:
-                self._sinks.append(_tracker(module, project, run_dir, config))
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log one step (1 is the first). Lists and texts go to metrics.jsonl only."""
-        if not self.active:
-            return
-        with self.file.open("a") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-        for sink in self._sinks:
-            sink.write(numbers, step)
-
-    def close(self) -> None:
-        """Write out what the logs hold back."""
-        for sink in self._sinks:
-            sink.close()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
-    file = run_dir / "metrics.jsonl"
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def _tracker(module: str, project: str, run_dir: Path, config: Config) -> _Sink:
-    """wandb and trackio share the three calls used here."""
-    tracker = importlib.import_module(module)
-    tracker.init(project=project, name=run_dir.name, config=config.model_dump())
-    return _Sink(lambda values, step: tracker.log(dict(values), step=step), tracker.finish)

@@ -1,7 +1,7 @@
-"""The frozen reference, wherever it is kept: on the device, in host memory, in shards, or inside the policy.
+"""The frozen reference and where its weights are kept: on the device, in host memory, in shards, or in the policy.
 
-``with reference() as denoiser`` gives it for as long as a phase needs it. Wherever it is kept its weights and its
-arithmetic are the same, so the losses are the same, and at the first step every margin is exactly 0.
+``with reference() as denoiser`` provides it while a phase needs it. Its weights and its arithmetic do not depend on
+where it is kept, so neither do the losses, and at the first step every margin is exactly 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError
 from smpo_fast.common.runtime import COMPUTE_DTYPES, World
 from smpo_fast.config.schema import Config
 from smpo_fast.engine import zero as engine_zero
@@ -27,30 +27,30 @@ from smpo_fast.models.locate import ModelSource
 
 Reference = Callable[[], AbstractContextManager[Denoiser]]
 
-_BUCKET = 1 << 28  # bytes: pinned memory comes in powers of two, and one block of all weights would waste up to half
-_ALIGNED = 256  # bytes, as the allocator on the device aligns tensors: kernels choose their loads by it
+_BLOCK_BYTES = 1 << 28  # pinned memory comes in powers of two: one block of all weights would waste up to half
+_ALIGNMENT = 256  # bytes, as the device's allocator aligns tensors: kernels choose their loads by it
 
 
 def resolve(config: Config, ds_settings: Mapping[str, Any] | None) -> str:
-    """Where a run keeps its reference: ``model.reference`` with 'auto' made definite; 'none' where nothing asks it.
+    """Where a run keeps its reference: ``model.reference`` with 'auto' resolved; 'none' where nothing uses it.
 
-    Raises SettingsError for a place that this run does not have.
+    Raises ConfigError for a place that this run does not have.
     """
     wanted, adapted = config.model.reference, config.lora.rank > 0
     if wanted == "adapters-off" and not adapted:
-        raise UserError(
-            "model.reference = 'adapters-off': without LoRA the policy has no adapters to switch off: give lora.rank, "
+        raise ConfigError(
+            "model.reference = 'adapters-off': without LoRA the policy has no adapters to switch off: set lora.rank, "
             "or take 'replicated' or 'streamed'"
         )
     if wanted == "sharded" and ds_settings is None:
-        raise UserError(
+        raise ConfigError(
             "model.reference = 'sharded' needs DeepSpeed: give --ds_config, or take 'streamed', which also frees the "
-            "device of it"
+            "memory of the device"
         )
     inverts = config.inversion.source == "inversion" and config.inversion.network == "reference"
     whole = config.model.compile != "off" or config.model.cuda_graphs or config.inversion.fp8
     if wanted == "sharded" and inverts and (whole or config.inversion.reuse_deep):
-        raise UserError(
+        raise ConfigError(
             "model.reference = 'sharded' with inversion.network = 'reference': shards are gathered module by module, "
             "so model.compile, model.cuda_graphs, inversion.fp8 and inversion.reuse_deep must be off; or take "
             "'replicated'"
@@ -58,20 +58,6 @@ def resolve(config: Config, ds_settings: Mapping[str, Any] | None) -> str:
     if not inverts and not OBJECTIVES[config.objective.name].needs_reference:
         return "none"
     return wanted if wanted != "auto" else "adapters-off" if adapted else "replicated"
-
-
-def load_policy(config: Config, source: ModelSource, precision: str, device: torch.device) -> nn.Module:
-    """The network to train: all weights in float32 (the engine casts them), or a frozen base with adapters.
-
-    A frozen base, and weights without a master copy, are loaded in the dtype that computes: nothing needs more digits.
-    """
-    rounded = config.lora.rank or config.optim.master == "none"
-    dtype = COMPUTE_DTYPES[precision] if rounded else torch.float32
-    unet = load_unet(source, config.model, dtype, device)
-    if config.lora.rank:
-        lora.add_adapters(unet, config.lora, config.run.seed)
-    kernel_patch.patch(unet, config.kernels.enabled)
-    return unet
 
 
 def make_reference(
@@ -84,7 +70,7 @@ def make_reference(
     as_denoiser: Callable[[nn.Module], Denoiser],
     ds_settings: Mapping[str, Any] | None,
 ) -> Reference:
-    """The reference kept as ``where`` says: a word of ``resolve``, or 'cached' (stored errors: nothing is loaded).
+    """The reference kept at a place that ``resolve`` returned, or 'cached' (errors are stored: nothing is loaded).
 
     Collective for 'sharded'. ``policy`` is the engine's network.
     """
@@ -104,7 +90,7 @@ def make_reference(
 
 
 def _absent(where: str) -> AbstractContextManager[Denoiser]:
-    raise RuntimeError(f"a reference was asked for that is not there ({where})")
+    raise RuntimeError(f"the reference is needed, but was not loaded ({where})")
 
 
 @contextmanager
@@ -115,7 +101,7 @@ def _without_adapters(denoiser: Denoiser) -> Iterator[Denoiser]:
 
 
 class Streamed:
-    """Weights in host memory, pinned where that helps; a copy is on the device while somebody needs it.
+    """Weights in host memory, pinned for CUDA; a copy is on the device while a phase needs it.
 
     The copy is made when the first user enters and dropped when the last one leaves.
     """
@@ -123,36 +109,36 @@ class Streamed:
     def __init__(self, denoiser: Denoiser, device: torch.device) -> None:
         self._denoiser, self._device, self._users = denoiser, device, 0
         unet = denoiser.unet
-        self._buckets = list(_pack(list(chain(unet.parameters(), unet.buffers())), device.type == "cuda"))
-        self._settle([host for host, _ in self._buckets])
+        self._blocks = list(_pack(list(chain(unet.parameters(), unet.buffers())), device.type == "cuda"))
+        self._use([host for host, _ in self._blocks])
 
     @contextmanager
     def __call__(self) -> Iterator[Denoiser]:
         if not self._users:
-            self._settle([host.to(self._device, non_blocking=True, copy=True) for host, _ in self._buckets])
+            self._use([host.to(self._device, non_blocking=True, copy=True) for host, _ in self._blocks])
         self._users += 1
         try:
             yield self._denoiser
         finally:
             self._users -= 1
             if not self._users:
-                self._settle([host for host, _ in self._buckets])
+                self._use([host for host, _ in self._blocks])
 
-    def _settle(self, places: list[Tensor]) -> None:
-        """Let the weights live in ``places``, one for each bucket."""
-        for place, (_, tensors) in zip(places, self._buckets, strict=True):
+    def _use(self, blocks: list[Tensor]) -> None:
+        """Make the weights views of these blocks."""
+        for block, (_, tensors) in zip(blocks, self._blocks, strict=True):
             for tensor, first in tensors:
-                view = place[first : first + tensor.numel() * tensor.element_size()].view(tensor.dtype)
+                view = block[first : first + tensor.numel() * tensor.element_size()].view(tensor.dtype)
                 tensor.data = view.as_strided(tensor.size(), tensor.stride())
 
 
 def _pack(tensors: list[Tensor], pin: bool) -> Iterator[tuple[Tensor, list[tuple[Tensor, int]]]]:
-    """Byte buffers of the host that hold the tensors' values, each with its tensors and their first bytes."""
+    """Blocks of host memory with the tensors' values, each with its tensors and the offsets of their first bytes."""
     groups: list[list[tuple[Tensor, int]]] = [[]]
     used = 0
     for tensor in tensors:
-        size = -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
-        if groups[-1] and used + size > _BUCKET:
+        size = -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        if groups[-1] and used + size > _BLOCK_BYTES:
             groups.append([])
             used = 0
         groups[-1].append((tensor, used))
@@ -161,7 +147,7 @@ def _pack(tensors: list[Tensor], pin: bool) -> Iterator[tuple[Tensor, list[tuple
         last, first = group[-1]
         host = torch.empty(first + last.numel() * last.element_size(), dtype=torch.uint8, pin_memory=pin)
         for tensor, first in group:
-            # bytes in the order of memory, so that channels-last weights stay so
+            # in memory order, so that channels-last weights stay channels-last
             flat = tensor.data.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
             host[first : first + len(flat)].copy_(flat)
         yield host, group
@@ -170,20 +156,20 @@ def _pack(tensors: list[Tensor], pin: bool) -> Iterator[tuple[Tensor, list[tuple
 def shard_frozen(unet: nn.Module, world: World, precision: str, ds_settings: Mapping[str, Any]) -> nn.Module:
     """Split a frozen network's weights over the ranks: ZeRO-3 without an optimizer. Collective.
 
-    Every rank must call the network equally often. The policy's own ZeRO stage does not matter; where its file keeps
-    parameters off the device, the reference's shards lie in host memory too.
+    Every rank must call the network equally often. The ZeRO stage of the policy does not matter; where the DeepSpeed
+    file offloads parameters, the shards of the reference are in host memory too.
     """
-    deepspeed = engine_zero._import_deepspeed(world)
+    deepspeed = engine_zero.import_deepspeed(world)
     given = ds_settings.get("zero_optimization", {})
     zero: dict[str, Any] = {name: value for name, value in given.items() if name.startswith("stage3_")}
     if given.get("offload_param", {}).get("device", "none") != "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        # its linear layer for the backward pass would be put in place of torch's, for the policy too
+        # it would replace torch's linear layer, for the policy too
         "zero_optimization": {**zero, "stage": 3, "memory_efficient_linear": False},
         **{name: {"enabled": precision == name} for name in ("bf16", "fp16")},
     }
     sharded, *_ = deepspeed.initialize(model=unet, config=settings)
-    # the module itself, whose hooks gather and release: DeepSpeed's own forward pass switches autocast off
+    # the module itself, whose hooks gather and release weights: DeepSpeed's forward disables autocast
     return sharded.module.eval()

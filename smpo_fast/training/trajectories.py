@@ -1,16 +1,17 @@
-"""A folder of trajectories: the noise and the reference's errors of every example, for runs that share them.
+"""A folder of stored trajectories: tau and the reference's errors of every example, for runs that share them.
 
-Where the frozen reference inverts, or forward noise is added, tau and the reference's errors do not depend on the
-policy. The first run that computes them writes them here; later ones, at another beta, gamma or learning rate, train
-without inversion and without a reference. tau is kept in half precision and rounded before anything is made of it, so
-the run that writes and the runs that read see the same numbers.
+Where the frozen reference inverts, or random noise is added, tau and the reference's errors do not depend on the
+policy. The first run that computes them stores them here; later runs, with another beta, gamma or learning rate, train
+without inversion and without a reference. tau is stored in half precision and rounded before it is used, so the run
+that writes and the runs that read see the same numbers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,29 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError
 from smpo_fast.common.runtime import World
 from smpo_fast.common.storage import as_json, atomic_write, write_json
+from smpo_fast.training.examples import Examples
 
 _INFO = "trajectories.json"
 
 
 class TrajectoryStore:
-    """The trajectories of runs that agree in ``facts``; positions are the pairs' places in the run's whole order.
+    """The trajectories of runs with the same ``facts``. A pair's position is its index in the order of the whole run.
 
-    A step's file holds, for every pair of a rank, tau [M, 2, C, H, W] and errors [M, 2] under its position; which
-    ranks wrote it does not matter to those who read it. Raises SettingsError when the folder belongs to other facts.
+    A step's file of a rank contains, for each of its pairs, tau [M, 2, C, H, W] and errors [M, 2] by position; any
+    number of ranks can read what another number wrote. Raises ConfigError when the folder belongs to other facts.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], drawn_per_step: int, world: World) -> None:
         self.folder, self.world, self._drawn = folder, world, drawn_per_step
-        self._agree(as_json(facts))
-        # Looked up once: all ranks must agree on what is there, and their files appear one by one.
+        self._check_facts(as_json(facts))
+        # Listed once: all ranks must agree on what is stored, while files appear one after another.
         self._stored = self._complete_steps()
 
     def complete(self, first: int, steps: int) -> bool:
-        """Whether nothing has to be computed from step ``first`` on in a run of so many steps."""
+        """Whether a run of so many steps finds everything from step ``first`` on."""
         return all(step in self._stored for step in range(first, steps))
 
     def has(self, step: int) -> bool:
@@ -57,11 +59,11 @@ class TrajectoryStore:
 
     @staticmethod
     def round(tau: Tensor) -> Tensor:
-        """As ``tau`` will be read again."""
+        """tau [M, B, 2, C, H, W] with the rounding of storage."""
         return tau.half().float()
 
     def write(self, step: int, groups: Sequence[tuple[Sequence[int], Tensor, Tensor]]) -> None:
-        """Store this rank's pairs of a step: places, tau [M, B, 2, C, H, W] and errors [M, B, 2] of each group."""
+        """Store this rank's pairs of a step, in groups: places, tau [M, B, 2, C, H, W] and errors [M, B, 2] of each."""
         values: dict[str, Tensor] = {}
         for places, tau, errors in groups:
             for place, t, e in zip(places, tau.half().cpu().unbind(1), errors.cpu().unbind(1), strict=True):
@@ -70,6 +72,20 @@ class TrajectoryStore:
         file = self.folder / f"step-{step:06d}.{self.world.rank}-of-{self.world.size}.safetensors"
         with atomic_write(file) as draft:
             save_file(values, draft)
+
+    def reference_errors(self, step: int, examples: Sequence[Examples]) -> list[Tensor] | None:
+        """The reference's errors [B, 2] of each set of examples of a step; None when the step is not stored."""
+        found: list[Tensor] = []
+        for _, group in groupby(examples, key=lambda e: id(e.pairs)):
+            errors = self.errors(step, next(group).pairs.places)
+            if errors is None:
+                return None
+            found += errors.unbind()
+        return found
+
+    def write_examples(self, step: int, examples: Sequence[Examples], errors: Sequence[Tensor]) -> None:
+        """Store the sets of examples of this rank's pairs of a step, with the errors [B, 2] of each set."""
+        self.write(step, list(_by_pairs(examples, errors)))
 
     def _read(self, what: str, step: int, places: Sequence[int]) -> Tensor | None:
         if step not in self._stored:
@@ -81,7 +97,7 @@ class TrajectoryStore:
         return torch.stack(found, dim=1).float().to(self.world.device)
 
     def _complete_steps(self) -> dict[int, list[Path]]:
-        """The files of each step that is there as a whole, in rank order."""
+        """The files of each step that all ranks have written, in rank order."""
         found = {}
         for first in self.folder.glob("step-*.0-of-*.safetensors"):
             name, part, _ = first.name.split(".")
@@ -94,17 +110,26 @@ class TrajectoryStore:
     def _position(self, step: int, place: int) -> int:
         return step * self._drawn + self.world.rank + self.world.size * place
 
-    def _agree(self, facts: dict[str, Any]) -> None:
+    def _check_facts(self, facts: dict[str, Any]) -> None:
         file = self.folder / _INFO
         if not file.exists() and self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(file, facts, indent=2)
         if not file.exists():
-            return  # another rank is writing what this one would compare with
+            return  # rank 0 is writing the same facts
         before = json.loads(file.read_text())
         for key in sorted(facts.keys() | before.keys()):
             if facts.get(key) != before.get(key):
-                raise UserError(
+                raise ConfigError(
                     f"inversion.store: {self.folder} was made with {key} = {before.get(key)}, this run has "
-                    f"{facts.get(key)}: give another folder, or the settings it was made with"
+                    f"{facts.get(key)}: set another folder, or restore these settings"
                 )
+
+
+def _by_pairs(
+    examples: Sequence[Examples], errors: Sequence[Tensor]
+) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
+    """Places, tau and errors of the pairs of each shape, with a row for each landing."""
+    for _, group in groupby(zip(examples, errors, strict=True), key=lambda item: id(item[0].pairs)):
+        sets, rows = zip(*group, strict=True)
+        yield sets[0].pairs.places, torch.stack([e.tau for e in sets]), torch.stack(rows)

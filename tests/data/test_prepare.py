@@ -463,7 +463,7 @@ def test_only_what_the_run_visits_is_encoded_and_the_run_is_the_same(tmp_path: P
     assert few.rows.tolist() == whole.rows.tolist() and few.rejections() == whole.rejections()
     assert verify(few) == []
     for step in range(3):
-        a, b = (Loader(c, chosen, World()).window(step)[0] for c in (whole, few))
+        a, b = (Loader(c, chosen, World()).step_batch(step)[0] for c in (whole, few))
         assert a.ids == b.ids and torch.equal(a.latents, b.latents) and torch.equal(a.weight, b.weight)
         assert torch.equal(a.cond.prompt, b.cond.prompt)
     shorter = of_run(table, steps=2)

@@ -54,7 +54,7 @@ def test_buckets_go_through_real_networks(tmp_path: Path) -> None:
     words += ["data.conditioning=original", "batch.pairs_per_step=8"]
     loader = Loader(cached, loading.load(None, words), World())
     for step in range(6):
-        for pairs in loader.window(step):
+        for pairs in loader.step_batch(step):
             height, width = (int(side) for side in pairs.cond.time_ids[0, 0, 4:])
             assert pairs.latents.shape[2:] == (4, height // 4, width // 4)
             assert torch.isfinite(pairs.latents).all()

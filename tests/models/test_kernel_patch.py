@@ -22,7 +22,7 @@ from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.method import inversion, objective
 from smpo_fast.models import kernel_patch, step_ops
-from smpo_fast.training.metrics import read_metrics
+from smpo_fast.training.run_log import read_metrics
 
 SDXL = {
     "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "layers_per_block": 2,

@@ -21,8 +21,8 @@ from smpo_fast.config.schema import Config
 from smpo_fast.evaluation import compare
 from smpo_fast.models import load, lora
 from smpo_fast.models.locate import find
-from smpo_fast.training import reference
-from smpo_fast.training.metrics import read_metrics
+from smpo_fast.training.policy import load_policy
+from smpo_fast.training.run_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -193,7 +193,7 @@ def test_the_merged_weights_are_the_base_plus_low_rank(plain: Path) -> None:
 
 def trained_like(settings: Config) -> Any:
     """A network with adapters as training leaves them: no longer at their start."""
-    unet = reference.load_policy(settings, find(settings.model), "fp32", CPU)
+    unet = load_policy(settings, find(settings.model), "fp32", CPU)
     seeded = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, p in unet.named_parameters():
@@ -259,7 +259,7 @@ def test_adapters_are_a_function_of_the_seed() -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
         settings = loading.from_dict({"lora": {"rank": 2}, "run": {"seed": seed}})
         before = torch.get_rng_state()
-        unet = reference.load_policy(settings, find(settings.model), "bf16", CPU)
+        unet = load_policy(settings, find(settings.model), "bf16", CPU)
         assert torch.equal(torch.get_rng_state(), before), "nobody else's randomness is touched"
         trained = {n: p for n, p in unet.named_parameters() if p.requires_grad}
         assert all(p.dtype is torch.float32 for p in trained.values())

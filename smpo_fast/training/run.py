@@ -1,0 +1,108 @@
+"""A run from its job to its export: prepare the cache, load the networks, resume, train, finish."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from smpo_fast.common.runtime import StopSignal, print0
+from smpo_fast.data.cache import location, prepare
+from smpo_fast.engine import checkpoint, collectives, create
+from smpo_fast.engine.checkpoint import Progress
+from smpo_fast.models.denoiser import Denoiser
+from smpo_fast.models.encoders import Encoders
+from smpo_fast.models.inference import compilation
+from smpo_fast.models.locate import schedule_of
+from smpo_fast.training import reference
+from smpo_fast.training.facts import trajectory_facts
+from smpo_fast.training.finish import finish
+from smpo_fast.training.job import Job
+from smpo_fast.training.loader import Loader
+from smpo_fast.training.loop import run_steps
+from smpo_fast.training.policy import load_policy
+from smpo_fast.training.progress import CallHook
+from smpo_fast.training.reference import Reference
+from smpo_fast.training.run_folder import describe_run
+from smpo_fast.training.run_log import RunLog
+from smpo_fast.training.step import Trainer
+from smpo_fast.training.trajectories import TrajectoryStore
+
+
+def train(job: Job) -> Path:
+    """Prepare, train, export and evaluate; returns the run folder. Collective over all ranks."""
+    prepare_cache(job)
+    state = train_policy(job)
+    collectives.shutdown()
+    gc.collect()  # evaluation needs the memory of the networks
+    if job.world.rank == 0:
+        finish(job, state)
+    return job.run_dir
+
+
+def prepare_cache(job: Job) -> None:
+    """Prepare the cache unless it exists. All ranks share the work through its folder, not in a collective."""
+    if not location.exists(job.cache_dir):
+        encoders = Encoders(job.source, job.world.device)
+        prepare.prepare(job.config, encoders, job.world.device, job.cache_dir, world=job.world)
+
+
+def train_policy(job: Job) -> dict[str, Tensor]:
+    """Make all remaining steps; returns the trained weights on the host, complete on rank 0. Collective."""
+    c, world = job.config, job.world
+    loader = Loader(job.open_cache(), c, replace(world, device=torch.device("cpu")))  # the prefetcher copies to CUDA
+    print0(loader.labels.report)
+    policy = load_policy(c, job.source, job.precision, world.device)
+    engine = create.make_engine(policy, c, world, job.precision, job.ds_settings)
+    progress = checkpoint.restore_latest(job.run_dir, engine, world, job.facts) or Progress()
+    if world.rank == 0:
+        describe_run(job)
+    log = RunLog(job.run_dir, c, progress.step, world)
+    store = open_store(job)
+    schedule = schedule_of(job.source, c.inversion)
+    as_denoiser = partial(Denoiser, source=job.source, schedule=schedule, precision=job.precision, device=world.device)
+    total = c.run.steps * c.batch.pairs_per_step
+    with tqdm(total=total, initial=progress.pairs_seen, unit="pair", desc="train", disable=world.rank != 0) as bar:
+        frozen = open_reference(job, engine.unet, as_denoiser, store, progress)
+        if c.model.compile == "all":
+            with frozen() as network:
+                compilation.compile_training(engine.unet, network.unet)
+        stop = StopSignal(world)
+        trainer = Trainer(
+            c, world, schedule, engine, as_denoiser(engine.unet), frozen, loader, store, CallHook(stop, bar)
+        )
+        try:
+            run_steps(job, trainer, progress, log, bar)
+        finally:
+            log.close()
+            stop.restore()
+    return engine.full_state()
+
+
+def open_store(job: Job) -> TrajectoryStore | None:
+    """The stored trajectories that runs share, if the settings name a folder for them."""
+    c = job.config
+    if not c.inversion.store:
+        return None
+    return TrajectoryStore(Path(c.inversion.store), trajectory_facts(job.facts), c.drawn_per_step, job.world)
+
+
+def open_reference(
+    job: Job,
+    policy: nn.Module,
+    as_denoiser: Callable[[nn.Module], Denoiser],
+    store: TrajectoryStore | None,
+    progress: Progress,
+) -> Reference:
+    """The reference where the settings want it; none is loaded when all of its errors are stored."""
+    stored = store is not None and store.complete(progress.step, job.config.run.steps)
+    where = "cached" if stored else job.reference
+    return reference.make_reference(
+        where, job.config, job.source, job.world, job.precision, policy, as_denoiser, job.ds_settings
+    )

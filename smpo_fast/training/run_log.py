@@ -1,0 +1,77 @@
+"""The logs of a run: metrics.jsonl always, and TensorBoard, wandb and trackio where the settings name them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from smpo_fast.common.runtime import World
+from smpo_fast.config.schema import Config
+
+
+class _Sink(NamedTuple):
+    write: Callable[[Mapping[str, float], int], object]
+    close: Callable[[], object]
+
+
+class RunLog:
+    """The logs of rank 0 in the run folder; the other ranks write nothing.
+
+    Rows after ``first_step``, left by a run that went further than its last checkpoint, are dropped: those steps will
+    be logged again.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, first_step: int, world: World) -> None:
+        self.active = world.rank == 0
+        self._sinks: list[_Sink] = []
+        if not self.active:
+            return
+        self.file = run_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+            add = writer.add_scalar
+            self._sinks.append(_Sink(lambda values, step: [add(k, v, step) for k, v in values.items()], writer.close))
+        for module, project in (("wandb", config.log.wandb), ("trackio", config.log.trackio)):
+            if project:
+                self._sinks.append(_tracker(module, project, run_dir, config))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log one step (1 is the first). Lists and strings go to metrics.jsonl only."""
+        if not self.active:
+            return
+        with self.file.open("a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        for sink in self._sinks:
+            sink.write(numbers, step)
+
+    def close(self) -> None:
+        """Flush the logs."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
+    file = run_dir / "metrics.jsonl"
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _tracker(module: str, project: str, run_dir: Path, config: Config) -> _Sink:
+    """wandb and trackio have the same three functions."""
+    tracker = importlib.import_module(module)
+    tracker.init(project=project, name=run_dir.name, config=config.model_dump())
+    return _Sink(lambda values, step: tracker.log(dict(values), step=step), tracker.finish)
