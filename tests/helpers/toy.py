@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
-from smpo_fast.engine import create, ds_config
+from smpo_fast.engine import combinations, create, ds_config
 from smpo_fast.engine.protocol import Engine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,9 +46,20 @@ def make(config_: Config, rank: int = 0, size: int = 1, stage: int | str | None 
     raw = None if stage is None else ds_config.read_ds_file(CONFIGS / f"ds_zero{stage}.json")
     if raw and "stage3_param_persistence_threshold" in raw["zero_optimization"]:
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = 1000  # some of these weights are gathered too
-    precision = ds_config.resolve_precision(config_, raw, world.device)
+    precision = combinations.resolve_precision(config_, raw, world.device)
     ds = None if raw is None else ds_config.resolve_ds_settings(raw, "file", config_, size, precision)[0]
     return create.make_engine(network(), config_, world, precision, ds)
+
+
+def distance_from_reference(trained: Engine, precision: str) -> float:
+    """Between the fresh policy's predictions, with and without gradients, and a frozen copy's in its dtype."""
+    reference, (x, _) = network().to(trained.dtype), batch(0, 3)
+    x = x.to(trained.dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast"):
+        expected, evaluated = reference(x), trained.unet.eval()(x)
+    predicted = trained.unet.train()(x)
+    assert predicted.dtype is expected.dtype
+    return max((predicted - expected).abs().max().item(), (evaluated - expected).abs().max().item())
 
 
 def batch(step: int, pairs: int) -> tuple[Tensor, Tensor]:
@@ -92,12 +103,12 @@ def train(
     trained: Engine, config_: Config, steps: range | list[int], rank: int = 0, size: int = 1
 ) -> list[tuple[float, bool, float]]:
     """Loss (mean over the rank's pairs), applied, gradient norm for each of the steps."""
-    told = []
+    logged = []
     for step in steps:
         loss = accumulate(trained, config_, step, rank, size)
         result = trained.step(1e-3 * (step + 1) / 4)
-        told.append((loss, result.applied, result.grad_norm))
-    return told
+        logged.append((loss, result.applied, result.grad_norm))
+    return logged
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

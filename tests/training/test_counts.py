@@ -34,23 +34,23 @@ def check(what: str, frozen: float, found: float, *, within: float = 0.0) -> Non
     ("fidelity", "steps", "frozen"),
     [("release", 10, 12.764), ("release", 5, 7.584), ("paper", 10, 10.982), ("paper", 5, 5.992)],
 )
-def test_no_gradient_calls_per_picture(fidelity: str, steps: int, frozen: float) -> None:
+def test_no_gradient_calls_per_image(fidelity: str, steps: int, frozen: float) -> None:
     """The mean over all timesteps, from the paths that the inversion really walks."""
     run = loading.from_dict({"inversion": {"fidelity": fidelity, "steps": steps}}).inversion
     schedule = NoiseSchedule.from_config(architectures.SCHEDULER)
     depth = sum(schedule.path(t, run).depth for t in range(1000)) / 1000
-    check(f"calls per picture, {fidelity}, {steps} steps", frozen, round(depth * (1 + run.renoise_steps), 3))
+    check(f"calls per image, {fidelity}, {steps} steps", frozen, round(depth * (1 + run.renoise_steps), 3))
 
 
 def test_a_step_calls_the_networks_no_more_than_the_method_asks() -> None:
     """Pictures put through each network in one step: what the paths ask for, and one policy and reference call each."""
     trainer = ours.make_trainer(SDXL_TOY, META, WINDOW)
-    pictures = {"policy": 0, "reference": 0}
+    images = {"policy": 0, "reference": 0}
     calls = {"policy": 0, "reference": 0}
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            pictures[name] += args[0].shape[0]
+            images[name] += args[0].shape[0]
             calls[name] += 1
 
         return hook
@@ -60,10 +60,11 @@ def test_a_step_calls_the_networks_no_more_than_the_method_asks() -> None:
         reference.unet.register_forward_pre_hook(note("reference"))
     with counting.FusedAttention(), counting.DeviceSpy():
         trainer.step(0)
-    paths, active = trainer.paths(0, range(3))
+    step_paths = trainer.noise_paths(0)
+    paths, active = step_paths.of(range(3)), step_paths.pairs_per_round(range(3))
     pairs, renoise = len(paths), 1 + trainer.config.inversion.renoise_steps
-    assert pictures["policy"] == 2 * renoise * sum(p.depth for p in paths) + 2 * pairs
-    assert pictures["reference"] == 2 * pairs
+    assert images["policy"] == 2 * renoise * sum(p.depth for p in paths) + 2 * pairs
+    assert images["reference"] == 2 * pairs
     assert calls["policy"] == renoise * len(active) + pairs, "one call a round: the window fits one chunk"
 
 
@@ -78,8 +79,8 @@ def sdxl_pair() -> dict[str, float]:
 def test_flops_of_a_pair(sdxl_pair: dict[str, float]) -> None:
     """SDXL at 1024 px, nothing recomputed, encoders cached: the arithmetic that the exact method cannot avoid."""
     tera = {name: value / 1e12 for name, value in sdxl_pair.items()}
-    check("TFLOP of a forward pass of one picture", 6.7613, round(tera["reference"] / 2, 4))
-    check("TFLOP of a backward pass of one picture", 13.8616, round(tera["policy backward"] / 2, 4))
+    check("TFLOP of a forward pass of one image", 6.7613, round(tera["reference"] / 2, 4))
+    check("TFLOP of a backward pass of one image", 13.8616, round(tera["policy backward"] / 2, 4))
     check("TFLOP of a pair", 227.37, round(tera["total"], 2))
     assert tera["inversion"] / tera["total"] == pytest.approx(0.759, abs=1e-3)
 
@@ -87,7 +88,7 @@ def test_flops_of_a_pair(sdxl_pair: dict[str, float]) -> None:
 def test_flops_of_sd15() -> None:
     with torch.no_grad():
         found = counting.flops(counting.unet_call(SD15, 1)) / 1e12
-    check("TFLOP of a forward pass of one picture, SD1.5 at 512 px", 0.8035, round(found, 4))
+    check("TFLOP of a forward pass of one image, SD1.5 at 512 px", 0.8035, round(found, 4))
 
 
 def test_parameters() -> None:
@@ -96,7 +97,7 @@ def test_parameters() -> None:
     assert found == {"sdxl": 2_567_463_684, "sd15": 859_520_964}
 
 
-OPS = {  # calls of an SDXL forward pass; least GB they move for two pictures in half precision
+OPS = {  # calls of an SDXL forward pass; least GB they move for two images in half precision
     "group_norm_silu": (46, 1.237),
     "layer_norm": (210, 2.517),
     "geglu": (70, 5.033),
@@ -144,7 +145,7 @@ PHASES = {
 def phases() -> dict[str, tuple[float, float, float]]:
     """Launches, uploads and reads of each part of the second step, per round and per micro-step."""
     trainer = ours.make_trainer(SDXL_TOY, META, {**WINDOW, "model": {"precision": "bf16"}, "optim": {"name": "adamw"}})
-    told: dict[str, list[int]] = {}
+    totals: dict[str, list[int]] = {}
     spy = counting.DeviceSpy()
 
     def watch(owner: Any, method: str, name: str) -> None:
@@ -154,24 +155,24 @@ def phases() -> dict[str, tuple[float, float, float]]:
             before = (sum(spy.launches.values()), spy.uploads, spy.reads)
             out = inner(*args, **kwargs)
             after = (sum(spy.launches.values()), spy.uploads, spy.reads)
-            sums = told.setdefault(name, [0, 0, 0])
-            told[name] = [s + a - b for s, a, b in zip(sums, after, before, strict=True)]
+            sums = totals.setdefault(name, [0, 0, 0])
+            totals[name] = [s + a - b for s, a, b in zip(sums, after, before, strict=True)]
             return out
 
         setattr(owner, method, watched)
 
     with counting.FusedAttention(), spy:
         trainer.step(0)
-        watch(trainer, "examples", "inversion round")
+        watch(trainer, "invert", "inversion round")
         watch(trainer, "reference_errors", "reference, a micro-step")
-        watch(trainer, "backward", "policy, a micro-step")
+        watch(trainer, "policy_gradient", "policy, a micro-step")
         watch(trainer.engine, "step", "optimizer")
         watch(trainer.meter, "flush", "flush")
         trainer.step(1)
-    paths, active = trainer.paths(1, range(3))
-    micro = len(paths)
-    times = {"inversion round": len(active), "reference, a micro-step": micro, "policy, a micro-step": micro}
-    return {name: tuple(n / times.get(name, 1) for n in sums) for name, sums in told.items()}  # type: ignore[misc]
+    rounds = len(trainer.noise_paths(1).pairs_per_round(range(3)))
+    micro = 3
+    times = {"inversion round": rounds, "reference, a micro-step": micro, "policy, a micro-step": micro}
+    return {name: tuple(n / times.get(name, 1) for n in sums) for name, sums in totals.items()}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -10,7 +10,7 @@ from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import World, rng, uniform
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
-from smpo_fast.training.loader import Loader, _coarse_normals, _quantiles
+from smpo_fast.training.loader import Loader, coarse_normals, normal_quantiles
 
 PAIRS, SHAPE = 37, (4, 3, 3)
 
@@ -64,7 +64,7 @@ def bucketed(rank: int = 0, size: int = 1, pairs_per_step: int = 24, **data: obj
 
 def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own() -> None:
     whole = loader()
-    ids = [i for step in range(40) for i in whole.window(step)[0].ids]
+    ids = [i for step in range(40) for i in whole.step_batch(step)[0].ids]
     first, second = ids[:PAIRS], ids[PAIRS : 2 * PAIRS]
     assert sorted(first) == sorted(second) == list(range(1000, 1000 + PAIRS))
     assert first != second and first != sorted(first)
@@ -73,9 +73,9 @@ def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own() -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_together_see_what_one_rank_sees(size: int) -> None:
     options = {"std": 1.0, "flip": True, "prompt_dropout": 0.5}
-    alone = loader(**options).window(7)[0]
+    alone = loader(**options).step_batch(7)[0]
     for rank in range(size):
-        mine, rows = loader(rank, size, **options).window(7)[0], slice(rank, None, size)
+        mine, rows = loader(rank, size, **options).step_batch(7)[0], slice(rank, None, size)
         assert mine.ids == alone.ids[rows]
         assert torch.equal(mine.latents, alone.latents[rows]) and torch.equal(mine.weight, alone.weight[rows])
         assert torch.equal(mine.cond.prompt, alone.cond.prompt[rows])
@@ -84,12 +84,12 @@ def test_ranks_together_see_what_one_rank_sees(size: int) -> None:
 def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
     visited = loader(std=1.0)
     for step in range(9):
-        visited.window(step)
-    assert torch.equal(visited.window(9)[0].latents, loader(std=1.0).window(9)[0].latents)
+        visited.step_batch(step)
+    assert torch.equal(visited.step_batch(9)[0].latents, loader(std=1.0).step_batch(9)[0].latents)
 
 
-def test_winner_stands_first_with_its_weight() -> None:
-    window = loader().window(0)[0]
+def test_the_winner_is_first_with_its_weight() -> None:
+    window = loader().step_batch(0)[0]
     for row, latents, weight in zip(window.ids, window.latents, window.weight, strict=True):
         index = row - 1000
         reward = index % 5
@@ -101,57 +101,57 @@ def test_winner_stands_first_with_its_weight() -> None:
 
 
 def test_flips_are_drawn_apart_for_winner_and_loser() -> None:
-    flipped = torch.cat([loader(flip=True).window(step)[0].latents[:, :, 0, 0, 0] >= 10_000 for step in range(50)])
+    flipped = torch.cat([loader(flip=True).step_batch(step)[0].latents[:, :, 0, 0, 0] >= 10_000 for step in range(50)])
     assert abs(flipped.float().mean() - 0.5) < 0.05
     both = (flipped[:, 0] == flipped[:, 1]).float().mean()
     assert abs(both - 0.5) < 0.07
-    assert not (loader().window(0)[0].latents >= 10_000).any()
+    assert not (loader().step_batch(0)[0].latents >= 10_000).any()
 
 
 def test_prompt_dropout_takes_the_empty_prompt_at_its_rate() -> None:
     rate = np.mean(
-        [(loader(prompt_dropout=0.2).window(s)[0].cond.prompt[:, 0, 0] == 0).float().mean() for s in range(100)]
+        [(loader(prompt_dropout=0.2).step_batch(s)[0].cond.prompt[:, 0, 0] == 0).float().mean() for s in range(100)]
     )
     assert abs(rate - 0.2) < 0.03
-    assert (loader().window(0)[0].cond.prompt > 0).all()
+    assert (loader().step_batch(0)[0].cond.prompt > 0).all()
 
 
 def test_vae_sample_has_the_posteriors_moments() -> None:
-    noise = torch.cat([loader(std=2.0).window(s)[0].latents - loader().window(s)[0].latents for s in range(20)])
+    noise = torch.cat([loader(std=2.0).step_batch(s)[0].latents - loader().step_batch(s)[0].latents for s in range(20)])
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 2.0) < 0.05
 
 
 def test_time_ids_say_what_the_recipe_says() -> None:
-    assert loader().window(0)[0].cond.time_ids.tolist()[0] == [64, 64, 0, 0, 64, 64]
-    shapes = [pairs.cond.time_ids.tolist()[0] for step in range(9) for pairs in bucketed().window(step)]
+    assert loader().step_batch(0)[0].cond.time_ids.tolist()[0] == [64, 64, 0, 0, 64, 64]
+    shapes = [pairs.cond.time_ids.tolist()[0] for step in range(9) for pairs in bucketed().step_batch(step)]
     assert {tuple(ids) for ids in shapes} == {(64, 64 + 8 * k, 0, 0, 64, 64 + 8 * k) for k in range(3)}
 
 
-def test_original_sizes_go_with_their_pictures() -> None:
-    """Winner first as the latents are, and the mirrored picture has on its left what was cut on the right."""
-    told = bucketed(conditioning="original")
-    frames, seen = told.cache.frames, set()
+def test_original_sizes_belong_to_their_images() -> None:
+    """Winner first as the latents are, and the mirrored image has on its left what was cut on the right."""
+    loaded = bucketed(conditioning="original")
+    frames, seen = loaded.cache.frames, set()
     for step in range(6):
-        for pairs in told.window(step):
+        for pairs in loaded.step_batch(step):
             assert pairs.cond.time_ids.shape == (len(pairs), 2, 6)
             for row, ids in zip(pairs.ids, pairs.cond.time_ids, strict=True):
                 index = row - 1000
-                first = int(told.labels.winner[index])
-                for place, picture in enumerate((first, 1 - first)):
-                    height, width, top, left, right = frames[index, picture]
-                    kind = told.cache.shapes[index]
+                first = int(loaded.labels.winner[index])
+                for place, image in enumerate((first, 1 - first)):
+                    height, width, top, left, right = frames[index, image]
+                    kind = loaded.cache.shapes[index]
                     sides = [[height, width, top, side, 64, 64 + 8 * kind] for side in (left, right)]
                     assert ids[place].tolist() in sides
                     seen.add(sides.index(ids[place].tolist()) if left != right else None)
     assert {0, 1} <= seen
 
 
-def test_mirrored_pictures_are_those_that_are_told_so() -> None:
+def test_mirrored_images_have_mirrored_crops() -> None:
     cache = FakeCache()
     cache.frames[:] = [1, 1, 0, 7, 8]
-    told = Loader(cache, settings(flip=True, conditioning="original"), World())  # type: ignore[arg-type]
+    loaded = Loader(cache, settings(flip=True, conditioning="original"), World())  # type: ignore[arg-type]
     for step in range(5):
-        pairs = told.window(step)[0]
+        pairs = loaded.step_batch(step)[0]
         assert torch.equal(pairs.latents[:, :, 0, 0, 0] >= 10_000, pairs.cond.time_ids[:, :, 3] == 8)
 
 
@@ -161,7 +161,7 @@ def test_mirrored_pictures_are_those_that_are_told_so() -> None:
 def test_a_step_has_an_entry_for_each_shape_with_places_ascending() -> None:
     whole = bucketed()
     for step in range(10):
-        window = whole.window(step)
+        window = whole.step_batch(step)
         shapes = [pairs.latents.shape[2:] for pairs in window]
         assert shapes == sorted(set(shapes))
         assert all(pairs.places == tuple(sorted(pairs.places)) for pairs in window)
@@ -172,9 +172,9 @@ def test_a_step_has_an_entry_for_each_shape_with_places_ascending() -> None:
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_ranks_have_equal_shapes_at_equal_places_and_together_what_one_has(size: int) -> None:
     for step in (0, 5):
-        alone = bucketed().window(step)
+        alone = bucketed().step_batch(step)
         for rank in range(size):
-            mine = bucketed(rank, size).window(step)
+            mine = bucketed(rank, size).step_batch(step)
             assert len(mine) == len(alone)
             for a, b in zip(alone, mine, strict=True):
                 here = [i for i, place in enumerate(a.places) if place % size == rank]
@@ -206,10 +206,10 @@ def test_ranks_that_do_not_divide_the_runs_are_refused() -> None:
 
 
 def test_the_vaes_normals_are_normal_to_four_digits() -> None:
-    drawn = _coarse_normals(rng(0, "vae", 0), (2, 4, 128, 127)).double()
+    drawn = coarse_normals(rng(0, "vae", 0), (2, 4, 128, 127)).double()
     assert drawn.shape == (2, 4, 128, 127)
     assert abs(drawn.mean()) < 0.01 and abs(drawn.std() - 1) < 0.01
-    quantiles = _quantiles().double()
+    quantiles = normal_quantiles().double()
     assert len(quantiles) == 1 << 16 and (quantiles.diff() > 0).all()
     assert torch.allclose(quantiles, -quantiles.flip(0), atol=1e-6)
     for power, moment in ((2, 1), (4, 3), (6, 15)):
@@ -228,7 +228,7 @@ def test_normals_are_functions_of_position() -> None:
     assert not torch.equal(whole, loader().normals(3, "inversion", (2, 2), range(12)))
 
 
-def test_no_usable_pair_is_said() -> None:
+def test_labels_without_a_usable_pair_are_refused() -> None:
     empty = FakeCache()
     empty.rewards[:] = np.nan
     with pytest.raises(UserError):
@@ -238,7 +238,7 @@ def test_no_usable_pair_is_said() -> None:
 def test_random_numbers_are_pinned() -> None:
     """A change here changes every run: it needs a note in the changelog."""
     assert uniform(0, "timestep", 0) == 0.38804459386749546
-    assert _coarse_normals(rng(0, "vae", 3), (2, 3)).tolist() == [
+    assert coarse_normals(rng(0, "vae", 3), (2, 3)).tolist() == [
         [0.13741686940193176, -1.3159624338150024, -0.1845373660326004],
         [0.5715724229812622, 0.3777555823326111, 0.2294003814458847],
     ]

@@ -14,7 +14,8 @@ import torch
 from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
 from smpo_fast.training import metrics
-from smpo_fast.training.metrics import COLUMNS, Meter, RunLog, StepTable, read_metrics, summarize
+from smpo_fast.training.metrics import COLUMNS, Meter, StepTable, summarize
+from smpo_fast.training.run_log import RunLog, read_metrics
 
 
 def table(**columns: list[float]) -> StepTable:
@@ -86,7 +87,7 @@ def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
     assert [e.value for e in events.Scalars("train_loss")] == [0.25]
 
 
-def test_trackers_are_told_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_log_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
     fake = types.ModuleType("wandb")
     fake.init = lambda **kwargs: calls.append(("init", kwargs["project"]))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Reading ahead: the same pairs in whatever order they are asked for, and errors where they belong."""
+"""Reading ahead: the same pairs in whatever order they are requested, and errors with the step that caused them."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ def pairs_of(step: int) -> list[Pairs]:
 
 
 def test_steps_in_order_backwards_and_again() -> None:
-    drawn = []
-    ahead = Prefetcher(lambda step: drawn.append(step) or pairs_of(step), CPU, steps=6)
+    fetched = []
+    ahead = Prefetcher(lambda step: fetched.append(step) or pairs_of(step), CPU, steps=6)
     for step in (0, 1, 2, 4, 1, 5):
         (pairs,) = ahead(step)
         assert pairs.ids == (step, step) and (pairs.latents == step).all() and (pairs.cond.prompt == step).all()
-    assert max(drawn) == 5, "nothing is drawn beyond the run"
+    assert max(fetched) == 5, "nothing is fetched beyond the run"
 
 
-def test_the_next_step_is_drawn_while_this_one_is_used() -> None:
+def test_the_next_step_is_fetched_while_this_one_is_used() -> None:
     started = {step: threading.Event() for step in range(3)}
 
-    def draw(step: int) -> list[Pairs]:
+    def read(step: int) -> list[Pairs]:
         started[step].set()
         return pairs_of(step)
 
-    ahead = Prefetcher(draw, CPU, steps=3)
+    ahead = Prefetcher(read, CPU, steps=3)
     ahead(0)
     assert started[1].wait(timeout=10) and not started[2].is_set()
 
 
-def test_an_error_is_raised_where_its_step_is_asked_for() -> None:
-    def draw(step: int) -> list[Pairs]:
+def test_an_error_is_raised_when_its_step_is_requested() -> None:
+    def read(step: int) -> list[Pairs]:
         if step == 1:
             raise ValueError("shard 7 is damaged")
         return pairs_of(step)
 
-    ahead = Prefetcher(draw, CPU, steps=3)
+    ahead = Prefetcher(read, CPU, steps=3)
     assert ahead(0)[0].ids == (0, 0)
     with pytest.raises(ValueError, match="shard 7"):
         ahead(1)

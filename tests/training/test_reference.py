@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 
-from smpo_fast import cli, train
+from smpo_fast import train
 from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
 from smpo_fast.method.batch import Conditioning
@@ -20,8 +20,8 @@ from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.load import load_unet
 from smpo_fast.models.locate import find, schedule_of
 from smpo_fast.training import finish, reference
-from smpo_fast.training.metrics import read_metrics
 from smpo_fast.training.reference import Streamed
+from smpo_fast.training.run_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -29,14 +29,6 @@ SMALL = [
     "data.max_pairs=24", "run.steps=2", "batch.pairs_per_step=6", "batch.micro_pairs=2", "batch.inversion_pairs=4",
     "optim.warmup_steps=0", "optim.lr=1e-4", "eval.prompts=", "log.tensorboard=false", "model.export_dtype=float32",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The embedded pairs, prepared once: `data.cache=...`."""
-    folder = tmp_path_factory.mktemp("prepared") / "cache"
-    assert cli.main(["prepare", *SMALL, f"data.cache={folder}", f"run.dir={folder.parent}"]) == 0
-    return f"data.cache={folder}"
 
 
 def run(run_dir: Path, *words: str) -> list[dict[str, Any]]:
@@ -121,7 +113,7 @@ def test_places_that_a_run_does_not_have_are_refused_before_anything_is_loaded(
 def test_streamed_weights_live_on_the_device_only_while_they_are_needed(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_BUCKET", 100_000)  # so that a small network fills several
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", 100_000)  # so that a small network fills several
     precision = "fp32" if dtype is torch.float32 else "bf16"
     unet = loaded(dtype)
     unet.conv_in.to(memory_format=torch.channels_last)
@@ -137,7 +129,7 @@ def test_streamed_weights_live_on_the_device_only_while_they_are_needed(
 
     host = places()
     assert 1 < len(host) < len(before), "a few blocks, not one a weight"
-    assert sum(bucket.numel() for bucket, _ in streamed._buckets) < 1.2 * sum(t.nbytes for t in before.values())
+    assert sum(block.numel() for block, _ in streamed._blocks) < 1.2 * sum(t.nbytes for t in before.values())
     with streamed() as denoiser, torch.no_grad():
         inside = places()
         assert inside.isdisjoint(host)
@@ -275,12 +267,12 @@ def test_evaluation_has_the_memory_of_the_networks_for_itself(
         return "looked"
 
     monkeypatch.setattr(load, "load_network", spy)
-    monkeypatch.setattr(finish.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(finish.compare, "evaluate", evaluate)
     run(tmp_path / "run", cache, "run.steps=1", "eval.prompts=embedded", *words)
     assert not alive, "evaluation was reached"
 
 
-def test_a_reference_that_was_not_loaded_is_never_asked() -> None:
+def test_a_reference_that_was_not_loaded_is_never_used() -> None:
     settings = loading.from_dict({})
     absent = reference.make_reference(
         "cached", settings, find(settings.model), World(), "fp32", loaded(), denoiser_of, None

@@ -9,26 +9,19 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.small_run import SMALL, numbers, run, weights
+from helpers.small_run import numbers, run, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smpo_fast import cli
+from smpo_fast.common.runtime import Stopped
 from smpo_fast.config import schema
 from smpo_fast.method.inversion import network_calls
-from smpo_fast.training.metrics import read_metrics
-from smpo_fast.training.progress import StepProgress
+from smpo_fast.training.progress import CallHook
+from smpo_fast.training.run_log import read_metrics
 from smpo_fast.training.step import Trainer
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("prepared") / "cache"
-    assert cli.main(["prepare", *SMALL, f"data.cache={folder}", f"run.dir={folder.parent}"]) == 0
-    return f"data.cache={folder}"
-
-
 def calls_of(run_dir: Path, *words: str) -> dict[str, int]:
-    """Run, and count the pictures that went through a network, by whether gradients were kept."""
+    """Run, and count the images that went through a network, by whether gradients were kept."""
     from diffusers import UNet2DConditionModel
 
     counted = {"inversion or reference": 0, "policy": 0}
@@ -83,8 +76,8 @@ def test_solvers_train(solver: str, cache: str, tmp_path: Path) -> None:
     settings = schema.Config.model_validate(json.loads(json.dumps(_settings(tmp_path / "run"))))
     schedule = _schedule(settings)
     paths = [p for step in range(2) for p in schedule.paths(6, settings.inversion, settings.run.seed, step)]
-    asked = sum(network_calls(p.depth, settings.inversion) for p in paths)
-    assert counted["inversion or reference"] == 2 * (asked + 2 * 6), (
+    expected = sum(network_calls(p.depth, settings.inversion) for p in paths)
+    assert counted["inversion or reference"] == 2 * (expected + 2 * 6), (
         "what the paths ask for, and the reference's errors"
     )
     assert read_metrics(tmp_path / "run")[0]["logit_max"] == 0
@@ -106,7 +99,7 @@ class _NothingRead(TorchDispatchMode):
     """Fails when a number or a tensor leaves the device; the CPU plays the device, so copies are not seen here."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"), func
+        assert func._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::mexpected_select"), func
         return func(*args, **(kwargs or {}))
 
 
@@ -123,12 +116,19 @@ def test_nothing_is_read_back_before_the_optimizer(cache: str, tmp_path: Path) -
 
         return mock.patch.object(Trainer, name, call)
 
-    with watched("examples"), watched("reference_errors"), watched("backward"):
+    with watched("invert"), watched("reference_errors"), watched("policy_gradient"):
         assert run(tmp_path / "run", cache, "run.steps=2") == 0
-    assert phases == ["examples", "reference_errors", "backward"] * 2
+    assert phases == ["invert", "reference_errors", "policy_gradient"] * 2
 
 
-def test_the_bar_moves_with_every_network_call_and_ends_at_the_steps_pairs() -> None:
+class NoSignals:
+    """In place of ``StopSignal``."""
+
+    def check(self) -> None:
+        """Never stops."""
+
+
+def test_the_bar_moves_with_every_network_call_and_ends_at_the_pairs_of_the_step() -> None:
     class Bar:
         n, moves = 0, 0
 
@@ -136,10 +136,21 @@ def test_the_bar_moves_with_every_network_call_and_ends_at_the_steps_pairs() -> 
             self.n, self.moves = self.n + count, self.moves + (count > 0)
 
     bar = Bar()
-    work = StepProgress(bar, pairs=64, calls=64 * 15)  # type: ignore[arg-type]
-    for _ in range(11 * 8):
-        work.advance(8)  # the inversion of 64 pairs, 8 at a time
-    assert 40 < bar.n < 64 and bar.moves > 40
-    work.advance(64)
-    work.advance(64 * 3)
-    assert bar.n == 64
+    before_call = CallHook(NoSignals(), bar)  # type: ignore[arg-type]
+    for done in (0, 64):
+        before_call.begin_step(pairs=64, work=64 * 15)
+        for _ in range(11 * 8):
+            before_call(8)  # the inversion of 64 pairs, 8 at a time
+        assert 40 < bar.n - done < 64 and bar.moves > 40
+        before_call(64)
+        before_call(64, cost=3)
+        assert bar.n == done + 64
+
+
+def test_a_stop_request_takes_effect_at_the_next_network_call() -> None:
+    class Requested:
+        def check(self) -> None:
+            raise Stopped("SIGTERM")
+
+    with pytest.raises(Stopped):
+        CallHook(Requested(), None)(8)  # type: ignore[arg-type]
