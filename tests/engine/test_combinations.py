@@ -96,7 +96,7 @@ OPTIONS_REFUSED: list[tuple[dict[str, str], str, int | None, str]] = [
     ({"name": ALIGNED, "master": "none"}, "fp32", None, "needs model.precision = 'bf16'"),
     ({"name": ALIGNED, "master": "none"}, "bf16", 2, "one process without --ds_config"),
     ({"name": ALIGNED, "offload": "states"}, "bf16", 3, "ds_zero3_offload.json"),
-    ({"name": ALIGNED, "offload": "states+gradients"}, "fp32", None, "summed where the weights are"),
+    ({"name": ALIGNED, "offload": "states+gradients"}, "fp32", None, "summed on the device of the weights"),
 ]
 
 
