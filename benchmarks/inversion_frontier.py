@@ -27,7 +27,7 @@ from torch import Tensor
 from smpo_fast import train
 from smpo_fast.common import runtime
 from smpo_fast.common.runtime import World
-from smpo_fast.config import loading
+from smpo_fast.config import arguments, loading
 from smpo_fast.config.schema import Config, Inversion
 from smpo_fast.method import inversion
 from smpo_fast.method.batch import Pairs
@@ -244,7 +244,7 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; prints a table and writes the JSON and the PNG."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    loading.add_arguments(parser)
+    arguments.add_arguments(parser)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="NAME")
     parser.add_argument("--grid", type=int, nargs="+", default=list(STEPS), metavar="STEPS")
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=harness.ROOT / "docs" / "benchmarks" / "inversion_frontier.png")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        study = Study(loading.from_arguments(args), args.pairs, Path(scratch) / "cache")
+        study = Study(arguments.from_arguments(args), args.pairs, Path(scratch) / "cache")
         out = args.out or harness.RESULTS / harness.folder_name(study.device)
         out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {"environment": harness.environment(study.device), "pairs": args.pairs, "rows": []}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smpo_fast.common.errors import UserError
-from smpo_fast.config import loading
+from smpo_fast.config import arguments, describe, loading
 
 _NO_FILE = Path(os.devnull)  # settings as they are without any file
 
@@ -48,7 +48,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from smpo_fast.models.encoders import Encoders
     from smpo_fast.models.locate import find
 
-    settings = loading.from_arguments(args)
+    settings = arguments.from_arguments(args)
     world, source = world_from_environment(settings.run.device), find(settings.model)
     prepare(settings, Encoders(source, world.device), world.device, locate(settings), world=world)
     return 0
@@ -56,7 +56,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", type=Path, help="folder of the cache")
-    loading.add_arguments(parser)
+    arguments.add_arguments(parser)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -71,7 +71,7 @@ def _verify(args: argparse.Namespace) -> int:
     problems = verify(cached)
     if problems:
         problems.append(f"put back a good copy of these files, or remove {args.cache} and run 'smpo prepare' again")
-    settings = loading.from_arguments(args)
+    settings = arguments.from_arguments(args)
     if args.config or args.overrides:
         source = find(settings.model)
         try:
@@ -192,7 +192,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.evaluation import compare
 
-    settings = loading.from_arguments(args)
+    settings = arguments.from_arguments(args)
     compare.run(settings, world_from_environment(settings.run.device).device)
     return 0
 
@@ -201,7 +201,7 @@ def _merge(args: argparse.Namespace) -> int:
     from smpo_fast.models import lora
     from smpo_fast.models.locate import find
 
-    settings = loading.from_arguments(args)
+    settings = arguments.from_arguments(args)
     adapters, folder = (Path(settings.run.dir) / name for name in ("export", "merged"))
     if not (adapters / lora.FILE).is_file():
         raise UserError(f"run.dir = '{settings.run.dir}': export/ has no {lora.FILE}: train with lora.rank first")
@@ -211,7 +211,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> int:
-    print(loading.describe())
+    print(describe.settings_page())
     return 0
 
 
@@ -219,7 +219,7 @@ def _settings(args: argparse.Namespace) -> int:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    loading.add_arguments(parser)
+    arguments.add_arguments(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default 1)")
     parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a host (default 8)")
     parser.add_argument("--gpu", default="", metavar="NAME", help="e.g. H100 (default: the one here)")
@@ -236,7 +236,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.gpus < 1 or args.per_node < 1 or args.gpu_memory < 0:
         raise UserError("command line: --gpus and --per-node are at least 1, --gpu-memory is not negative")
     wanted = Request(args.gpus, args.gpu, args.gpu_memory, args.per_node, args.ds_config, args.measure)
-    return plan.run(loading.from_arguments(args), wanted, args.json)
+    return plan.run(arguments.from_arguments(args), wanted, args.json)
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,7 +257,7 @@ def _none(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "import": Command("bring preference pairs of any format into one table", _import_arguments, _import),
     "prepare": Command(
-        "encode the pairs of [data] with the networks of [model] into the cache", loading.add_arguments, _prepare
+        "encode the pairs of [data] with the networks of [model] into the cache", arguments.add_arguments, _prepare
     ),
     "verify": Command(
         "check a cache: hashes, counts, numbers, and with settings given also whether it serves them",
@@ -267,11 +267,13 @@ COMMANDS = {
     "score": Command("score every picture of a pair table with a reward model", _score_arguments, _score),
     "generate": Command("make pairs from prompts with a pipeline", _generate_arguments, _generate),
     "evaluate": Command(
-        "sample base and export of a run with the same noise, score and compare them", loading.add_arguments, _evaluate
+        "sample base and export of a run with the same noise, score and compare them",
+        arguments.add_arguments,
+        _evaluate,
     ),
     "merge": Command(
         "write <run.dir>/merged: the base of [model] with a run's LoRA adapters in its weights",
-        loading.add_arguments,
+        arguments.add_arguments,
         _merge,
     ),
     "plan": Command(

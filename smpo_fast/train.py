@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import Stopped, print0
-from smpo_fast.config import loading
+from smpo_fast.config import arguments, loading
 from smpo_fast.training.job import Job
 from smpo_fast.training.loop import TrainingFailed
 from smpo_fast.training.overview import overview
@@ -29,14 +29,14 @@ from smpo_fast.training.run import train
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done or stopped by a signal with a checkpoint saved, 2 a mistake in settings or data, 3 failed."""
     parser = argparse.ArgumentParser(description="Align SDXL or SD1.5 with preference pairs (SmPO-Diffusion).")
-    loading.add_arguments(parser)
+    arguments.add_arguments(parser)
     parser.add_argument("--ds_config", type=Path, metavar="FILE", help="DeepSpeed JSON: sharding, offload, precision")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load nothing heavy")
     args = parser.parse_args(argv)
     try:
-        settings = loading.from_arguments(args)
+        settings = arguments.from_arguments(args)
         if args.print_config:
             print0(loading.dump(settings))
             return 0

@@ -7,26 +7,14 @@ defaults below. The resolved settings are saved in the run's folder and can be g
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from smpo_fast.config.presets import SOLVER_PRESETS
+from smpo_fast.config.section import Section
 
 EMBEDDED = "embedded"
-
-
-# What a solver's name implies for the finer keys of [inversion].
-_SECOND_ORDER = {"renoise_steps": 1, "first_time": "source", "renoise_time": "destination", "average": "mean"}
-SOLVER_PRESETS: dict[str, dict[str, Any]] = {
-    "renoise": {},
-    "ddim": {"renoise_steps": 0},
-    "heun": _SECOND_ORDER,
-    "ab2": {"renoise_steps": 0, "first_time": "source"},
-    "pec": _SECOND_ORDER,
-}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
 
 class Run(Section):

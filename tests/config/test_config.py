@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smpo_fast.common.errors import UserError
-from smpo_fast.config import loading, schema
+from smpo_fast.config import arguments, describe, loading, schema, sibling_flags
 from smpo_fast.config.loading import dump, from_dict, load
 from smpo_fast.config.schema import Config
 
@@ -18,8 +18,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def parse(*words: str) -> Config:
     parser = argparse.ArgumentParser()
-    loading.add_arguments(parser)
-    return loading.from_arguments(parser.parse_args(words))
+    arguments.add_arguments(parser)
+    return arguments.from_arguments(parser.parse_args(words))
 
 
 def test_without_a_file_the_embedded_run_is_meant() -> None:
@@ -141,13 +141,13 @@ def test_every_setting_is_read_somewhere() -> None:
 
 def test_aliases_point_to_keys() -> None:
     names = {name for name, _ in loading.keys()}
-    assert set(loading.ALIASES.values()) <= names
-    assert {word.partition("=")[0] for word in loading.SWITCHES.values()} <= names
+    assert set(sibling_flags.ALIASES.values()) <= names
+    assert {word.partition("=")[0] for word in sibling_flags.SWITCHES.values()} <= names
 
 
 def test_the_settings_page_is_current() -> None:
     page = Path(__file__).parents[2] / "docs" / "settings.md"
-    assert loading.describe() in page.read_text(), "run: smpo settings, and put its output into docs/settings.md"
+    assert describe.settings_page() in page.read_text(), "run: smpo settings, and put its output into docs/settings.md"
 
 
 def test_toml_numbers_are_numbers() -> None:

@@ -1,0 +1,44 @@
+"""Presets: what the name of an objective, a fidelity or a solver implies for the finer keys of ``[inversion]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SECOND_ORDER = {"renoise_steps": 1, "first_time": "source", "renoise_time": "destination", "average": "mean"}
+SOLVER_PRESETS: dict[str, dict[str, Any]] = {
+    "renoise": {},
+    "ddim": {"renoise_steps": 0},
+    "heun": _SECOND_ORDER,
+    "ab2": {"renoise_steps": 0, "first_time": "source"},
+    "pec": _SECOND_ORDER,
+}
+
+
+# The presets apply to keys that neither the file nor the command line gives: fidelity first, then objective, then
+# solver, each of which overrides the one before.
+FIDELITY_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "release": {
+        "grid": "release",
+        "landing": "mismatch",
+        "first_step": "keep",
+        "renoise_time": "source",
+        "average": "mean",
+        "timesteps": "independent",
+    },
+}
+OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
+    "smpo": {},
+    "dpo": {"source": "noise"},
+    "inpo": {"renoise_steps": 0, "noise": 0.1},
+    "sft": {"source": "noise"},
+}
+
+
+def apply_presets(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Settings by section, with the keys of ``[inversion]`` that the presets imply and ``given`` leaves out."""
+    inversion = given.get("inversion", {})
+    objective = OBJECTIVE_PRESETS.get(given.get("objective", {}).get("name", "smpo"), {})
+    fidelity = FIDELITY_PRESETS.get(inversion.get("fidelity", "paper"), {})
+    solver = SOLVER_PRESETS.get(inversion.get("solver", "renoise"), {})
+    return {**given, "inversion": {**fidelity, **objective, **solver, **inversion}}
