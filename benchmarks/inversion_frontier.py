@@ -244,7 +244,7 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; prints a table and writes the JSON and the PNG."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_arguments(parser)
+    arguments.add_settings(parser)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="NAME")
     parser.add_argument("--grid", type=int, nargs="+", default=list(STEPS), metavar="STEPS")
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=harness.ROOT / "docs" / "benchmarks" / "inversion_frontier.png")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        study = Study(arguments.from_arguments(args), args.pairs, Path(scratch) / "cache")
+        study = Study(arguments.settings_of(args), args.pairs, Path(scratch) / "cache")
         out = args.out or harness.RESULTS / harness.folder_name(study.device)
         out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {"environment": harness.environment(study.device), "pairs": args.pairs, "rows": []}

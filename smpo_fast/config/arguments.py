@@ -1,21 +1,60 @@
-"""Settings on the command line of a program."""
+"""From the words of a command line to typed values: the arguments of a program, and the settings of a run."""
 
 from __future__ import annotations
 
 import argparse
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from smpo_fast.common.errors import ConfigError
-from smpo_fast.config.loading import load
+from smpo_fast.config import loading
+from smpo_fast.config.commands import Argument, Command
 from smpo_fast.config.schema import Config
+from smpo_fast.config.section import Section
 from smpo_fast.config.sibling_flags import ALIASES, REFUSED, SWITCHES
 
+S = TypeVar("S", bound=Section)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config``, the overrides and the sibling scripts' flags to a program's parser."""
+
+class Declared(NamedTuple):
+    """A field of a section of arguments, and how it is written on the command line."""
+
+    name: str
+    field: FieldInfo
+    flag: str  # '--dry-run'; of a positional argument its name
+    metavar: str  # empty for a switch
+    positional: bool
+
+
+def declared(arguments: type[Section]) -> Iterator[Declared]:
+    """The arguments that a section declares, positional ones first, in their order."""
+    found = [_declaration(name, field) for name, field in arguments.model_fields.items()]
+    yield from sorted(found, key=lambda argument: not argument.positional)
+
+
+def add_command(parser: argparse.ArgumentParser, command: Command) -> None:
+    """Give a parser the arguments of a program or subcommand."""
+    for argument in declared(command.arguments):
+        _add(parser, argument)
+    if command.settings == "run":
+        add_settings(parser)
+    elif command.settings == "set":
+        section = command.set_section
+        parser.add_argument("--config", type=Path, metavar="FILE", help="TOML settings of a run")
+        text = f"settings of [{section}] that are used"
+        parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar=f"{section}.key=value", help=text)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config``, ``section.key=value`` words and the sibling scripts' flags to a parser."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML settings (default: the embedded run)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
-    group = parser.add_argument_group("flags as sibling scripts name them")
+    group = parser.add_argument_group("flags of sibling scripts")
     for flag, key in ALIASES.items():
         group.add_argument(f"--{flag}", metavar="VALUE", help=f"same as {key}=VALUE")
     for flag, word in SWITCHES.items():
@@ -24,14 +63,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{flag}", nargs="?", const="", default=None, help=argparse.SUPPRESS)
 
 
-def from_arguments(args: argparse.Namespace) -> Config:
-    """The settings that a parser made by ``add_arguments`` has read.
+def settings_of(args: argparse.Namespace) -> Config:
+    """The settings that a parser with ``add_settings`` has read.
 
-    Raises ConfigError like ``load``, and for a flag of a sibling script that has another meaning here.
+    Raises ConfigError like ``loading.load``, and for a sibling script's flag that has another meaning here.
     """
     for flag, why in REFUSED.items():
         if getattr(args, flag) is not None:
             raise ConfigError(f"command line: --{flag} is not a setting here: {why}")
     words = [f"{key}={getattr(args, flag)}" for flag, key in ALIASES.items() if getattr(args, flag) is not None]
     words += [word for flag, word in SWITCHES.items() if getattr(args, flag)]
-    return load(args.config, [*words, *args.overrides])
+    return loading.load(args.config, [*words, *args.overrides])
+
+
+def set_settings(args: argparse.Namespace, first: Sequence[str] = ()) -> Config:
+    """Defaults, ``--config`` if it is given, the words ``first``, then ``--set``. Raises ConfigError."""
+    return loading.load(args.config or loading.NO_FILE, [*first, *args.overrides])
+
+
+def arguments_of(section: type[S], args: argparse.Namespace) -> S:
+    """The typed arguments that a parser with ``add_command`` has read.
+
+    Raises ConfigError, which names the flag, what was found and what is right.
+    """
+    given = {name: getattr(args, name) for name in section.model_fields if getattr(args, name) is not None}
+    try:
+        return section.model_validate(given, strict=False)  # words become numbers and paths
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if not name:
+            raise ConfigError(f"command line: {message}") from error
+        argument = _declaration(name, section.model_fields[name])
+        found = f"(found {first['input']!r}; meaning: {argument.field.description})"
+        raise ConfigError(f"command line: {argument.flag}: {message} {found}") from error
+
+
+def _declaration(name: str, field: FieldInfo) -> Declared:
+    written = next((item for item in field.metadata if isinstance(item, Argument)), Argument())
+    if written.positional:
+        return Declared(name, field, name, name, True)
+    flag = written.flag or "--" + name.replace("_", "-")
+    return Declared(name, field, flag, written.metavar or _metavar(flag, field.annotation), False)
+
+
+def _metavar(flag: str, annotation: Any) -> str:
+    if annotation is bool:
+        return ""
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(word for word in get_args(annotation) if word) + "}"
+    if annotation in (int, float):
+        return "N" if annotation is int else "X"
+    return "FILE" if isinstance(annotation, types.UnionType) else flag.strip("-").replace("-", "_").upper()
+
+
+def _add(parser: argparse.ArgumentParser, argument: Declared) -> None:
+    text = (argument.field.description or "").replace("%", "%%")
+    if argument.positional:
+        parser.add_argument(argument.name, help=text)
+    elif not argument.metavar:
+        parser.add_argument(argument.flag, dest=argument.name, action="store_true", help=text)
+    else:
+        parser.add_argument(
+            argument.flag,
+            dest=argument.name,
+            metavar=argument.metavar,
+            required=argument.field.is_required(),
+            help=text,
+        )

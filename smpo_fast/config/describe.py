@@ -1,14 +1,40 @@
-"""The reference pages that are generated from the declarations of settings."""
+"""The reference pages docs/settings.md and docs/cli.md: ``python -m smpo_fast.config.describe docs`` writes them."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from smpo_fast.config import arguments
+from smpo_fast.config.commands import COMMANDS, TRAIN, Command
 from smpo_fast.config.loading import toml_value
 from smpo_fast.config.schema import Config
+from smpo_fast.config.sibling_flags import ALIASES, SWITCHES
+
+SETTINGS_HEAD = """# Settings
+
+A run is described by one TOML file (`--config`) and `section.key=value` words on the command line, which override it.
+What neither gives comes from the presets of `objective.name`, `inversion.fidelity` and `inversion.solver`, then from
+the defaults below (printed by `smpo settings`). Without `--config`, the embedded run is used
+(`smpo_fast/embedded/default.toml`). `--print-config` shows the resolved settings.
+
+"""
+CLI_HEAD = """# Command line
+
+The training program and the subcommands of `smpo`. Their exit status is 0 after success, 1 if a check has a negative
+answer (`smpo verify`, `smpo plan`, `smpo doctor`), 2 for a mistake in the command line, the settings or the data, and 3
+if training failed.
+
+Where `[settings]` is shown, `--config FILE` names a TOML file and `section.key=value` words override it; all settings
+are in [settings.md](settings.md). The flags of sibling scripts, listed at the end, are accepted there as well.
+
+"""
 
 
-def settings_page() -> str:
-    """All settings with type, default and meaning, as the Markdown of docs/settings.md."""
-    lines = []
+def settings_tables() -> str:
+    """All settings with default and meaning, a Markdown table for each section."""
+    lines: list[str] = []
     for section, field in Config.model_fields.items():
         lines += [
             f"## `[{section}]`",
@@ -19,6 +45,57 @@ def settings_page() -> str:
             "|---|---|---|",
         ]
         for key, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
-            lines.append(f"| `{key}` | `{toml_value(inner.default)}` | {inner.description} |".replace("\n", " "))
+            lines.append(f"| `{key}` | `{toml_value(inner.default)}` | {_cell(inner.description)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def settings_page() -> str:
+    """The text of docs/settings.md."""
+    return SETTINGS_HEAD + settings_tables()
+
+
+def cli_page() -> str:
+    """The text of docs/cli.md."""
+    lines = list(_command("smpo_fast/train.py", TRAIN))
+    for name, command in COMMANDS.items():
+        lines += _command(f"smpo {name}", command)
+    lines += ["## Flags of sibling scripts", "", "| flag | same as |", "|---|---|"]
+    lines += [f"| `--{flag} VALUE` | `{key}=VALUE` |" for flag, key in ALIASES.items()]
+    lines += [f"| `--{flag}` | `{word}` |" for flag, word in SWITCHES.items()]
+    return CLI_HEAD + "\n".join(lines) + "\n"
+
+
+def _command(name: str, command: Command) -> Iterator[str]:
+    declared = list(arguments.declared(command.arguments))
+    usage = [name, *(a.name.upper() for a in declared if a.positional)]
+    usage += [f"{a.flag} {a.metavar}" for a in declared if not a.positional and a.field.is_required()]
+    if any(not a.positional and not a.field.is_required() for a in declared):
+        usage.append("[options]")
+    usage += {"run": ["[settings]"], "set": [f"[--config FILE] [--set {command.set_section}.key=value ..]"], "": []}[
+        command.settings
+    ]
+    summary = command.summary[0].upper() + command.summary[1:].rstrip(".") + "."
+    yield from (f"## `{name}`", "", f"    {' '.join(usage)}", "", summary, "")
+    if declared:
+        yield from ("| argument | meaning |", "|---|---|")
+        for argument in declared:
+            written = argument.name.upper() if argument.positional else f"{argument.flag} {argument.metavar}".strip()
+            yield f"| `{written}` | {_cell(argument.field.description)}{_default(argument)} |"
+        yield ""
+
+
+def _default(argument: arguments.Declared) -> str:
+    value = argument.field.get_default()
+    shown = argument.metavar and not argument.field.is_required() and value not in ("", None, {})
+    return f" (default: `{value}`)" if shown and "default" not in (argument.field.description or "") else ""
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("\n", " ").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    (folder / "settings.md").write_text(settings_page())
+    (folder / "cli.md").write_text(cli_page())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from smpo_fast.config.presets import apply_presets
 from smpo_fast.config.schema import Config
 from smpo_fast.config.sibling_flags import ALIASES
 
+NO_FILE = Path(os.devnull)  # reads as no settings at all: every key has its default
 DEFAULT_FILE = Path(__file__).parents[1] / "embedded" / "default.toml"
 
 

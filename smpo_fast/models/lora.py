@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smpo_fast.common.errors import ConfigError, EnvironmentProblem
+from smpo_fast.common.errors import ConfigError, EnvironmentProblem, ModelError
 from smpo_fast.common.runtime import rng
 from smpo_fast.config.schema import Config, Lora
 from smpo_fast.models.export import export_pipeline
@@ -126,7 +126,12 @@ def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folde
 
 
 def merge(config: Config, source: ModelSource, adapters: Path, folder: Path) -> None:
-    """Write the pipeline whose UNet has the adapters of the folder ``adapters`` added to its weights, in float32."""
+    """Write the pipeline whose UNet has the adapters of the folder ``adapters`` added to its weights, in float32.
+
+    Raises ModelError for a folder without adapters.
+    """
+    if not (adapters / FILE).is_file():
+        raise ModelError(f"{adapters} has no {FILE}: train with lora.rank first")
     unet: Any = load_unet(source, config.model, torch.float32, torch.device("cpu"))
     unet.load_lora_adapter(adapters, weight_name=FILE, prefix="unet")
     unet.fuse_lora()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from smpo_fast.common import remote
 from smpo_fast.common.errors import EnvironmentProblem, UserError
 from smpo_fast.common.runtime import World, print0
 from smpo_fast.config import loading
+from smpo_fast.config.commands import PlanArguments
 from smpo_fast.config.schema import Config, Model
 from smpo_fast.engine import batch_size, combinations, ds_config
 from smpo_fast.method.schedule import NoiseSchedule
@@ -54,25 +55,13 @@ def precision_of(c: Config, ds: Mapping[str, Any] | None, gpu: Gpu) -> str:
     return "bf16-autocast" if half_sums else "bf16"
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for."""
-
-    gpus: int = 1
-    gpu: str = ""
-    gpu_memory: float = 0.0
-    per_node: int = 8
-    ds_file: Path | None = None
-    measure: bool = False
-
-
-def plan(c: Config, request: Request) -> dict[str, Any]:
+def plan(c: Config, request: PlanArguments) -> dict[str, Any]:
     """Everything that ``smpo plan`` says, as plain values; bytes, seconds, and words."""
     if request.measure and (request.gpu or request.gpu_memory):
         raise UserError("--measure times the device that is here: leave --gpu and --gpu-memory out")
     gpu, source = gpu_of(request.gpu, request.gpu_memory), look(c.model)
-    ds = None if request.ds_file is None else ds_config.read_ds_file(request.ds_file)
-    ds_file = "" if request.ds_file is None else str(request.ds_file)
+    ds = None if request.ds_config is None else ds_config.read_ds_file(request.ds_config)
+    ds_file = "" if request.ds_config is None else str(request.ds_config)
     network = network_spec(source, c.data.resolution, c.model.attention, c.lora)
     s = Subject(c, network, precision_of(c, ds, gpu), request.gpus, request.per_node, ds)
     batch_size.pairs_per_rank(c, s.ranks)
@@ -148,10 +137,10 @@ def _hours(seconds: Mapping[str, float] | None, c: Config) -> dict[str, Any]:
     return {"seconds": dict(seconds), "step_seconds": step, "hours": step * c.run.steps / 3600}
 
 
-def run(c: Config, request: Request, as_json: bool) -> int:
+def run(c: Config, request: PlanArguments) -> int:
     """Program ``smpo plan``; returns the exit status: 0 when the settings fit the GPU, else 1."""
     found = plan(c, request)
-    print0(json.dumps(found, indent=1) if as_json else render(found))
+    print0(json.dumps(found, indent=1) if request.json_output else render(found))
     return 0 if found["fits"] else 1
 
 

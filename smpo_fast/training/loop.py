@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from smpo_fast.common.programs import Failure
 from smpo_fast.common.runtime import Stopped, warn0
 from smpo_fast.engine import checkpoint
 from smpo_fast.engine.checkpoint import Progress
@@ -20,7 +21,7 @@ from smpo_fast.training.run_log import RunLog
 from smpo_fast.training.step import Trainer
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(Failure):
     """The run cannot go on: too many steps had a non-finite loss or gradient."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def parse(*words: str) -> Config:
     parser = argparse.ArgumentParser()
-    arguments.add_arguments(parser)
-    return arguments.from_arguments(parser.parse_args(words))
+    arguments.add_settings(parser)
+    return arguments.settings_of(parser.parse_args(words))
 
 
 def test_without_a_file_the_embedded_run_is_meant() -> None:
@@ -145,9 +146,10 @@ def test_aliases_point_to_keys() -> None:
     assert {word.partition("=")[0] for word in sibling_flags.SWITCHES.values()} <= names
 
 
-def test_the_settings_page_is_current() -> None:
-    page = Path(__file__).parents[2] / "docs" / "settings.md"
-    assert describe.settings_page() in page.read_text(), "run: smpo settings, and put its output into docs/settings.md"
+@pytest.mark.parametrize(("name", "page"), [("settings", describe.settings_page), ("cli", describe.cli_page)])
+def test_the_generated_pages_are_current(name: str, page: Callable[[], str]) -> None:
+    file = Path(__file__).parents[2] / "docs" / f"{name}.md"
+    assert page() == file.read_text(), "run: python -m smpo_fast.config.describe docs"
 
 
 def test_toml_numbers_are_numbers() -> None:

@@ -14,7 +14,8 @@ from helpers.import_sources import (
 )
 
 from smpo_fast.common.errors import UserError
-from smpo_fast.data.ingest.importer import ImportOptions, dry_run, import_pairs
+from smpo_fast.config.commands import ImportOptions
+from smpo_fast.data.ingest.importer import dry_run, import_pairs
 
 
 def test_unknown_columns_are_listed_and_can_be_named(tmp_path: Path) -> None:

@@ -38,8 +38,9 @@ from helpers.import_sources import (
 )
 from helpers.paths import SAMPLES, needs_samples
 
+from smpo_fast.config.commands import ImportOptions
 from smpo_fast.data.ingest import ranking
-from smpo_fast.data.ingest.importer import ImportOptions, dry_run, import_pairs
+from smpo_fast.data.ingest.importer import dry_run, import_pairs
 from smpo_fast.data.ingest.ranking import better_and_worse
 from smpo_fast.data.pairs.pair import RawPair
 from smpo_fast.data.pairs.reader import read_pairs

@@ -27,8 +27,9 @@ from helpers.import_sources import (
     write_tar,
 )
 
+from smpo_fast.config.commands import ImportOptions
 from smpo_fast.data.ingest.columns import FORMATS
-from smpo_fast.data.ingest.importer import ImportOptions, import_pairs
+from smpo_fast.data.ingest.importer import import_pairs
 
 
 def huge_png() -> bytes:

@@ -36,7 +36,8 @@ from helpers.import_sources import (
 
 from smpo_fast import cli
 from smpo_fast.common.errors import UserError
-from smpo_fast.data.ingest.importer import ImportOptions, import_pairs
+from smpo_fast.config.commands import ImportOptions
+from smpo_fast.data.ingest.importer import import_pairs
 from smpo_fast.data.pairs import reader, writer
 from smpo_fast.data.pairs.pair import Rejected
 from smpo_fast.data.pairs.reader import read_pairs
@@ -143,7 +144,8 @@ def test_pictures_and_table_may_move_together(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from smpo_fast.data.ingest.importer import ImportOptions, import_pairs
+from smpo_fast.config.commands import ImportOptions
+from smpo_fast.data.ingest.importer import import_pairs
 left = int(sys.argv[3])
 
 def counted(function):
@@ -244,7 +246,8 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
 MEASURED = """
 import re, sys, time
 from pathlib import Path
-from smpo_fast.data.ingest.importer import ImportOptions, import_pairs
+from smpo_fast.config.commands import ImportOptions
+from smpo_fast.data.ingest.importer import import_pairs
 
 def resident():  # MB of this process's own memory; mapped files are the system's to take back
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -27,6 +27,7 @@ from smpo_fast import cli
 from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
+from smpo_fast.config.commands import ScoreOptions
 from smpo_fast.config.schema import Labels
 from smpo_fast.data.cache import identity, prepare
 from smpo_fast.data.cache.format import CacheError
@@ -36,7 +37,7 @@ from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.rewards import half_precision, scoring_work
 from smpo_fast.data.rewards.combination import combine
 from smpo_fast.data.rewards.score_table import ScoreTable
-from smpo_fast.data.rewards.scoring import ScoreOptions, score
+from smpo_fast.data.rewards.scoring import score
 
 ALONE = World()
 # A taste that counts: every picture it is shown leaves a line in the file of LOG.
@@ -102,7 +103,7 @@ def test_each_picture_is_scored_once_with_each_of_its_prompts(tmp_path: Path, ta
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
     monkeypatch.setattr(scoring_work, "PART_ROWS", 4)
     table = write_table(tmp_path / "t.parquet", [*ring(10), ("other", png(3), png(4), 1.0)])
-    facts = score(str(table), tmp_path / "out", ScoreOptions("counting_taste:red", batch=3), ALONE, Labels())
+    facts = score(str(table), tmp_path / "out", ScoreOptions(scorer="counting_taste:red", batch=3), ALONE, Labels())
     assert facts["counts"] == {"pairs": 11, "pictures": 12, "rejected": {}}
     assert sorted((tmp_path / "log").read_text().split("\n")[:-1]) == sorted(
         [*(f"{i} p" for i in range(10)), "3 other", "4 other"]
@@ -125,7 +126,8 @@ from smpo_fast.config.schema import Labels
 from smpo_fast.data.rewards import scoring, scoring_work
 
 scoring_work.PART_ROWS = 8
-scoring.score(sys.argv[1], Path(sys.argv[2]), scoring.ScoreOptions("counting_taste:red", batch=2), World(), Labels())
+options = scoring.ScoreOptions(scorer="counting_taste:red", batch=2)
+scoring.score(sys.argv[1], Path(sys.argv[2]), options, World(), Labels())
 """
 
 
@@ -139,7 +141,7 @@ def test_a_killed_process_and_two_that_go_on_lose_and_repeat_nothing(
     assert victim.returncode == -signal.SIGKILL, victim.stderr
     in_flight = (tmp_path / "log").read_text().splitlines()[-2:]  # the batch that the kill met
     monkeypatch.setattr(scoring_work, "PART_ROWS", 8)
-    options = ScoreOptions("counting_taste:red", batch=2)
+    options = ScoreOptions(scorer="counting_taste:red", batch=2)
     with ThreadPoolExecutor(2) as pool:
         ranks = [pool.submit(score, str(table), out, options, World(rank, 2), Labels()) for rank in range(2)]
         facts = [rank.result(timeout=120) for rank in ranks]
@@ -165,7 +167,7 @@ def score_until_killed(table: Path, out: Path, calls: int) -> bool:
 
         try:
             sys.setprofile(count)
-            score(str(table), out, ScoreOptions("counting_taste:red", batch=2), ALONE, Labels())
+            score(str(table), out, ScoreOptions(scorer="counting_taste:red", batch=2), ALONE, Labels())
             sys.setprofile(None)
             os._exit(0)
         finally:
@@ -212,11 +214,11 @@ def test_scores_that_are_there_are_reported_on_again_and_others_refused(
     assert after["report"]["weight_mean"] > before["report"]["weight_mean"]
     assert before["labels"]["gamma"] == 10, "the labels are those of no run"
     with pytest.raises(UserError, match="holds other scores .they differ in scorers"):
-        score(str(table), tmp_path / "out", ScoreOptions("counting_taste:green"), ALONE, Labels())
+        score(str(table), tmp_path / "out", ScoreOptions(scorer="counting_taste:green"), ALONE, Labels())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").write_text("dear me")
     with pytest.raises(UserError, match="holds no scores"):
-        score(str(table), tmp_path / "full", ScoreOptions("counting_taste:red"), ALONE, Labels())
+        score(str(table), tmp_path / "full", ScoreOptions(scorer="counting_taste:red"), ALONE, Labels())
 
 
 def test_bad_rows_and_bad_scores_are_rejected_and_counted(tmp_path: Path, taste: Path) -> None:
@@ -227,7 +229,7 @@ def test_bad_rows_and_bad_scores_are_rejected_and_counted(tmp_path: Path, taste:
         ("p", png(7), png(2), 1.0),
     ]
     table = write_table(tmp_path / "t.parquet", rows)
-    facts = score(str(table), tmp_path / "out", ScoreOptions("counting_taste:picky"), ALONE, Labels())
+    facts = score(str(table), tmp_path / "out", ScoreOptions(scorer="counting_taste:picky"), ALONE, Labels())
     assert facts["counts"]["pairs"] == 1
     reasons = {r["row"]: r["reason"] for r in pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()}
     assert "jpg_1 not a picture" in reasons[1]
@@ -247,7 +249,7 @@ def test_a_combination_is_the_weighted_sum_of_standard_scores(tmp_path: Path, ta
     np.testing.assert_allclose(combined, by_hand, rtol=1e-12)
     assert [c["weight"] for c in constants] == [0.7, -2]
     table = write_table(tmp_path / "t.parquet", [("p", png(i, 3 * i * i), png(i + 1, 5), 1.0) for i in range(5)])
-    facts = score(str(table), tmp_path / "out", ScoreOptions(name), ALONE, Labels())
+    facts = score(str(table), tmp_path / "out", ScoreOptions(scorer=name), ALONE, Labels())
     stored = pq.read_table(tmp_path / "out" / "scores.parquet")
     parts = [np.array(stored[n].to_pylist()) for n in ("counting_taste:red", "counting_taste:green")]
     again = sum(c["weight"] * (p - c["mean"]) / c["std"] for c, p in zip(facts["scorers"], parts, strict=True))
@@ -268,9 +270,9 @@ def test_half_precision_is_taken_where_it_holds(
         pictures.append(file.getvalue())
     table = write_table(tmp_path / "t.parquet", [(f"cat {i}", pictures[i], pictures[i + 1], 1.0) for i in range(9)])
     name = f"pickscore:{clip}"
-    exact = score(str(table), tmp_path / "full", ScoreOptions(name), ALONE, Labels())
+    exact = score(str(table), tmp_path / "full", ScoreOptions(scorer=name), ALONE, Labels())
     monkeypatch.setattr(half_precision, "TOLERANCE", 1.0)
-    half = score(str(table), tmp_path / "half", ScoreOptions(name, half=True), ALONE, Labels())
+    half = score(str(table), tmp_path / "half", ScoreOptions(scorer=name, half=True), ALONE, Labels())
     assert half["half"] == {name: True}
     assert "float16 differs from float32 by at most" in capsys.readouterr().out
     difference = np.abs(
@@ -279,18 +281,18 @@ def test_half_precision_is_taken_where_it_holds(
     )
     assert 0 < difference.max() < 0.05
     monkeypatch.setattr(half_precision, "TOLERANCE", 1e-9)
-    refused = score(str(table), tmp_path / "refused", ScoreOptions(name, half=True), ALONE, Labels())
+    refused = score(str(table), tmp_path / "refused", ScoreOptions(scorer=name, half=True), ALONE, Labels())
     assert refused["half"] == {name: False}
     assert refused["sha256"] == exact["sha256"]
     assert "float32 is used" in capsys.readouterr().err
     with pytest.raises(UserError, match="no half precision"):
-        score(str(table), tmp_path / "no", ScoreOptions("embedded", half=True), ALONE, Labels())
+        score(str(table), tmp_path / "no", ScoreOptions(scorer="embedded", half=True), ALONE, Labels())
 
 
 def test_prepare_takes_the_scores_for_rewards(tmp_path: Path, taste: Path) -> None:
     rows = [("p", png(i), png(3 * i + 20, 9), float(i % 2)) for i in range(6)]
     table = write_table(tmp_path / "t.parquet", rows)
-    score(str(table), tmp_path / "out", ScoreOptions("counting_taste:red"), ALONE, Labels())
+    score(str(table), tmp_path / "out", ScoreOptions(scorer="counting_taste:red"), ALONE, Labels())
     write_table(table, [*rows, ("p", png(250), png(251), 1.0)])  # grown since
     given = {"data": {"pairs": str(table), "resolution": 32, "flip": False}}
 
@@ -313,7 +315,7 @@ def test_prepare_takes_the_scores_for_rewards(tmp_path: Path, taste: Path) -> No
 
 def test_damaged_scores_are_refused(tmp_path: Path, taste: Path) -> None:
     table, out = write_table(tmp_path / "t.parquet", ring(6)), tmp_path / "out"
-    score(str(table), out, ScoreOptions("counting_taste:red"), ALONE, Labels())
+    score(str(table), out, ScoreOptions(scorer="counting_taste:red"), ALONE, Labels())
     content = (out / "scores.parquet").read_bytes()
     (out / "scores.parquet").write_bytes(content[:-9])
     with pytest.raises(UserError, match=f"has {len(content) - 9} bytes, scores.json says {len(content)}"):

@@ -270,7 +270,7 @@ def test_measured_on_this_device(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--gpu", "GTX-999"], "known are B200"),
         (["--gpu", "H100", "--measure"], "leave --gpu"),
-        (["--gpus", "0"], "at least 1"),
+        (["--gpus", "0"], "--gpus: Input should be greater than or equal to 1"),
         (["--gpus", "7", "--gpu", "H100"], "does not divide among 7 ranks"),
         (["--ds_config", "none.json"], "none.json: cannot be read"),
     ],

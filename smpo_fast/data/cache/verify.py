@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
+from smpo_fast.common import programs
 from smpo_fast.common.console import printable
 from smpo_fast.common.storage import sha256
+from smpo_fast.config.schema import Config
 from smpo_fast.data.cache.format import (
     INFO,
     LATENTS_PART,
@@ -19,9 +22,33 @@ from smpo_fast.data.cache.format import (
     shard_name,
     size_suffix,
 )
+from smpo_fast.data.cache.identity import open_cache
 from smpo_fast.data.cache.reader import CachedPairs
+from smpo_fast.models.identity import encoders_identity
+from smpo_fast.models.locate import find
 
 _SCAN_BYTES = 64 << 20  # of an array that is checked at a time
+
+
+def run(folder: Path, settings: Config | None) -> int:
+    """Program ``smpo verify``: print every problem of a cache, or that it has none; returns the exit status.
+
+    With ``settings``, a cache that was not made for them has a problem. Raises CacheError for a folder without a
+    readable cache.
+    """
+    cached = CachedPairs(folder)
+    problems = verify(cached)
+    if problems:
+        problems.append(f"put back a good copy of these files, or remove {folder} and run 'smpo prepare' again")
+    if settings is not None:
+        source = find(settings.model)
+        try:
+            open_cache(settings, folder, encoders=encoders_identity(source), kind=source.kind)
+        except CacheError as error:
+            problems.append(str(error))
+    whole = f"{folder}: {len(cached)} pairs, every file is as it was written, every number finite"
+    print("\n".join(problems) if problems else whole)
+    return programs.UNMET if problems else programs.DONE
 
 
 def verify(cached: CachedPairs) -> list[str]:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,9 @@ from tqdm import tqdm
 from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.common.runtime import World, print0, rng
 from smpo_fast.common.shared_work import AlreadyFinished, SharedWork
+from smpo_fast.config.commands import GenerateOptions
 from smpo_fast.config.schema import EMBEDDED, Model
 from smpo_fast.data.ingest.generated_pairs import GeneratedImage, pairs_of
-from smpo_fast.data.ingest.ranking import PAIRINGS
 from smpo_fast.data.pairs import summary as pairs_summary
 from smpo_fast.data.pairs.rules import no_finite_score
 from smpo_fast.data.pairs.schema import table_schema
@@ -43,29 +42,6 @@ FORMAT = 1
 ENCODINGS: dict[str, dict[str, Any]] = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True}}
 PART_IMAGES = 64
 EMBEDDED_PROMPTS = 64  # where the options give no number
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """How to generate; width and height 0: the pipeline's own."""
-
-    per_prompt: int = 4
-    count: int = 0  # prompts; 0: all
-    seed: int = 0
-    steps: int = 30
-    guidance: float = 5.0
-    negative: str = ""
-    width: int = 0
-    height: int = 0
-    batch: int = 8
-    encoding: str = "png"  # a key of ENCODINGS
-    scorer: str = ""
-    pairs: str = ""  # a key of ranking.PAIRINGS; '': ends with a scorer, all without
-    adapters: str = ""  # folder with LoRA weights
-
-    @property
-    def pairing(self) -> str:
-        return self.pairs or ("ends" if self.scorer else "all")
 
 
 def generate(prompts: str, out: Path, model: Model, options: GenerateOptions, world: World) -> dict[str, Any]:
@@ -251,16 +227,6 @@ def _encode(image: Image, encoding: str) -> bytes:
 
 
 def _check(options: GenerateOptions) -> None:
-    if options.per_prompt < 2:
-        raise ConfigError(f"--per-prompt {options.per_prompt}: a pair needs two images")
-    if min(options.steps, options.batch) < 1:
-        raise ConfigError("--steps and --batch must be at least 1")
-    if options.encoding not in ENCODINGS:
-        raise ConfigError(f"--format: '{options.encoding}' is none of {', '.join(ENCODINGS)}")
-    if options.pairing not in PAIRINGS:
-        raise ConfigError(f"--pairs: '{options.pairing}' is none of {', '.join(PAIRINGS)}")
-    if options.pairing == "ends" and not options.scorer:
-        raise ConfigError("--pairs ends needs --scorer, which decides what is best and worst")
     if options.adapters and not (Path(options.adapters) / lora.FILE).is_file():
         raise ConfigError(f"--adapters: {options.adapters} has no {lora.FILE}")
     if options.scorer:
@@ -271,14 +237,14 @@ def _identity(prompts: Sequence[str], source: ModelSource, options: GenerateOpti
     """What decides the table's content."""
     adapters = Path(options.adapters) / lora.FILE
     digest = hashlib.sha256(adapters.read_bytes()).hexdigest() if options.adapters else ""
-    chosen = {key: value for key, value in asdict(options).items() if key not in ("batch", "adapters", "scorer")}
+    deciding = set(GenerateOptions.model_fields) - {"batch", "adapters", "scorer"}
     return {
         "generated": FORMAT,
         "prompts": {"count": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
         "unet": weights_identity(source.unet_folder),
         "encoders": encoders_identity(source),
         "adapters": digest,
-        "options": {**chosen, "pairs": options.pairing},
+        "options": {**options.model_dump(include=deciding), "pairs": options.pairing},
         "scorer": scorer_identity(options.scorer),
         "paths": False,  # as in the summary of an import
     }

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from smpo_fast.common.errors import ConfigError, DataError
+from smpo_fast.config.commands import ImportOptions
 from smpo_fast.data.ingest.candidates import Candidates, make_candidates
-from smpo_fast.data.ingest.columns import FORMATS, ColumnMapping, detect_columns
-from smpo_fast.data.ingest.containers import CONTAINERS
+from smpo_fast.data.ingest.columns import ColumnMapping, detect_columns
 from smpo_fast.data.ingest.inspection import inspect_images
 from smpo_fast.data.ingest.locate import locate
 from smpo_fast.data.ingest.ranking import PAIRINGS
@@ -34,22 +33,6 @@ from smpo_fast.data.pairs.writer import PART_BYTES, TableWriter
 
 FORMAT = 1
 _DRY_RUN_RECORDS = 200
-
-
-@dataclass(frozen=True)
-class ImportOptions:
-    """How to import; empty values are detected."""
-
-    format: str = ""  # a key of columns.FORMATS
-    container: str = ""  # one of containers.CONTAINERS
-    columns: Mapping[str, str] = field(default_factory=dict)  # role -> column
-    split: str = ""
-    revision: str = ""  # on the hub
-    root: str = ""  # folder that paths start from, where it is not the source's own
-    pairs: str = ""  # a key of ranking.PAIRINGS; '': all of a ranking, single images once
-    paths: bool = False  # store paths, not bytes
-    check: bool = False  # decode every image
-    strict: bool = False  # stop at the first rejected row
 
 
 def import_pairs(given: str, out: Path, options: ImportOptions, *, part_bytes: int = PART_BYTES) -> dict[str, Any]:
@@ -118,13 +101,6 @@ def dry_run(given: str, options: ImportOptions, rows: int = 5) -> str:
 
 def _understand(given: str, options: ImportOptions) -> tuple[PairSource, ColumnMapping, str]:
     """The source, the meaning of its columns, and the key of PAIRINGS to use."""
-    for name, value, allowed in (
-        ("--format", options.format, FORMATS),
-        ("--container", options.container, CONTAINERS),
-        ("--pairs", options.pairs, PAIRINGS),
-    ):
-        if value and value not in allowed:
-            raise ConfigError(f"{name}: '{value}' is none of {', '.join(allowed)}")
     source = locate(
         given, container=options.container, split=options.split, revision=options.revision, root=options.root
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError
 from smpo_fast.common.runtime import World, print0
 from smpo_fast.common.shared_work import AlreadyFinished, SharedWork
+from smpo_fast.config.commands import ScoreOptions
 from smpo_fast.config.schema import Labels
 from smpo_fast.data.pairs import reader
 from smpo_fast.data.rewards import half_precision, score_table
@@ -20,16 +20,6 @@ from smpo_fast.data.rewards.scorers import check_scorer, scorer_identity, terms
 from smpo_fast.data.rewards.scoring_work import ScoringWork
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """How to score. scorer: a name, or a combination such as ``0.7*pickscore + 0.3*aesthetic``."""
-
-    scorer: str
-    batch: int = 32
-    half: bool = False
-    max_pairs: int = 0
 
 
 def score(pairs: str, out: Path, options: ScoreOptions, world: World, settings: Labels) -> dict[str, Any]:

@@ -1,0 +1,215 @@
+"""The arguments of every program, declared once: parser, error messages and docs/cli.md follow from these sections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from smpo_fast.config.section import Section
+
+DEVICE = "where to compute; auto: cuda if there is a GPU, else cpu"
+PAIRINGS = "several images of a prompt: all pairs, ends (best against worst), or once (each image in one pair)"
+
+
+class Argument(NamedTuple):
+    """How a field is written on the command line, where that is not ``--field-name``."""
+
+    flag: str = ""
+    metavar: str = ""
+    positional: bool = False
+
+
+POSITIONAL = Argument(positional=True)
+
+
+class NoArguments(Section):
+    """No arguments of its own."""
+
+
+class TrainArguments(Section):
+    """Arguments of the training program."""
+
+    ds_config: Annotated[Path | None, Argument("--ds_config", "FILE")] = Field(
+        None, description="DeepSpeed JSON file: sharding, offload, precision"
+    )
+    print_config: bool = Field(False, description="print the resolved settings and stop")
+    dry_run: bool = Field(False, description="check everything, print the plan, load no networks")
+
+
+class VerifyArguments(Section):
+    """Arguments of ``smpo verify``."""
+
+    cache: Annotated[Path, POSITIONAL] = Field(description="folder of the cache")
+
+
+class ImportOptions(Section):
+    """How pairs are imported; what is left empty is worked out from the source."""
+
+    format: Literal["", "pairs", "chosen", "ranking", "single"] = Field(
+        "", description="what a row of the source is (docs/data.md); default: worked out from its columns"
+    )
+    container: Literal["", "parquet", "arrow", "tar", "json", "csv", "w-l", "suffix"] = Field(
+        "", description="how the source is stored; default: worked out from its files"
+    )
+    columns: Annotated[dict[str, str], Argument(metavar="MEANING=COLUMN,..")] = Field(
+        {}, description="columns that are not recognised, as in prompt=text,chosen=good"
+    )
+    split: str = Field("", description="which split to read; default: train, if there are several")
+    revision: str = Field("", description="branch, tag or commit on the hub")
+    root: str = Field("", description="folder that relative paths in the source start from and may not leave")
+    pairs: Literal["", "all", "ends", "once"] = Field("", description=f"{PAIRINGS}; default: once for single, else all")
+    paths: bool = Field(False, description="store the paths of the images in the table, not the images")
+    check: bool = Field(False, description="decode every image completely, not only its header")
+    strict: bool = Field(False, description="stop at the first row that cannot be used")
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        columns = dict(word.partition("=")[::2] for word in value.split(",") if word)
+        if not all(columns.values()):
+            raise ValueError("give meaning=column, as in prompt=text,chosen=good")
+        return columns
+
+
+class ImportArguments(ImportOptions):
+    """Arguments of ``smpo import``."""
+
+    source: Annotated[str, POSITIONAL] = Field(
+        description="a file, a folder, a URL (s3://..), or a hub id (docs/data.md)"
+    )
+    out: Annotated[Path, POSITIONAL] = Field(description="folder for the table; training reads it as data.pairs")
+    dry_run: bool = Field(False, description="write nothing; show how the source is understood")
+
+
+class ScoreOptions(Section):
+    """How images are scored."""
+
+    scorer: str = Field(
+        description="a reward model (docs/data.md), or a weighted sum such as '0.7*pickscore + 0.3*aesthetic'"
+    )
+    batch: int = Field(32, ge=1, description="images scored at a time")
+    half: bool = Field(False, description="compute in float16 if a sample computed in float32 agrees with it")
+    max_pairs: int = Field(0, ge=0, description="use only the first so many rows; 0: all")
+
+
+class ScoreArguments(ScoreOptions):
+    """Arguments of ``smpo score``."""
+
+    pairs: Annotated[str, POSITIONAL] = Field(
+        description="a table, given as data.pairs is: a parquet file, a folder of them, or 'embedded'"
+    )
+    out: Annotated[Path, POSITIONAL] = Field(description="folder for the scores; training reads it as data.scores")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description=DEVICE)
+
+
+class GenerateOptions(Section):
+    """How images are generated and paired."""
+
+    per_prompt: int = Field(4, ge=2, description="images per prompt; a pair needs two")
+    count: int = Field(0, ge=0, description="use only the first so many prompts; 0: all")
+    seed: int = Field(0, ge=0, description="the noise of an image depends on this seed, its prompt and its number")
+    steps: int = Field(30, ge=1, description="sampler steps")
+    guidance: float = Field(5.0, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is off")
+    negative: str = Field("", description="negative prompt")
+    width: int = Field(0, ge=0, description="in px; 0: the pipeline's own")
+    height: int = Field(0, ge=0, description="in px; 0: the pipeline's own")
+    batch: int = Field(8, ge=1, description="images sampled at a time")
+    encoding: Annotated[Literal["png", "webp"], Argument("--format")] = Field(
+        "png", description="file format of the images: png, or webp (lossless; smaller, slower)"
+    )
+    scorer: str = Field("", description="a reward model (docs/data.md) that scores the images; empty: no scores")
+    pairs: Literal["", "all", "ends", "once"] = Field(
+        "", description=f"{PAIRINGS}; default: ends with a scorer, else all"
+    )
+    adapters: Annotated[str, Argument(metavar="FOLDER")] = Field(
+        "", description="export folder of a LoRA run that started from this pipeline"
+    )
+
+    @property
+    def pairing(self) -> str:
+        """The pairing that is used."""
+        return self.pairs or ("ends" if self.scorer else "all")
+
+    @model_validator(mode="after")
+    def _ends_are_scored(self) -> GenerateOptions:
+        if self.pairs == "ends" and not self.scorer:
+            raise ValueError("--pairs ends needs --scorer, which says which image is best and which is worst")
+        return self
+
+
+class GenerateArguments(GenerateOptions):
+    """Arguments of ``smpo generate``."""
+
+    prompts: Annotated[str, POSITIONAL] = Field(description="a text file with one prompt per line, or 'embedded'")
+    out: Annotated[Path, POSITIONAL] = Field(description="folder for the table; training reads it as data.pairs")
+    model: str = Field("", description="a pipeline, given as model.path is, for example a run's export folder")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description=DEVICE)
+
+
+class PlanArguments(Section):
+    """Arguments of ``smpo plan``."""
+
+    gpus: Annotated[int, Argument(metavar="N")] = Field(1, ge=1, description="number of GPUs (default 1)")
+    per_node: Annotated[int, Argument(metavar="N")] = Field(8, ge=1, description="GPUs per node (default 8)")
+    gpu: Annotated[str, Argument(metavar="NAME")] = Field(
+        "", description="the kind of GPU, for example H100 (default: the one in this machine)"
+    )
+    gpu_memory: Annotated[float, Argument(metavar="GB")] = Field(
+        0.0, ge=0, allow_inf_nan=False, description="memory of a GPU in units of 1e9 bytes (default: that of --gpu)"
+    )
+    ds_config: Annotated[Path | None, Argument("--ds_config", "FILE")] = Field(
+        None, description="DeepSpeed JSON file: sharding, offload, precision"
+    )
+    measure: bool = Field(False, description="run one real step of each phase on this machine and report its time")
+    json_output: Annotated[bool, Argument("--json")] = Field(False, description="print JSON")
+
+
+class DoctorArguments(Section):
+    """Arguments of ``smpo doctor``."""
+
+    ds_config: Annotated[Path | None, Argument("--ds_config", "FILE")] = Field(
+        None, description="DeepSpeed JSON file whose requirements are checked as well"
+    )
+    json_output: Annotated[bool, Argument("--json")] = Field(False, description="print JSON")
+
+
+class Command(NamedTuple):
+    """A program or subcommand: what it does, its arguments, and how a run's settings are given to it.
+
+    settings: 'run' takes ``--config``, ``section.key=value`` words and the sibling scripts' flags; 'set' takes
+    ``--config`` and ``--set section.key=value``, and without ``--config`` no file at all; '' takes none.
+    """
+
+    summary: str
+    arguments: type[Section]
+    settings: Literal["", "run", "set"] = ""
+    set_section: str = ""  # the section that --set is meant for
+
+
+TRAIN = Command("Align SDXL or SD1.5 with preference pairs (SmPO-Diffusion).", TrainArguments, "run")
+COMMANDS: dict[str, Command] = {
+    "import": Command("import preference pairs of any format into one table", ImportArguments),
+    "prepare": Command("encode the pairs of [data] with the networks of [model] into the cache", NoArguments, "run"),
+    "verify": Command(
+        "check a cache: hashes, counts, finite numbers and, if settings are given, whether it was made for them",
+        VerifyArguments,
+        "run",
+    ),
+    "score": Command("score every image of a pair table with a reward model", ScoreArguments, "set", "labels"),
+    "generate": Command("generate images for prompts with a pipeline and pair them", GenerateArguments, "set", "model"),
+    "evaluate": Command(
+        "sample a run's base and export from the same noise, score the images and compare them", NoArguments, "run"
+    ),
+    "merge": Command(
+        "write the folder merged/ of a run: the base of [model] with a run's LoRA adapters merged into its weights",
+        NoArguments,
+        "run",
+    ),
+    "plan": Command("estimate a run's memory, disk and time, and find settings that fit the GPU", PlanArguments, "run"),
+    "doctor": Command("check this machine: what training will use, and how to repair what is missing", DoctorArguments),
+    "settings": Command("print all settings with defaults and meaning, as Markdown", NoArguments),
+}

@@ -1,0 +1,85 @@
+"""Arguments of the programs: declared once, typed, bounded, and mistakes named by their flag."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import get_args
+
+import pytest
+
+from smpo_fast import cli, train
+from smpo_fast.config import arguments, commands
+from smpo_fast.config.commands import GenerateOptions, ImportOptions
+from smpo_fast.data.ingest import columns, generate, pairing, sources
+
+
+def parse(command: str, *words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    arguments.add_command(parser, commands.COMMANDS[command])
+    return parser.parse_args(words)
+
+
+def test_words_become_typed_arguments() -> None:
+    words = ["in.parquet", "out", "--columns", "prompt=text,chosen=good", "--check", "--pairs", "ends"]
+    found = arguments.arguments_of(commands.ImportArguments, parse("import", *words))
+    assert found.columns == {"prompt": "text", "chosen": "good"} and found.check and not found.dry_run
+    assert (found.source, str(found.out), found.pairs) == ("in.parquet", "out", "ends")
+    words = ["embedded", "out", "--guidance", "1.5", "--width", "64", "--format", "webp"]
+    sampled = arguments.arguments_of(commands.GenerateArguments, parse("generate", *words))
+    assert (sampled.guidance, sampled.width, sampled.encoding, sampled.pairing) == (1.5, 64, "webp", "all")
+    assert sampled.model_copy(update={"scorer": "embedded"}).pairing == "ends"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["score", "in", "out", "--scorer", "clip", "--batch", "0"],
+            "--batch: .*greater than or equal to 1.*found '0'",
+        ),
+        (["score", "in", "out", "--scorer", "clip", "--max-pairs", "few"], "--max-pairs: .*integer.*found 'few'"),
+        (["score", "in", "out", "--scorer", "clip", "--device", "tpu"], "--device: .*'auto', 'cpu' or 'cuda'"),
+        (["generate", "embedded", "out", "--per-prompt", "1"], "--per-prompt: .*a pair needs two"),
+        (["generate", "embedded", "out", "--pairs", "ends"], "--pairs ends needs --scorer"),
+        (["generate", "embedded", "out", "--pairs", "some"], "--pairs: .*'all', 'ends' or 'once'.*found 'some'"),
+        (["generate", "embedded", "out", "--format", "jpeg"], "--format: .*'png' or 'webp'"),
+        (["generate", "embedded", "out", "--batch", "0"], "--batch: "),
+        (["generate", "embedded", "out", "--guidance", "nan"], "--guidance: .*finite"),
+        (["import", "in", "out", "--pairs", "some"], "--pairs: .*'all', 'ends' or 'once'.*found 'some'"),
+        (["import", "in", "out", "--format", "pair"], "--format: .*'pairs', 'chosen', 'ranking' or 'single'"),
+        (["import", "in", "out", "--columns", "prompt"], "--columns: give meaning=column"),
+        (["plan", "--gpus", "0"], "--gpus: .*greater than or equal to 1"),
+        (["plan", "--gpu-memory", "-1"], "--gpu-memory: .*greater than or equal to 0"),
+    ],
+)
+def test_mistakes_name_the_flag(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    printed = capsys.readouterr().err
+    assert re.search(f"^error: command line: {message}", printed) and printed.count("\n") == 1
+
+
+def test_the_names_of_the_options_are_those_that_the_packages_know() -> None:
+    def words(section: type, name: str) -> set[str]:
+        return set(get_args(section.model_fields[name].annotation)) - {""}  # type: ignore[attr-defined]
+
+    assert words(ImportOptions, "format") == set(columns.FORMATS)
+    assert words(ImportOptions, "container") == set(sources.CONTAINERS)
+    assert words(ImportOptions, "pairs") == words(GenerateOptions, "pairs") == set(pairing.PAIRINGS)
+    assert words(GenerateOptions, "encoding") == set(generate.ENCODINGS)
+
+
+def test_every_command_does_something() -> None:
+    assert set(cli.ACTIONS) == set(commands.COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*commands.COMMANDS.values(), commands.TRAIN], ids=lambda c: c.arguments.__name__)
+def test_every_argument_says_what_it_means(command: commands.Command) -> None:
+    assert all(argument.field.description for argument in arguments.declared(command.arguments))
+
+
+def test_help_shows_flags_with_their_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--ds_config FILE", "--print-config", "--dry-run", "--config FILE"))
