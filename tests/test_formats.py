@@ -116,7 +116,7 @@ def test_a_cache_verifies_and_gives_its_numbers(old: Path, expected: dict[str, A
 def test_a_cache_is_prepared_already(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(old / "cache")
     assert cli.main(["prepare", "--config", "run/config.toml"]) == 0
-    assert "cache: prepared already, 8 pairs" in capsys.readouterr().out
+    assert "cache: already prepared, 8 pairs" in capsys.readouterr().out
     assert contents(old / "cache") == before
 
 

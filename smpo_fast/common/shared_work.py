@@ -18,6 +18,7 @@ parts are finished, one process writes the results' index, and ``publish`` renam
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import os
@@ -29,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from smpo_fast.common.errors import DataError
+from smpo_fast.common.errors import DataError, EnvironmentProblem
 from smpo_fast.common.storage import atomic_write, canonical_json, sync, take_lock, write_json, write_text
 
 WORK_FILE = "work.json"
@@ -224,47 +225,61 @@ def publish(folder: Path, target: Path, proof: str) -> None:
 
 
 class Draft:
-    """The finished records of an unfinished part. Opening it drops a record that a kill left half-written."""
+    """The finished records of an unfinished part. Opening it drops what a kill or a full disk left half-written."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._log, self._data = folder / f"{name}.log", folder / f"{name}.data"
         self.records: list[dict[str, Any]] = []
-        if self._log.is_file() and self._data.is_file():
-            self._resume()
+        self._blobs: list[tuple[int, int]] = []  # length and CRC-32 of each record's bytes
+        self._log_bytes = 0  # of the complete records
+        self._resume()
 
     def append(self, record: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> None:
-        """Add a record (JSON values) and its bytes. Once this returns, a kill of the process loses neither."""
-        crc = 0
-        with self._data.open("ab") as data:
-            for blob in blobs:
-                data.write(blob)
-                crc = zlib.crc32(blob, crc)
-        facts = {"bytes": sum(len(blob) for blob in blobs), "crc": crc}
-        with self._log.open("ab") as log:
-            log.write(json.dumps([facts, record]).encode() + b"\n")
+        """Add a record (JSON values) and its bytes. Once this returns, a kill of the process loses neither.
+
+        The bytes come first: a record whose line is complete has all of them.
+        """
+        content = b"".join(blobs)
+        facts = {"bytes": len(content), "crc": zlib.crc32(content)}
+        line = json.dumps([facts, record]).encode() + b"\n"
+        _write_at(self._data, self._data_bytes, content)
+        _write_at(self._log, self._log_bytes, line)
         self.records.append(dict(record))
+        self._blobs.append((facts["bytes"], facts["crc"]))
+        self._log_bytes += len(line)
 
     def data(self) -> bytes:
-        """The bytes of all records."""
+        """The bytes of all records. Raises EnvironmentProblem if they are not what was appended."""
         return bytes(self.mapped())
 
     def mapped(self) -> memoryview:
-        """The bytes of all records, as a memory map."""
-        if not self._data.is_file() or not self._data.stat().st_size:
-            return memoryview(b"")
-        with self._data.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        """The bytes of all records, as a memory map. Raises EnvironmentProblem if they are not what was appended."""
+        size = self._data.stat().st_size if self._data.is_file() else 0
+        content = memoryview(b"")
+        if size:
+            with self._data.open("rb") as file:
+                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if size != self._data_bytes or not self._is_as_appended(content):
+            raise EnvironmentProblem(
+                f"{self._data} has changed since it was written ({size} bytes, {self._data_bytes} were written): check "
+                f"the disk, remove {self._data.parent} and start again"
+            )
+        return content
 
     def remove(self) -> None:
         """Remove the files of the draft: the part is finished."""
         self._log.unlink(missing_ok=True)
         self._data.unlink(missing_ok=True)
 
+    @property
+    def _data_bytes(self) -> int:
+        return sum(size for size, _ in self._blobs)
+
     def _resume(self) -> None:
-        """Read the complete records and cut off what follows them."""
-        log_bytes = data_bytes = 0
-        with self._data.open("rb") as data:
-            for line in self._log.read_bytes().splitlines(keepends=True):
+        """Read the complete records and cut off what follows them, in either file."""
+        log = self._log.read_bytes() if self._log.is_file() else b""
+        with self._data.open("rb") if self._data.is_file() else io.BytesIO() as data:
+            for line in log.splitlines(keepends=True):
                 try:
                     facts, record = json.loads(line)
                 except ValueError:
@@ -273,9 +288,27 @@ class Draft:
                 if not line.endswith(b"\n") or len(found) < facts["bytes"] or zlib.crc32(found) != facts["crc"]:
                     break
                 self.records.append(record)
-                log_bytes, data_bytes = log_bytes + len(line), data_bytes + len(found)
-        os.truncate(self._log, log_bytes)
-        os.truncate(self._data, data_bytes)
+                self._blobs.append((facts["bytes"], facts["crc"]))
+                self._log_bytes += len(line)
+        for file, size in ((self._log, self._log_bytes), (self._data, self._data_bytes)):
+            if file.is_file():
+                os.truncate(file, size)
+
+    def _is_as_appended(self, content: memoryview) -> bool:
+        offset = 0
+        for size, crc in self._blobs:
+            if zlib.crc32(content[offset : offset + size]) != crc:
+                return False
+            offset += size
+        return True
+
+
+def _write_at(file: Path, offset: int, content: bytes) -> None:
+    """Write at the end of what is complete, over anything that an earlier attempt left there."""
+    with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
+        stream.truncate(offset)
+        stream.seek(offset)
+        stream.write(content)
 
 
 def _files(folder: Path) -> list[Path]:

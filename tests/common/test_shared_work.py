@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from smpo_fast.common import storage
-from smpo_fast.common.errors import UserError
+from smpo_fast.common import shared_work, storage
+from smpo_fast.common.errors import EnvironmentProblem, UserError
 from smpo_fast.common.shared_work import AlreadyFinished, Draft, SharedWork, agreed_values, publish
 
 
@@ -62,6 +62,51 @@ def test_a_draft_keeps_whole_records_only(tmp_path: Path, lost: int) -> None:
         assert Draft(tmp_path, "p-0").data().endswith(b"end")
         for file, content in whole.items():
             file.write_bytes(content)
+
+
+@pytest.mark.parametrize("left", [".data", ".log"])
+def test_a_kill_between_the_first_two_writes_leaves_nothing_that_a_resumed_draft_reads(
+    tmp_path: Path, left: str
+) -> None:
+    """The bytes of the first record are on the disk but not its line (or the reverse, if the machine crashed)."""
+    Draft(tmp_path, "p-0").append({"number": 0}, [b"orphan"])
+    (tmp_path / f"p-0{'.log' if left == '.data' else '.data'}").unlink()
+    resumed = Draft(tmp_path, "p-0")
+    assert resumed.records == []
+    for number in (1, 2):
+        resumed.append({"number": number}, [b"good" * number])
+    assert resumed.data() == Draft(tmp_path, "p-0").data() == b"goodgoodgood"
+    assert [record["number"] for record in Draft(tmp_path, "p-0").records] == [1, 2]
+
+
+def test_a_write_that_fails_half_way_leaves_no_trace_in_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = Draft(tmp_path, "p-0")
+    draft.append({"number": 0}, [b"zero"])
+    write = shared_work._write_at
+
+    def full(file: Path, offset: int, content: bytes) -> None:
+        write(file, offset, content[:2])
+        raise OSError(28, "No space left on device")
+
+    for broken in (".data", ".log"):
+        monkeypatch.setattr(shared_work, "_write_at", lambda f, *a, b=broken: (full if f.suffix == b else write)(f, *a))
+        with pytest.raises(OSError, match="No space"):
+            draft.append({"number": 9}, [b"nine"])
+        monkeypatch.setattr(shared_work, "_write_at", write)
+    draft.append({"number": 1}, [b"one"])
+    assert draft.data() == b"zeroone"
+    assert [record["number"] for record in Draft(tmp_path, "p-0").records] == [0, 1]
+
+
+def test_bytes_that_changed_while_the_part_was_done_are_not_passed_on(tmp_path: Path) -> None:
+    draft = Draft(tmp_path, "p-0")
+    draft.append({}, [b"aaaa"])
+    for content in (b"aaab", b"aaa", b"aaaaa"):
+        (tmp_path / "p-0.data").write_bytes(content)
+        with pytest.raises(EnvironmentProblem, match=r"p-0\.data has changed since it was written"):
+            draft.data()
 
 
 def test_a_draft_whose_bytes_changed_ends_before_the_change(tmp_path: Path) -> None:
