@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from smpo_fast.models.tracing import META, FusedAttention, LiveBytes, flops, saved_bytes
+from smpo_fast.models.tracing import META, LiveBytes, flops, fused_attention, saved_bytes
 
-__all__ = ["META", "LiveBytes", "flops", "FusedAttention", "saved_bytes"]
+__all__ = ["META", "LiveBytes", "flops", "fused_attention", "saved_bytes"]
 # Operations that make no kernel run: they allocate, or only look at memory in another way.
 _FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view",
          "aten::detach", "aten::lift_fresh", "aten::alias", "aten::_local_scalar_dense", "aten::new_empty_strided",
@@ -99,7 +99,7 @@ def saved_bytes_of_a_pair(architecture: Architecture, checkpointing: bool) -> in
     args, kwargs = make_inputs(architecture, 2, META, torch.bfloat16)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    with FusedAttention(), saved_bytes(unet.parameters()) as kept:
+    with fused_attention(), saved_bytes(unet.parameters()) as kept:
         unet(*args, **kwargs)
     return kept["bytes"]
 
@@ -147,7 +147,7 @@ def op_shapes(architecture: Architecture, images: int = 2) -> dict[str, Counter[
     group_norm_silu: [B, C, H, W] normalised (and mostly passed on to SiLU); layer_norm: [B, L, C];
     geglu: [B, L, 2C], value and gate side by side.
     """
-    with FusedAttention(), torch.no_grad(), _Shapes() as shapes:
+    with fused_attention(), torch.no_grad(), _Shapes() as shapes:
         unet_call(architecture, images)()
     table: dict[str, Counter[tuple[int, ...]]] = {"group_norm_silu": Counter(), "layer_norm": Counter()}
     table["geglu"] = Counter()

@@ -132,7 +132,7 @@ def planned_peak(architecture: Architecture, checkpointing: bool) -> int:
     with trainer.reference() as reference:
         networks = counting.parameters_of([trainer.policy.unet, reference.unet])
     held = [*networks, *trainer.engine._masters.values()]
-    with counting.FusedAttention(), counting.DeviceSpy(), counting.LiveBytes(held) as live:
+    with counting.fused_attention(), counting.DeviceSpy(), counting.LiveBytes(held) as live:
         trainer.step(0)
     return live.peak
 

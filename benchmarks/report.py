@@ -73,7 +73,7 @@ def _counted(architecture: Any) -> dict[str, Any]:
     calls = {fidelity: _calls(fidelity, architecture.inversion_steps) for fidelity in INVERSIONS}
     flops = counting.pair_flops(architecture, calls["release"])
     call = counting.unet_call(architecture, 2)
-    with torch.no_grad(), counting.FusedAttention(), counting.DeviceSpy() as spy:
+    with torch.no_grad(), counting.fused_attention(), counting.DeviceSpy() as spy:
         call()
     unet = make_unet(architecture, counting.META, torch.float32)
     return {

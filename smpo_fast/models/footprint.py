@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smpo_fast.common.runtime import COMPUTE_DTYPES
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
-from smpo_fast.models.tracing import Autocast, Flops, FusedAttention, LiveBytes
+from smpo_fast.models.tracing import Autocast, Flops, LiveBytes, fused_attention
 
 
 class LinearBytes(NamedTuple):
@@ -81,9 +81,9 @@ def training_cost(network: NetworkSpec, precision: str, checkpointing: bool) -> 
     for parameter in (p for p in unet.parameters() if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(drop_gradient)
     args, kwargs = network.inputs(1, COMPUTE_DTYPES[precision])
-    with FusedAttention(), Flops() as counted, LiveBytes(unet.parameters()) as live:
+    with fused_attention(), Flops() as counted, LiveBytes(unet.parameters()) as live:
         weights = live.now
-        with autocast or nullcontext():
+        with autocast.active() if autocast else nullcontext():
             loss = unet(*args, **kwargs)[0].float().square().sum()
             fixed = autocast.end_forward() if autocast else 0
             loss.backward()
@@ -124,8 +124,8 @@ def _trace_inference(network: NetworkSpec, precision: str, pairs: int, trained: 
     """Peak bytes of a no-gradient call, not counting its weights, and its FLOPs."""
     unet, autocast = _prepared(network, precision, trained)
     args, kwargs = network.inputs(pairs, COMPUTE_DTYPES[precision])
-    with torch.no_grad(), FusedAttention(), Flops() as counted:
-        with LiveBytes(unet.parameters()) as live, autocast or nullcontext():
+    with torch.no_grad(), fused_attention(), Flops() as counted:
+        with LiveBytes(unet.parameters()) as live, autocast.active() if autocast else nullcontext():
             weights = live.now
             unet(*args, **kwargs)[0].float()
     return live.peak - weights, counted.total

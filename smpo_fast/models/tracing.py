@@ -11,13 +11,12 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -25,20 +24,35 @@ from torch.utils.flop_counter import flop_registry
 META = torch.device("meta")
 
 
-class FusedAttention(TorchFunctionMode):
+@contextmanager
+def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a function of a module or class is another one, for every caller and thread.
+
+    A torch function mode would not do: it is inactive while autograd runs, where gradient checkpointing repeats calls.
+    """
+    inherited, original = name not in vars(owner), getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def fused_attention() -> AbstractContextManager[None]:
     """Inside, attention is one kernel, as on a GPU; the meta device would otherwise run the unfused formula."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            kwargs = kwargs or {}
-            query, key, value = (*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :]))[:3]
-            return torch.ops.aten._scaled_dot_product_flash_attention.default(query, key, value)[0]
-        return func(*args, **(kwargs or {}))
+    def flash(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention.default(query, key, value)[0]
+
+    return replaced(F, "scaled_dot_product_attention", flash)
 
 
 def flops(call: Callable[[], Any]) -> int:
     """Floating-point operations of a call and of everything in it; a multiply-add counts as two."""
-    with FusedAttention(), Flops() as counted:
+    with fused_attention(), Flops() as counted:
         call()
     return counted.total
 
@@ -111,28 +125,35 @@ def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Counter[str]]:
         yield total
 
 
-class Autocast(TorchFunctionMode):
+class Autocast:
     """What CUDA's bfloat16 autocast does to a UNet; the meta device has no autocast of its own.
 
     Matrix products and convolutions compute in bfloat16, norms and softmax in float32. The casts of trained weights
     are cached for the whole forward pass (``weights``), those of frozen weights are not.
     """
 
-    PRODUCTS = frozenset({F.linear, F.conv2d, torch.baddbmm, torch.bmm})
-    EXACT = frozenset({F.group_norm, F.layer_norm, Tensor.softmax})
+    PRODUCTS: tuple[tuple[Any, str], ...] = ((F, "linear"), (F, "conv2d"), (torch, "baddbmm"), (torch, "bmm"))
+    EXACT: tuple[tuple[Any, str], ...] = ((F, "group_norm"), (F, "layer_norm"), (Tensor, "softmax"))
 
     def __init__(self) -> None:
-        super().__init__()
         self.weights: dict[int, Tensor] = {}
         self._caching = True
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        dtype = torch.bfloat16 if func in self.PRODUCTS else torch.float32 if func in self.EXACT else None
-        if dtype is not None:
-            args = tuple(self._cast(value, dtype) for value in args)
-            kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
-        return func(*args, **kwargs)
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the functions cast their arguments."""
+        dtypes = [(*f, torch.bfloat16) for f in self.PRODUCTS] + [(*f, torch.float32) for f in self.EXACT]
+        with ExitStack() as stack:
+            for owner, name, dtype in dtypes:
+                stack.enter_context(replaced(owner, name, self._casting(getattr(owner, name), dtype)))
+            yield
+
+    def _casting(self, function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+        def cast_first(*args: Any, **kwargs: Any) -> Tensor:
+            named = {name: self._cast(value, dtype) for name, value in kwargs.items()}
+            return function(*(self._cast(value, dtype) for value in args), **named)
+
+        return cast_first
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype is dtype:

@@ -58,7 +58,7 @@ def test_a_step_calls_the_networks_no_more_than_the_method_asks() -> None:
     trainer.policy.unet.register_forward_pre_hook(note("policy"))
     with trainer.reference() as reference:
         reference.unet.register_forward_pre_hook(note("reference"))
-    with counting.FusedAttention(), counting.DeviceSpy():
+    with counting.fused_attention(), counting.DeviceSpy():
         trainer.step(0)
     step_paths = trainer.noise_paths(0)
     paths, active = step_paths.of(range(3)), step_paths.pairs_per_round(range(3))
@@ -123,7 +123,7 @@ def test_bytes_that_the_pair_operations_must_move(op: str, frozen: int) -> None:
 def test_launches_of_a_no_gradient_call() -> None:
     """The bare UNet in half precision; the released script's autocast adds about 1,800 casts to it."""
     call = counting.unet_call(SDXL, 2)
-    with torch.no_grad(), counting.FusedAttention(), counting.DeviceSpy() as spy:
+    with torch.no_grad(), counting.fused_attention(), counting.DeviceSpy() as spy:
         call()
     check("launches of an SDXL no-gradient call", 1866, sum(spy.launches.values()))
     check("host syncs of an SDXL no-gradient call", 0, spy.reads + spy.uploads)
@@ -161,7 +161,7 @@ def phases() -> dict[str, tuple[float, float, float]]:
 
         setattr(owner, method, watched)
 
-    with counting.FusedAttention(), spy:
+    with counting.fused_attention(), spy:
         trainer.step(0)
         watch(trainer, "invert", "inversion round")
         watch(trainer, "reference_errors", "reference, a micro-step")
