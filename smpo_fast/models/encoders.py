@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from smpo_fast.models.identity import encoders_identity
-from smpo_fast.models.load import load_network
+from smpo_fast.models.load import TEXT_ENCODERS, load_network
 from smpo_fast.models.locate import TEXT_PARTS, ModelSource
 
 
@@ -24,13 +24,12 @@ class Encoders:
         self.vae = load_network(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # image pixels per latent pixel, each way
-        encoders = (CLIPTextModel, CLIPTextModelWithProjection)
         self.text = [
             (
                 CLIPTokenizer.from_pretrained(source.folder / tokenizer),
                 load_network(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval(),
             )
-            for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], encoders, strict=False)
+            for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False)
         ]
 
     @torch.no_grad()

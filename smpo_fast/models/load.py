@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from smpo_fast.common.errors import ModelError
 from smpo_fast.common.runtime import warn0
 from smpo_fast.config.schema import Model
 from smpo_fast.models.attention import set_attention
-from smpo_fast.models.locate import ModelSource
+from smpo_fast.models.locate import TEXT_PARTS, ModelSource
+
+TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)  # in the order of TEXT_PARTS
 
 
 def load_unet(source: ModelSource, model: Model, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
@@ -39,13 +43,16 @@ def pipeline_class(source: ModelSource) -> Any:
 
 
 def load_pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
-    """The diffusers pipeline of a source, with the same UNet and VAE as training uses."""
-    replaced = {"unet": (UNet2DConditionModel, source.unet_folder), "vae": (AutoencoderKL, source.vae_folder)}
+    """The diffusers pipeline of a source, with the same UNet and VAE as training uses.
+
+    Raises ModelError for a network that cannot be loaded, or not completely.
+    """
     parts = {
-        name: load_network(cls, folder, source.variant, dtype)
-        for name, (cls, folder) in replaced.items()
-        if folder != source.folder / name
+        "unet": load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype),
+        "vae": load_network(AutoencoderKL, source.vae_folder, source.variant, dtype),
     }
+    for (_, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):
+        parts[encoder] = load_network(cls, source.folder / encoder, source.variant, dtype)
     return pipeline_class(source).from_pretrained(
         source.folder, dtype=dtype, variant=source.variant, use_safetensors=True, **parts
     )
@@ -55,12 +62,32 @@ def load_network(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype
     """A network of the diffusers or transformers class ``cls`` in ``dtype``, from the safetensors files of a folder.
 
     Falls back to the plain weights, with a warning, where the folder has none of the variant. Raises ModelError where
-    the folder cannot be loaded as such a network.
+    the folder cannot be loaded as such a network, and where tensors are missing: the libraries would leave them
+    uninitialised or draw them at random.
     """
     if variant and not list(folder.glob(f"*.{variant}*.safetensors")):
         warn0(f"{folder} has no '{variant}' weights: its plain ones are used")
         variant = None
     try:
-        return cls.from_pretrained(folder, variant=variant, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        network, info = cls.from_pretrained(
+            folder, variant=variant, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # a damaged file makes the libraries raise anything
         raise ModelError(f"{folder}: cannot be loaded as {cls.__name__} (safetensors only): {error}") from error
+    # transformers 4 counts these constants among a network's tensors; transformers 5 no longer saves them
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith("position_ids"))
+    if missing:
+        extra = f"; it has {_some(unexpected)} instead" if unexpected else ""
+        raise ModelError(
+            f"{folder}: the weights are not those of a complete {cls.__name__}: {_some(missing)} missing{extra}"
+        )
+    if unexpected:
+        warn0(f"{folder}: {_some(unexpected)} not used: {cls.__name__} has no such weights")
+    return network
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names, and how many there are."""
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
