@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from helpers.images import noise
 from helpers.paths import SAMPLES, needs_samples
 from PIL import Image
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import DataError, UserError
 from smpo_fast.data.aspect_buckets import fit
 from smpo_fast.data.images import BadImage, decode
 from smpo_fast.data.pairs import reader
@@ -179,6 +180,51 @@ def test_a_foreign_table_s_paths_are_not_followed(tmp_path: Path) -> None:
     found = reasons(table(tmp_path / "a.parquet", 2, jpg_0=cells, hash_0=[1, 2]))
     assert list(found) == [1]
     assert "smpo import stores the images" in found[1]
+
+
+def with_metadata(file: Path, places: object) -> Path:
+    """A table whose images are paths below the folder that its metadata names."""
+    by_path = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pq.read_table(table(file, 2, jpg_0=pa.array([{"bytes": None, "path": "x.png"}] * 2, by_path)))
+    rows = rows.replace_schema_metadata({b"smpo_fast.pictures": json.dumps(places).encode()})
+    pq.write_table(rows, file)
+    return file
+
+
+@pytest.mark.parametrize("places", [["/", "/"], ["{}", "."], ["/nowhere", "../elsewhere"], ["{}", "{}"]])
+def test_a_table_does_not_decide_alone_where_images_are_read(tmp_path: Path, places: list[str]) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "t").mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "x.png").write_bytes(noise(1))
+    file = with_metadata(tmp_path / "t" / "a.parquet", [place.format(elsewhere) for place in places])
+    with pytest.raises(DataError, match="stores paths of images in /.*images are not read from it; import again"):
+        list(read_pairs(file))
+    # an import.json that names another folder, or a table that stores bytes, confirms nothing
+    for summary in ({"paths": True, "source": {"root": str(tmp_path)}}, {"paths": False, "source": {"root": "/"}}):
+        (tmp_path / "t" / "import.json").write_text(json.dumps(summary))
+        with pytest.raises(DataError, match="images are not read from it"):
+            list(read_pairs(file))
+
+
+def test_the_root_of_a_file_system_is_never_read(tmp_path: Path) -> None:
+    file = with_metadata(tmp_path / "a.parquet", ["/", "/"])
+    (tmp_path / "import.json").write_text(json.dumps({"paths": True, "source": {"root": "/"}}))
+    with pytest.raises(DataError, match="images are not read from it"):
+        list(read_pairs(file))
+
+
+def test_images_below_the_table_s_own_folder_are_read(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").write_bytes(noise(9))
+    pairs = list(read_pairs(with_metadata(tmp_path / "a.parquet", ["/gone", "images"])))
+    assert [pair.images[0] for pair in pairs if isinstance(pair, RawPair)] == [noise(9)] * 2
+
+
+@pytest.mark.parametrize("places", [1, [], ["a"], {"a": 1}])
+def test_damaged_metadata_is_an_error(tmp_path: Path, places: object) -> None:
+    with pytest.raises(DataError, match="has damaged metadata .*: import again"):
+        list(read_pairs(with_metadata(tmp_path / "a.parquet", places)))
 
 
 def test_rejected_rows_beside_a_table_are_no_part_of_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from smpo_fast.common.errors import DataError
+from smpo_fast.data.pairs import summary
 from smpo_fast.data.pairs.rules import LABEL_COLUMNS, REWARD_COLUMNS
 
 REJECTED_FILE = "rejected.parquet"  # beside the parts of an imported table
@@ -49,16 +50,33 @@ def image_folder(schema: pa.Schema, file: Path) -> Path | None:
     """The folder that the paths of an imported table start from; None where images are stored as bytes.
 
     Either the folder at the time of the import or, where table and images were moved together, the folder in the
-    same place relative to the table. Raises DataError if neither exists.
+    same place relative to the table. A table is data and may come from anywhere, so a folder outside the table's own
+    must be the one that the summary of ``smpo import`` beside the table names, and is never the root of a file system.
+    Raises DataError if the folder does not exist or is not allowed, and for damaged metadata.
     """
     if not stores_paths(schema):
         return None
-    absolute, relative = json.loads(schema.metadata[_IMAGE_FOLDER_KEY])
-    places = (Path(absolute), Path(os.path.normpath(file.resolve().parent / relative)))
+    try:
+        absolute, relative = (str(place) for place in json.loads(schema.metadata[_IMAGE_FOLDER_KEY]))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"data.pairs: {file} has damaged metadata ({error}): import again") from error
+    table = file.resolve().parent
+    places = (Path(absolute), Path(os.path.normpath(table / relative)))
     for place in places:
         if place.is_dir():
+            _check_allowed(place.resolve(), absolute, table, file)
             return place
     raise DataError(f"data.pairs: {file} stores paths of images in {places[0]}, which does not exist: import again")
+
+
+def _check_allowed(place: Path, imported_from: str, table: Path, file: Path) -> None:
+    if place.is_relative_to(table):
+        return
+    if place == Path(place.anchor) or imported_from != summary.image_folder(table):
+        raise DataError(
+            f"data.pairs: {file} stores paths of images in {place}, but no {summary.SUMMARY_FILE} beside it says that "
+            "smpo import was given that folder: images are not read from it; import again with --paths"
+        )
 
 
 def columns_to_read(schema: pa.Schema, file: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ def part_files(folder: Path) -> list[Path]:
     if missing:
         raise DataError(f"data.pairs: {missing} is missing, but {SUMMARY_FILE} names it: import again")
     return parts
+
+
+def image_folder(folder: Path) -> str | None:
+    """The folder whose images a table of ``smpo import --paths`` names; None where no summary says so."""
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text())
+        return os.path.realpath(str(summary["source"]["root"])) if summary["paths"] is True else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
