@@ -1,11 +1,10 @@
-"""Program: the tables and charts of docs/performance.md and README.md, from the JSON files below benchmarks/results.
+"""Program: renders tables and charts for docs/performance.md and README.md from the JSON files in benchmarks/results.
 
-    python benchmarks/report.py              # render what is there
-    python benchmarks/report.py --check      # say whether the documents show what the files hold; exit status 1 if not
-    python benchmarks/report.py --recount    # count FLOPs, bytes, launches and memory anew first (two minutes)
+    python benchmarks/report.py              # render the results there are
+    python benchmarks/report.py --check      # only compare documents and files; exit status 1 if they differ
+    python benchmarks/report.py --recount    # first count FLOPs, bytes, launches and memory again (two minutes)
 
-No number is written by hand: a document shows between its markers what this program makes of the files, and nothing
-else there.
+Everything between a document's markers is generated, so that no number is written by hand.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ COUNTED = RESULTS / "counted.json"
 CHARTS = ROOT / "docs" / "benchmarks"
 FRONTIER = CHARTS / "inversion_frontier.png"
 PERFORMANCE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
-ASSUMED_RATE = 790e12  # FLOP/s of a large bf16 matrix product on an H200, the rate the limits are drawn at
-# ways up whose calls are counted: the two fidelities, and the paper's with a one-call solver
+ASSUMED_RATE = 790e12  # FLOP/s of a large bf16 matrix product on an H200; the limits are computed for this rate
+# inversions whose network calls are counted: the two fidelities, and `paper` with a solver of one call per step
 INVERSIONS: dict[str, dict[str, Any]] = {
     "release": {"fidelity": "release"}, "paper": {}, "paper, pec": {"solver": "pec"},
     "paper, pec, 4 timesteps a trajectory": {"solver": "pec", "per_trajectory": 4},
@@ -37,7 +36,7 @@ Files = Mapping[str, Mapping[str, Any]]  # part -> its JSON
 
 
 def load(results: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Device folder -> part -> JSON, sorted; toy runs on a GPU are left out, they only show that everything runs."""
+    """Device folder -> part -> JSON, sorted. Toy runs on a GPU are left out: they only check that everything runs."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for file in sorted(results.glob("*/*.json")):
         facts = json.loads(file.read_text())
@@ -47,7 +46,7 @@ def load(results: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def is_gpu(files: Files) -> bool:
-    """Whether a device's files come from a GPU."""
+    """Whether the results of a device were measured on a GPU."""
     return any(facts["environment"]["cuda"] for facts in files.values())
 
 
@@ -55,7 +54,7 @@ def is_gpu(files: Files) -> bool:
 
 
 def recount() -> None:
-    """Write what holds on every machine into ``counted.json``."""
+    """Count what is the same on every machine and write it to ``counted.json``."""
     from architectures import SD15, SDXL
 
     models = {architecture.name: _counted(architecture) for architecture in (SDXL, SD15)}
@@ -95,7 +94,7 @@ def _counted(architecture: Any) -> dict[str, Any]:
 
 
 def _calls(fidelity: str, steps: int) -> float:
-    """No-gradient calls for a picture, the mean over all timesteps."""
+    """No-gradient calls per image, averaged over all timesteps."""
     from architectures import SCHEDULER
 
     from smpo_fast.config import loading
@@ -106,7 +105,7 @@ def _calls(fidelity: str, steps: int) -> float:
     run = loading.from_dict(
         {"inversion": {**INVERSIONS[fidelity], "steps": steps, "timesteps": "stratified"}}
     ).inversion
-    paths = schedule.paths(len(schedule), run, 0, 0)  # so many stratified draws are each timestep once
+    paths = schedule.paths(len(schedule), run, 0, 0)  # this many stratified draws give every timestep once
     return sum(inversion.network_calls(p.depth, run) for p in paths) / len(schedule)
 
 
@@ -114,13 +113,13 @@ def _calls(fidelity: str, steps: int) -> float:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column left, the others right."""
+    """A Markdown table, the first column aligned left, the others right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def limits(counted: Mapping[str, Any]) -> str:
-    """What the arithmetic alone takes."""
+    """Table of the FLOPs of a pair, and the time they take at the assumed rate."""
     rate = counted["assumed_flops_per_second"]
     rows = []
     for name, model in counted["models"].items():
@@ -131,23 +130,23 @@ def limits(counted: Mapping[str, Any]) -> str:
             rows.append([what, f"{flops[part] / 1e12:.1f}", share, clock(flops[part] / rate)])
         what = f"{name} {model['resolution']} px: total, `paper` fidelity"
         rows.append([what, f"{paper / 1e12:.1f}", "", clock(paper / rate)])
-    head = ("one pair (two pictures), `release` fidelity", "TFLOP", "share", f"at {rate / 1e12:.0f} TFLOP/s")
+    head = ("one pair (two images), `release` fidelity", "TFLOP", "share", f"at {rate / 1e12:.0f} TFLOP/s")
     return markdown(head, rows)
 
 
 def counts(counted: Mapping[str, Any]) -> str:
-    """Calls, launches, saved activations and the simulated memory plan."""
+    """Table of calls, launches, saved activations and the simulated peak of memory."""
     models = counted["models"].values()
     rows = [
         ["parameters, 10^9", *(f"{m['parameters'] / 1e9:.3f}" for m in models)],
         *(
-            [f"no-gradient calls a picture, `{name}`", *(f"{m['calls_per_picture'][name]:.2f}" for m in models)]
+            [f"no-gradient calls per image, `{name}`", *(f"{m['calls_per_picture'][name]:.2f}" for m in models)]
             for name in INVERSIONS
         ),
         ["kernel launches of a half-precision call", *(f"{m['launches_per_call']:,}" for m in models)],
     ]
-    for key, words in (("saved_bytes_per_pair", "GB saved for the backward pass of a pair"),
-                       ("planned_peak_bytes", "GB at the peak of full fine-tuning, simulated")):  # fmt: skip
+    for key, words in (("saved_bytes_per_pair", "GB of activations saved for the backward pass of a pair"),
+                       ("planned_peak_bytes", "peak GB of full fine-tuning, simulated")):  # fmt: skip
         for how, name in (("none", "no checkpointing"), ("checkpointing", "with checkpointing")):
             rows.append([f"{words}, {name}", *(f"{m[key][how] / 1e9:.2f}" for m in models)])
     heads = [f"{name} {model['resolution']} px" for name, model in counted["models"].items()]
@@ -155,7 +154,7 @@ def counts(counted: Mapping[str, Any]) -> str:
 
 
 def provenance(files: Files) -> str:
-    """One line on where numbers come from."""
+    """One line: device, library versions, commits and dates of the results."""
     facts = next(iter(files.values()))["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     where = [facts["device"], *([f"driver {facts['driver']}"] if facts["driver"] else []), f"Python {facts['python']}"]
@@ -166,22 +165,22 @@ def provenance(files: Files) -> str:
 
 
 def ratio(seconds: float, others: Mapping[str, float], baseline: str) -> str:
-    """``x1.23``, or a dash where the baseline was not measured."""
+    """``x1.23``, or a dash if the baseline was not measured."""
     return f"x{others[baseline] / seconds:.2f}" if baseline in others else "-"
 
 
 def suite_section(files: Files, groups: Sequence[str]) -> str:
-    """Groups of the pytest-benchmark suite: medians and ratios against the baseline that each row names."""
+    """Table of groups of the pytest-benchmark suite: medians, and ratios to the baseline that each row names."""
     rows = [row for row in files["suite"]["rows"] if any(row["group"].startswith(g) for g in groups)]
-    told = []
+    lines = []
     for row in rows:
         same = {r["implementation"]: r["seconds"] for r in rows
                 if (r["group"], r["case"]) == (row["group"], row["case"])}  # fmt: skip
         against = [f"{ratio(row['seconds'], same, b)} against {b}" for b in (row["baseline"], row.get("also"))
                    if b and b != row["implementation"]]  # fmt: skip
-        told.append([f"{row['group']}, {row['case']}", row["implementation"], clock(row["seconds"]),
-                     "; ".join(against) or "baseline"])  # fmt: skip
-    return markdown(("what", "implementation", "median", "ratio (above 1 is faster)"), told)
+        lines.append([f"{row['group']}, {row['case']}", row["implementation"], clock(row["seconds"]),
+                      "; ".join(against) or "baseline"])  # fmt: skip
+    return markdown(("what", "implementation", "median", "ratio (above 1 is faster)"), lines)
 
 
 def _rows(files: Files, part: str, key: str = "seconds") -> list[dict[str, Any]]:
@@ -189,61 +188,61 @@ def _rows(files: Files, part: str, key: str = "seconds") -> list[dict[str, Any]]
 
 
 def ladder_section(files: Files, part: str) -> str:
-    """The no-gradient call, rung by rung."""
+    """Table of the no-gradient call, one row per rung of the ladder."""
     rows = [row for row in _rows(files, part) if "rung" in row]
     if not rows:
         return NOT_YET
-    told = []
+    lines = []
     for row in rows:
         same = {r["rung"]: r["seconds"] for r in rows if r["images"] == row["images"]}
         share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else "-"
-        told.append([row["rung"], str(row["images"]), clock(row["seconds"]), f"{row['TFLOPs']:.3g}", share,
-                     ratio(row["seconds"], same, row["baseline"])])  # fmt: skip
+        lines.append([row["rung"], str(row["images"]), clock(row["seconds"]), f"{row['TFLOPs']:.3g}", share,
+                      ratio(row["seconds"], same, row["baseline"])])  # fmt: skip
     baseline = rows[0]["baseline"]
-    return markdown(("rung", "pictures", "a call", "TFLOP/s", "of the matmul ceiling", f"against {baseline}"), told)
+    return markdown(("rung", "images", "per call", "TFLOP/s", "of the matmul ceiling", f"against {baseline}"), lines)
 
 
 def pair_section(files: Files, part: str, counted: Mapping[str, Any]) -> str:
-    """The whole pair by phase, with both baselines and the limit."""
+    """Table of the whole pair by phase, with both baselines and the physical limit."""
     rows = [row for row in _rows(files, part) if "contender" in row]
     if not rows:
         return NOT_YET
     whole = {row["contender"]: row["seconds"] for row in rows}
-    told = []
+    lines = []
     for row in rows:
         phases = [clock(row[f"{p}_seconds"]) if row.get(f"{p}_seconds") else "-" for p in
                   ("inversion", "reference", "policy", "optimizer")]  # fmt: skip
-        told.append([row["contender"], clock(row["seconds"]), *phases, ratio(row["seconds"], whole, REFERENCE),
-                     ratio(row["seconds"], whole, BEST_EAGER)])  # fmt: skip
+        lines.append([row["contender"], clock(row["seconds"]), *phases, ratio(row["seconds"], whole, REFERENCE),
+                      ratio(row["seconds"], whole, BEST_EAGER)])  # fmt: skip
     model = counted["models"].get(rows[0]["architecture"])
     if model:
         limit = model["pair_flops"]["total"] / counted["assumed_flops_per_second"]
-        told.append([f"*arithmetic alone at {counted['assumed_flops_per_second'] / 1e12:.0f} TFLOP/s*", clock(limit),
-                     "", "", "", "", ratio(limit, whole, REFERENCE), ratio(limit, whole, BEST_EAGER)])  # fmt: skip
-    head = ("a pair", "all", "inversion", "reference", "policy", "optimizer", f"against {REFERENCE}",
+        lines.append([f"*arithmetic limit at {counted['assumed_flops_per_second'] / 1e12:.0f} TFLOP/s*", clock(limit),
+                      "", "", "", "", ratio(limit, whole, REFERENCE), ratio(limit, whole, BEST_EAGER)])  # fmt: skip
+    head = ("per pair", "all", "inversion", "reference", "policy", "optimizer", f"against {REFERENCE}",
             f"against {BEST_EAGER}")  # fmt: skip
-    return markdown(head, told)
+    return markdown(head, lines)
 
 
 def memory_section(files: Files) -> str:
-    """Peak memory by component."""
+    """Table of peak memory by component."""
     rows = _rows(files, "memory", "peak_bytes")
     if not rows:
         return NOT_YET
-    told = [[row["name"], *[f"{row.get(f'{p}_bytes', 0) / 1e9:.1f}" for p in ("peak", *COMPONENTS)]] for row in rows]
-    return markdown(("GB (1e9 bytes)", "peak", *COMPONENTS), told)
+    lines = [[row["name"], *[f"{row.get(f'{p}_bytes', 0) / 1e9:.1f}" for p in ("peak", *COMPONENTS)]] for row in rows]
+    return markdown(("GB (1e9 bytes)", "peak", *COMPONENTS), lines)
 
 
 def frontier_section(files: Files) -> list[str]:
-    """Inversions by their yardsticks, and what training made of them, a network-call budget at a time."""
+    """Tables of the inversions: their error measures, and the reward after training at several numbers of calls."""
     facts = files["inversion_frontier"]
     rows = [
         [r["way"], str(r["steps"]), f"{r['calls']:.1f}", f"{r['tau_error']:.3f}", f"{r['round_trip']:.3f}",
          f"{r['gradient_cosine']:.3f}"] for r in facts["rows"]
     ]  # fmt: skip
-    head = ("inversion", "steps", "calls a picture", "error of tau", "round trip", "gradient cosine")
-    pictures = [f"![inversions](benchmarks/{FRONTIER.name})"] if FRONTIER.exists() else []
-    blocks = [provenance({"frontier": facts}), markdown(head, rows), *pictures]
+    head = ("inversion", "steps", "calls per image", "error of tau", "round trip", "gradient cosine")
+    charts = [f"![inversions](benchmarks/{FRONTIER.name})"] if FRONTIER.exists() else []
+    blocks = [provenance({"frontier": facts}), markdown(head, rows), *charts]
     if facts.get("training"):
         rows = []
         for way, steps in dict.fromkeys((t["way"], t["steps"]) for t in facts["training"]):
@@ -263,22 +262,22 @@ def frontier_section(files: Files) -> list[str]:
 
 
 def kernels_section(files: Files) -> str:
-    """Fused operations, with the share of the copy bandwidth they reach."""
+    """Table of the fused operations, with the share of the copy bandwidth they reach."""
     rows = _rows(files, "kernels")
     if not rows:
         return NOT_YET
-    told = []
+    lines = []
     for row in rows:
         same = {r["implementation"]: r["seconds"] for r in rows
                 if (r["op"], r["shape"], r["mode"]) == (row["op"], row["shape"], row["mode"])}  # fmt: skip
-        told.append([f"{row['op']} {'x'.join(map(str, row['shape']))} {row['mode']}", row["implementation"],
-                     clock(row["seconds"]), f"{row['GBps']:.0f}", f"{row['share_of_copy']:.0%}",
-                     ratio(row["seconds"], same, row["baseline"])])  # fmt: skip
-    return markdown(("operation", "implementation", "median", "GB/s", "of the copy ceiling", "against eager"), told)
+        lines.append([f"{row['op']} {'x'.join(map(str, row['shape']))} {row['mode']}", row["implementation"],
+                      clock(row["seconds"]), f"{row['GBps']:.0f}", f"{row['share_of_copy']:.0%}",
+                      ratio(row["seconds"], same, row["baseline"])])  # fmt: skip
+    return markdown(("operation", "implementation", "median", "GB/s", "of the copy ceiling", "against eager"), lines)
 
 
 def device_section(files: Files, counted: Mapping[str, Any]) -> list[str]:
-    """Everything about one GPU."""
+    """All results of one GPU."""
     ceilings = ", ".join(f"{row['name']} {row['value']:.4g}" for row in _rows(files, "ceilings", "value"))
     blocks = [provenance(files), f"Ceilings measured in the same run: {ceilings or NOT_YET}."]
     for title, body in (
@@ -299,7 +298,7 @@ CPU_GROUPS = (
 
 
 def render_performance(found: Mapping[str, Files], counted: Mapping[str, Any], charts: Sequence[str] = ()) -> str:
-    """What stands between the markers of docs/performance.md."""
+    """The generated part of docs/performance.md."""
     blocks = ["### Counted: the same on every machine", limits(counted), counts(counted)]
     gpus = {name: files for name, files in found.items() if is_gpu(files)}
     blocks.append("### Measured on GPUs")
@@ -310,8 +309,9 @@ def render_performance(found: Mapping[str, Files], counted: Mapping[str, Any], c
     for name, files in found.items():
         if not is_gpu(files) and "suite" in files:
             blocks += [f"### Measured on a CPU: {name}",
-                       "Miniature networks (about 2 million weights) in fp32, in bf16 where autocast is named: "
-                       "these show that the instrument works and where host time goes, and say nothing about a GPU.",
+                       "Miniature networks (about 2 million weights) in fp32, or in bf16 where autocast is named. "
+                       "These results show that the benchmarks work and where host time goes; they say nothing about a "
+                       "GPU.",
                        provenance({"suite": files["suite"]}), suite_section(files, CPU_GROUPS)]  # fmt: skip
     for name, files in found.items():
         if "inversion_frontier" in files:
@@ -321,7 +321,7 @@ def render_performance(found: Mapping[str, Files], counted: Mapping[str, Any], c
 
 
 def render_readme(found: Mapping[str, Files], counted: Mapping[str, Any]) -> str:
-    """What stands between the markers of README.md."""
+    """The generated part of README.md."""
     total, rate = counted["models"]["sdxl"]["pair_flops"]["total"], counted["assumed_flops_per_second"]
     blocks = [
         f"One SDXL pair at 1024 px is at least {total / 1e12:.1f} TFLOP (`release` fidelity, nothing recomputed): "
@@ -329,7 +329,7 @@ def render_readme(found: Mapping[str, Files], counted: Mapping[str, Any]) -> str
     ]
     gpus = {name: files for name, files in found.items() if is_gpu(files)}
     if not gpus:
-        blocks.append(f"On a GPU: **{NOT_YET}**. On a CPU, with miniature networks (no forecast for a GPU):")
+        blocks.append(f"On a GPU: **{NOT_YET}**. On a CPU, with miniature networks (no indication of a GPU's speed):")
     for files in gpus.values():
         blocks += [provenance(files), pair_section(files, "pair", counted), memory_section(files)]
     for files in found.values() if not gpus else ():
@@ -339,20 +339,20 @@ def render_readme(found: Mapping[str, Files], counted: Mapping[str, Any]) -> str
 
 
 def between(text: str) -> str | None:
-    """What a document has between its markers; None without markers."""
+    """The text between a document's markers; None without markers."""
     if BEGIN not in text or END not in text:
         return None
     return text.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def replaced(text: str, body: str) -> str:
-    """The document with another text between its markers."""
+    """The document with ``body`` between its markers."""
     head, _, rest = text.partition(BEGIN)
     return f"{head}{BEGIN}\n\n{body}\n\n{END}{rest.partition(END)[2]}"
 
 
 def documents(results: Path = RESULTS) -> dict[Path, str]:
-    """What each document should have between its markers."""
+    """Document -> the text that belongs between its markers."""
     found, counted = load(results), json.loads((results / "counted.json").read_text())
     return {
         PERFORMANCE: render_performance(found, counted, list(charts_of(found, counted))),
@@ -369,7 +369,7 @@ COMPONENTS = ("policy", "reference", "masters", "gradients", "optimizer", "rest"
 
 @dataclass(frozen=True)
 class Chart:
-    """Stacked bars: name of a bar -> part -> length."""
+    """Stacked bars: name of a bar -> part -> length. ``limit`` is drawn as a line."""
 
     title: str
     bars: Mapping[str, Mapping[str, float]]
@@ -377,7 +377,7 @@ class Chart:
 
 
 def charts_of(found: Mapping[str, Files], counted: Mapping[str, Any]) -> dict[str, Chart]:
-    """File name -> every chart that there are numbers for."""
+    """File name -> chart, for every chart that there are results for."""
     charts: dict[str, Chart] = {}
     for device, files in found.items():
         made = _gpu_charts(device, files, counted) if is_gpu(files) else _cpu_charts(device, files)
@@ -394,7 +394,7 @@ def _gpu_charts(device: str, files: Files, counted: Mapping[str, Any]) -> dict[s
     memory = {r["name"]: {c: r.get(f"{c}_bytes", 0) / 1e9 for c in COMPONENTS}
               for r in _rows(files, "memory", "peak_bytes")}  # fmt: skip
     return {
-        "ladder": Chart(f"No-gradient call, ms a picture ({device})", ladder, 1e3 * flops["reference"] / 2 / rate),
+        "ladder": Chart(f"No-gradient call, ms per image ({device})", ladder, 1e3 * flops["reference"] / 2 / rate),
         "pair": Chart(f"One SDXL pair by phase, ms ({device})", pair, 1e3 * flops["total"] / rate),
         "memory": Chart(f"Peak memory by component, GB ({device})", memory),
     }
@@ -409,7 +409,7 @@ def _cpu_charts(device: str, files: Files) -> dict[str, Chart]:
 
 
 def draw(file: Path, chart: Chart) -> None:
-    """Stacked horizontal bars, with the physical limit as a line."""
+    """Draw a chart as stacked horizontal bars into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -422,7 +422,7 @@ def draw(file: Path, chart: Chart) -> None:
         axes.barh(list(chart.bars), widths, left=left, label=part or "measured")
         left = [a + b for a, b in zip(left, widths, strict=True)]
     if chart.limit is not None:
-        axes.axvline(chart.limit, color="black", linestyle="--", label=f"arithmetic alone: {chart.limit:.3g}")
+        axes.axvline(chart.limit, color="black", linestyle="--", label=f"arithmetic limit: {chart.limit:.3g}")
     axes.invert_yaxis()
     axes.set_title(chart.title, fontsize=10)
     axes.legend(fontsize=7)
@@ -433,10 +433,10 @@ def draw(file: Path, chart: Chart) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 when ``--check`` finds a document that shows something else than the files."""
+    """Exit status 1 if ``--check`` finds a document that differs from the files."""
     parser = argparse.ArgumentParser(description="Render benchmark results into the documents.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where a document is out of date")
-    parser.add_argument("--recount", action="store_true", help="count what is machine-independent anew")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
+    parser.add_argument("--recount", action="store_true", help="repeat the machine-independent counts")
     args = parser.parse_args(argv)
     if args.recount:
         recount()
@@ -444,10 +444,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for document, body in documents().items():
         text = document.read_text() if document.is_file() else ""
         if (shown := between(text)) is None:
-            say(f"{document.name}: no markers, nothing to render")
+            say(f"{document.name}: has no markers, nothing to render")
         elif args.check:
             stale += shown != body
-            say(f"{document.name}: {'up to date' if shown == body else 'shows other numbers than the files'}")
+            say(f"{document.name}: {'up to date' if shown == body else 'differs from the result files'}")
         else:
             document.write_text(replaced(text, body))
             say(f"{document.name}: rendered")
