@@ -1,7 +1,7 @@
-"""The networks that are measured, as data: SDXL base 1.0 and SD1.5 at their true size, and miniatures of both.
+"""The measured networks as configurations: SDXL base 1.0 and SD1.5 at their true size, and miniatures of both.
 
-Only the facts of the architectures stand here. Weights are random: no file is downloaded, and neither time nor memory
-depends on their values as long as they stay finite and are no zeros.
+Weights are random, so no file is downloaded. Neither time nor memory depends on their values, as long as they are
+finite and not zero.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _vae(scaling_factor: float, widths: tuple[int, ...], layers: int, groups: in
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that is needed to build one model family at one size."""
+    """Everything needed to build one model family at one size."""
 
     name: str
     kind: str  # "sdxl" | "sd15"
@@ -66,7 +66,7 @@ class Architecture:
 
     @property
     def prompt_width(self) -> int:
-        """Width of the token embeddings that the UNet attends to."""
+        """Width of the token embeddings in the UNet's cross-attention."""
         return int(self.unet["cross_attention_dim"])
 
     @property
@@ -157,7 +157,7 @@ def make_text_encoders(
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
     encoders = []
     for cls, config in zip(classes, architecture.text, strict=False):
-        # made on the CPU: the position ids are a buffer with content, which the meta device would lose
+        # created on the CPU: the position ids are a buffer, whose content the meta device would lose
         encoder = cls(CLIPTextConfig(**config))
         _randomise(encoder, seed)
         encoders.append(encoder.to(device, dtype).requires_grad_(False).eval())
@@ -167,7 +167,7 @@ def make_text_encoders(
 def make_inputs(
     architecture: Architecture, images: int, device: torch.device, dtype: torch.dtype, seed: int = 3
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """Arguments of one UNet call: (latents, timesteps, prompt), and keywords."""
+    """Positional arguments (latents, timesteps, prompt) and keyword arguments of one UNet call."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -187,17 +187,17 @@ def make_inputs(
 
 
 def _materialise(module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
-    """Drawn in float32 and then cast: networks of every dtype have the same weights up to rounding."""
+    """Draw weights in float32, then cast, so that networks of every dtype have the same weights up to rounding."""
     if device.type != "meta":
         module = module.to_empty(device=device)
         _randomise(module, seed)
-    # not diffusers' own `to`, which warns of modules to keep in float32: these have none
+    # not diffusers' own `to`, which warns about modules to keep in float32; these networks have none
     return nn.Module.to(module, dtype)
 
 
 @torch.no_grad()
 def _randomise(module: nn.Module, seed: int) -> None:
-    """Weights that keep activations at the size of 1: norms 1 and 0, the rest normal by fan-in, biases small."""
+    """Weights that keep activations near 1: norms get weight 1, matrices are normal by fan-in, biases are small."""
     device = next(module.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():

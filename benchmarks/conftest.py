@@ -1,7 +1,7 @@
-"""The fixture ``bench``: check, time, and tell pytest-benchmark; and the table of ratios at the end.
+"""The fixture ``bench``, which checks, times and records with pytest-benchmark; and the table of ratios at the end.
 
-pytest-benchmark keeps, compares and prints the numbers, but its own clock knows nothing of devices: the calls are timed
-by ``harness.measure``, and the seconds are played back to it through a clock that only moves by them.
+pytest-benchmark stores, compares and prints the numbers, but its own clock does not know about devices. So the calls
+are timed by ``harness.measure``, and the seconds are played back to pytest-benchmark through a clock they advance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import harness  # noqa: E402
 
 
 class Playback:
-    """A clock that stands still but for the seconds it is told."""
+    """A clock that moves only when ``now`` is changed."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -53,7 +53,7 @@ ROWS: list[Row] = []
 
 def pytest_configure() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise pytest.UsageError("TRITON_INTERPRET=1: the times of interpreted kernels mean nothing; unset it")
+        raise pytest.UsageError("TRITON_INTERPRET=1 is set: times of interpreted kernels are meaningless; unset it")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """A GPU where there is one."""
+    """A GPU if there is one, else the CPU."""
     return harness.pick_device("auto")
 
 
@@ -92,10 +92,10 @@ class Bench:
         seconds: float = 0.3,
         most: int = 200,
     ) -> None:
-        """Time ``call``, after its result was compared with ``reference``'s.
+        """Compare the result of ``call`` with that of ``reference``, then time it.
 
-        baseline: the implementation of the same case that ratios are against. flops and moved: what a call must
-        compute and move at least. Raises WrongResult, and times nothing, when the results differ.
+        baseline: the implementation of the same case that ratios refer to. flops and moved: the FLOPs of a call, and
+        the bytes it must move at least. Raises WrongResult, without timing, if the results differ.
         """
         extra: dict[str, Any] = {}
         if reference is not None:
@@ -121,15 +121,15 @@ class Bench:
         also: str | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Hand seconds that were measured elsewhere to pytest-benchmark and to the summary."""
+        """Pass seconds that were measured elsewhere to pytest-benchmark and to the summary."""
         self.benchmark.group = group
         facts: dict[str, Any] = {"case": case, "implementation": implementation, "baseline": baseline}
         facts |= {"ceilings": harness.ceilings(self.device), **harness.environment(self.device)}
         self.benchmark.extra_info.update(facts, **(extra or {}))
-        coming = iter(seconds)
+        remaining = iter(seconds)
 
         def advance() -> None:
-            PLAYBACK.now += next(coming, 0.0)
+            PLAYBACK.now += next(remaining, 0.0)
 
         self.benchmark.pedantic(advance, rounds=len(seconds), iterations=1)
         if self.benchmark.enabled:
@@ -144,30 +144,30 @@ def bench(benchmark: Any, device: torch.device) -> Bench:
 
 
 def ratios(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
-    """Case, implementation, median and ratio against the named baseline, group by group in the order measured."""
+    """Case, implementation, median, and ratio to the named baseline, in the order measured."""
     by_key = {(r.group, r.case, r.implementation): r.seconds for r in rows}
-    told = []
+    lines = []
     for row in rows:
         parts = []
         for baseline in filter(None, (row.baseline, row.also)):
             base = by_key.get((row.group, row.case, baseline))
-            known = f"x{base / row.seconds:.2f}" if base else "not measured:"
-            parts.append("baseline" if row.implementation == baseline else f"{known} against {baseline}")
-        told.append((f"{row.group}: {row.case}", row.implementation, harness.clock(row.seconds), ", ".join(parts)))
-    return told
+            ratio = f"x{base / row.seconds:.2f}" if base else "not measured:"
+            parts.append("baseline" if row.implementation == baseline else f"{ratio} against {baseline}")
+        lines.append((f"{row.group}: {row.case}", row.implementation, harness.clock(row.seconds), ", ".join(parts)))
+    return lines
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--results", metavar="DIR", help="write the medians as DIR/<device>/suite.json, for report.py")
+    parser.addoption("--results", metavar="DIR", help="write the medians as DIR/<device>/suite.json, read by report.py")
 
 
 def write_results(folder: Path, rows: Sequence[Row], device: torch.device) -> Path:
-    """The rows of a session as one small file, with what they were measured on."""
-    told = [{**vars(row), "seconds": float(f"{row.seconds:.4g}")} for row in rows]
+    """Write the rows of a session, and the environment they were measured in, to ``<folder>/<device>/suite.json``."""
+    rounded = [{**vars(row), "seconds": float(f"{row.seconds:.4g}")} for row in rows]
     limits = {name: float(f"{value:.4g}") for name, value in harness.ceilings(device).items()}
     file = folder / harness.folder_name(device) / "suite.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"part": "suite", "environment": harness.environment(device), "ceilings": limits, "rows": told}
+    facts = {"part": "suite", "environment": harness.environment(device), "ceilings": limits, "rows": rounded}
     file.write_text(json.dumps(facts, indent=1) + "\n")
     return file
 
@@ -176,7 +176,7 @@ def write_results(folder: Path, rows: Sequence[Row], device: torch.device) -> Pa
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     if not ROWS:
         return
-    terminalreporter.section("ratios (above 1 is faster than the baseline named)")
+    terminalreporter.section("ratios (above 1 is faster than the named baseline)")
     terminalreporter.write_line(harness.table(("case", "implementation", "median", "ratio"), ratios(ROWS)))
     device = harness.pick_device("auto")
     if config.getoption("--results"):

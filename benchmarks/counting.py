@@ -1,8 +1,8 @@
-"""Counts that hold on every machine: FLOPs, bytes, kernel launches, host syncs, saved activations, peak memory.
+"""Counts that are the same on every machine: FLOPs, bytes, launches, host syncs, saved activations, peak memory.
 
-Everything is counted on the meta device, where tensors have shapes and no memory: SDXL at its true size is traced in
-seconds on a laptop. There "meta" plays the accelerator and the CPU plays the host, so a copy between them or a number
-read from the device is seen as what it would be on a GPU.
+Everything is counted on the meta device, where tensors have shapes but no memory, so SDXL at its true size is traced in
+seconds on a laptop. The meta device stands for the accelerator and the CPU for the host: copies between them, and
+numbers read from the device, are counted as they would occur on a GPU.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch.utils._pytree import tree_iter
 from smpo_fast.models.tracing import META, LiveBytes, flops, fused_attention, saved_bytes
 
 __all__ = ["META", "LiveBytes", "flops", "fused_attention", "saved_bytes"]
-# Operations that make no kernel run: they allocate, or only look at memory in another way.
+# Operations that launch no kernel: they allocate, or return another view of existing memory.
 _FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view",
          "aten::detach", "aten::lift_fresh", "aten::alias", "aten::_local_scalar_dense", "aten::new_empty_strided",
          "aten::set_", "aten::resize_"}  # fmt: skip
 
 
 def _is_view(operation: Any) -> bool:
-    """Whether the output is a look at an input: aliased and not written."""
+    """Whether the output is a view of an input: aliased and not written."""
     returns = operation._schema.returns
     if operation._schema.name in ("aten::split", "aten::chunk", "aten::unbind", "aten::split_with_sizes"):
-        return True  # a list of looks: the schema marks its input only
+        return True  # a list of views: the schema marks only the input
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 class _Constants(TorchFunctionMode):
-    """Counts ``torch.tensor([...], device=...)``, which makes its copy where no dispatch mode sees it."""
+    """Counts ``torch.tensor([...], device=...)``, whose copy is not visible to a dispatch mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ class _Constants(TorchFunctionMode):
 
 
 class DeviceSpy(TorchDispatchMode):
-    """Counts what a program asks of its device, the meta device.
+    """Counts what a program does with its device, the meta device.
 
     launches: operations that run at least one kernel. uploads: copies from the host. reads: copies to the host and
-    numbers asked for; each of these makes the host wait. Numbers read are 1, tensors read are zeros.
+    single numbers read, each of which makes the host wait. Numbers read are 1, tensors read are zeros.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class DeviceSpy(TorchDispatchMode):
 
 
 def saved_bytes_of_a_pair(architecture: Architecture, checkpointing: bool) -> int:
-    """Bytes that autograd keeps for one pair's policy forward pass in half precision."""
+    """Bytes that autograd saves in the policy's forward pass of one pair in half precision."""
     unet: Any = make_unet(architecture, META, torch.bfloat16).train()
     args, kwargs = make_inputs(architecture, 2, META, torch.bfloat16)
     if checkpointing:
@@ -105,14 +105,14 @@ def saved_bytes_of_a_pair(architecture: Architecture, checkpointing: bool) -> in
 
 
 def unet_call(architecture: Architecture, images: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
-    """One call of a UNet on the meta device."""
+    """A function that calls a UNet once on the meta device."""
     unet = make_unet(architecture, META, dtype)
     args, kwargs = make_inputs(architecture, images, META, dtype)
     return lambda: unet(*args, **kwargs)[0]
 
 
 def pair_flops(architecture: Architecture, calls: float) -> dict[str, float]:
-    """FLOPs of one pair by part: ``calls`` no-gradient calls for each picture, then policy and reference at x_t."""
+    """FLOPs of one pair by part: ``calls`` no-gradient calls per image, then policy and reference at x_t."""
     call = unet_call(architecture, 2)
     with torch.no_grad():
         forward = flops(call)
@@ -127,7 +127,7 @@ def pair_flops(architecture: Architecture, calls: float) -> dict[str, float]:
 
 
 class _Shapes(TorchDispatchMode):
-    """Shapes of the operations that a kernel of ours replaces, in the order of their first use."""
+    """Shapes of the operations that this project's kernels replace, in the order of their first use."""
 
     WATCHED = {"aten::native_group_norm", "aten::native_layer_norm", "aten::gelu", "aten::silu"}
 
@@ -142,10 +142,10 @@ class _Shapes(TorchDispatchMode):
 
 
 def op_shapes(architecture: Architecture, images: int = 2) -> dict[str, Counter[tuple[int, ...]]]:
-    """Shapes that one UNet call gives to each fusible operation, and how often: by tracing the configuration.
+    """Shapes of the inputs of each fusible operation in one UNet call, and how often each occurs, found by tracing.
 
     group_norm_silu: [B, C, H, W] normalised (and mostly passed on to SiLU); layer_norm: [B, L, C];
-    geglu: [B, L, 2C], value and gate side by side.
+    geglu: [B, L, 2C], value and gate concatenated.
     """
     with fused_attention(), torch.no_grad(), _Shapes() as shapes:
         unet_call(architecture, images)()
@@ -153,7 +153,7 @@ def op_shapes(architecture: Architecture, images: int = 2) -> dict[str, Counter[
     table["geglu"] = Counter()
     for (name, shape), count in shapes.found.items():
         if name == "native_group_norm":
-            # blocks normalise [B, C, H, W]; diffusers hands the shape as it is
+            # the blocks normalise [B, C, H, W], the shape that diffusers passes on
             table["group_norm_silu"][shape] += count
         elif name == "native_layer_norm":
             table["layer_norm"][shape] += count
@@ -173,7 +173,7 @@ def least_bytes(op: str, shape: tuple[int, ...], item: int, *, backward: bool = 
     forward = {
         "group_norm_silu": 2 * count,  # x -> y
         "layer_norm": 2 * count,
-        "geglu": count + count // 2,  # value and gate -> half as much
+        "geglu": count + count // 2,  # value and gate -> half the size
         "pair_loss": 3 * count,  # policy, reference, target -> a few numbers
         "renoise_step": 4 * count,  # clean latent, sum, estimate -> sum
     }

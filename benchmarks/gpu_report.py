@@ -1,11 +1,10 @@
-"""Program: everything that can be said about one device in under nine minutes, part by part.
+"""Program: all benchmarks of one device in under nine minutes, part by part.
 
     python benchmarks/gpu_report.py [--only PART ...] [--out DIR] [--device cuda|cpu] [--toy]
 
-Every part runs in a process of its own with a budget, prints each result as it comes, and rewrites its own JSON
-after each: a run that is cut short, a part that fails and a card that hangs lose only what was not measured yet. Parts
-and libraries that are not there are said to be missing. Only PyTorch, diffusers, transformers and this project are
-needed.
+Every part runs in its own process with a time budget, prints each result immediately, and rewrites its JSON file after
+each. So a run that is killed, a part that fails or a card that hangs loses only what was not measured yet. Missing
+parts and libraries are reported. Only PyTorch, diffusers, transformers and this project are required.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not touch it before the fork
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # detecting a GPU must not initialise CUDA before the fork
 
 import architectures
 import counting
@@ -42,12 +41,12 @@ from smpo_fast.models.network_spec import NetworkSpec
 from smpo_fast.planning import memory
 from smpo_fast.planning.memory import Subject
 
-TOTAL_SECONDS = 505.0  # of which every part gets its share
+TOTAL_SECONDS = 505.0  # for all parts together
 CANNOT_FORK = 77  # exit status of a part that found the GPU unusable in a forked process
-# what a printed line shows of a result; its file has all
-TOLD = {"seconds", "error", "value", "TFLOPs", "share_of_matmul", "share_of_copy", "peak_bytes", "skipped", "summary",
-        "repeatable", "tail", "inversion_seconds", "policy_seconds", "reference_seconds",
-        "predicted_of_measured"}  # fmt: skip
+# the values of a result that are printed; its file has all of them
+PRINTED = {"seconds", "error", "value", "TFLOPs", "share_of_matmul", "share_of_copy", "peak_bytes", "skipped",
+           "summary", "repeatable", "tail", "inversion_seconds", "policy_seconds", "reference_seconds",
+           "predicted_of_measured"}  # fmt: skip
 
 
 @dataclass
@@ -76,15 +75,15 @@ class Report:
         self._write()
 
     def add(self, name: str, **values: Any) -> None:
-        """One more result: told at once, and on disk."""
+        """Add a result, print it, and write it to disk."""
         rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}
         self.facts["rows"].append({"name": name, **rounded})
-        told = [f"{key} {_told(key, value)}" for key, value in rounded.items() if value is not None and key in TOLD]
-        say(f"  {name}: {', '.join(told)}")
+        shown = [f"{k} {_readable(k, v)}" for k, v in rounded.items() if v is not None and k in PRINTED]
+        say(f"  {name}: {', '.join(shown)}")
         self._write()
 
     def skip(self, name: str, why: object) -> None:
-        """Something that was not measured, and why."""
+        """Record that something was not measured, and why."""
         self.add(name, skipped=str(why).strip().splitlines()[0][:200] if str(why).strip() else type(why).__name__)
 
     def finish(self) -> None:
@@ -97,7 +96,7 @@ class Report:
         os.replace(draft, self.file)
 
 
-def _told(key: str, value: Any) -> str:
+def _readable(key: str, value: Any) -> str:
     if key.endswith("seconds") and isinstance(value, float):
         return harness.clock(value)
     if key.endswith("bytes") and isinstance(value, (int, float)):
@@ -106,7 +105,7 @@ def _told(key: str, value: Any) -> str:
 
 
 def _attempt(report: Report, name: str, what: Callable[[], None]) -> None:
-    """Do one thing of a part; what fails is told and does not stop the next."""
+    """Run one measurement of a part; a failure is recorded and does not stop the next one."""
     try:
         what()
     except ladder.Unavailable as reason:
@@ -122,7 +121,7 @@ def _attempt(report: Report, name: str, what: Callable[[], None]) -> None:
 
 
 def part_ceilings(report: Report) -> None:
-    """What this machine can do at most: copies and matrix products, on random data."""
+    """Ceilings of this machine: copies and matrix products on random data."""
     for name, value in harness.ceilings(report.device).items():
         report.add(name, value=value)
 
@@ -132,11 +131,11 @@ def part_correctness(report: Report) -> None:
     architecture = report.architecture("sdxl")
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for op in kernel_cases.unknown(architecture):
-        report.skip(op, "an argument that nobody knows how to make")
+        report.skip(op, "one of its arguments cannot be generated")
     for case in kernel_cases.cases(architecture, most=4):
         for dtype in dtypes if report.device.type == "cuda" else dtypes[:1]:
             name = f"{case.name} {_name(dtype)}"
-            if report.left < 40 and not report.toy:  # the rest belongs to the kernels' own tests
+            if report.left < 40 and not report.toy:  # the remaining time is for the kernels' own tests
                 report.skip(name, "out of time")
                 continue
             _attempt(report, name, lambda case=case, dtype=dtype, name=name: _check(report, name, case, dtype))  # type: ignore[misc]
@@ -183,7 +182,7 @@ def part_kernels(report: Report) -> None:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     cases = list(kernel_cases.cases(architecture, most=3))
     jobs = [(c, i, m) for c in cases for i in ("eager", "fused") for m in kernel_cases.MODES]
-    if on_gpu:  # compiling takes long: last, and the most frequent shapes first
+    if on_gpu:  # compiling takes long, so it comes last and only for the most frequent shape
         first = [case for case in cases if case.shape == kernel_cases.shapes_of(case.op, architecture)[0]]
         jobs += [(c, "compiled", m) for m in ("forward", "both") for c in first]
     for case, implementation, mode in jobs:
@@ -211,7 +210,7 @@ def part_kernels(report: Report) -> None:
 
 
 def part_ladder(report: Report) -> None:
-    """The UNet's no-gradient call, rung by rung, at 2, 8, 16 and 64 pictures."""
+    """The UNet's no-gradient call, rung by rung, at 2, 8, 16 and 64 images."""
     _ladder(report, report.architecture("sdxl"), (2, 16, 8, 64) if report.device.type == "cuda" else (2, 8))
 
 
@@ -255,7 +254,7 @@ def _ladder(report: Report, architecture: Architecture, batches: tuple[int, ...]
 
 
 def part_pair(report: Report) -> None:
-    """The whole pair by phase: reference, best_eager, ours; then each opt-in."""
+    """The whole pair by phase: reference, best_eager, ours; then each opt-in feature."""
     _pairs(report, report.architecture("sdxl"), 8 if report.device.type == "cuda" else 2)
 
 
@@ -295,14 +294,14 @@ def _pairs(report: Report, architecture: Architecture, count: int) -> None:
             rounds = [contender.step()]
             while len(rounds) < 3 and report.left > 20 + 2 * sum(rounds[0].values()):
                 rounds.append(contender.step())
-            told = {p: harness.Timing(tuple(r[p] / count for r in rounds)).median for p in pairs.PHASES
-                    if p in rounds[0]}  # fmt: skip
+            phases = {p: harness.Timing(tuple(r[p] / count for r in rounds)).median for p in pairs.PHASES
+                      if p in rounds[0]}  # fmt: skip
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
             whole = harness.Timing(tuple(sum(r.values()) / count for r in rounds))
             report.add(f"{architecture.name}: {name}", contender=name, architecture=architecture.name, pairs=count,
                        baselines=[pairs.REFERENCE, pairs.BEST_EAGER], seconds=whole.median, spread=whole.spread,
                        rounds=len(rounds), error=error, peak_bytes=peak,
-                       **{f"{phase}_seconds": value for phase, value in told.items()})  # fmt: skip
+                       **{f"{phase}_seconds": value for phase, value in phases.items()})  # fmt: skip
 
         _attempt(report, name, run)
 
@@ -336,7 +335,7 @@ def _full_memory(
         "model": {"precision": precision, "gradient_checkpointing": checkpointing},
         "optim": {"name": optimizer},
         "batch": {"pairs_per_step": 2, "micro_pairs": 1},
-        "inversion": {"source": "noise"},  # without gradients, so with less memory than the rest
+        "inversion": {"source": "noise"},  # the inversion needs less memory than the rest, since it has no gradients
     }
     device = report.device
     trainer: Any = ours.make_trainer(architecture, device, overrides)
@@ -363,8 +362,7 @@ def _reference_parameters(trainer: Any) -> list[torch.Tensor]:
         return list(denoiser.unet.parameters())
 
 
-# Recipes for small cards: name -> bytes of the card that PyTorch may use, settings
-_SPARE: dict[str, dict[str, Any]] = {
+_SMALL: dict[str, dict[str, Any]] = {
     "model": {"gradient_checkpointing": True, "reference": "streamed"},
     "optim": {"name": "adamw8bit_aligned", "master": "none", "offload": "states"},
     "batch": {"pairs_per_step": 8, "micro_pairs": 1, "inversion_pairs": 4},
@@ -373,21 +371,22 @@ _LORA: dict[str, dict[str, Any]] = {
     "model": {"gradient_checkpointing": True, "reference": "adapters-off"}, "lora": {"rank": 64},
     "optim": {"name": "adamw"}, "batch": {"pairs_per_step": 8, "micro_pairs": 1, "inversion_pairs": 8},
 }  # fmt: skip
-_SPARER = {**_SPARE, "optim": {**_SPARE["optim"], "offload": "states+gradients"}}
+_OFFLOADED = {**_SMALL, "optim": {**_SMALL["optim"], "offload": "states+gradients"}}
+# Recipes for small cards: name -> (model family, bytes that PyTorch may use, settings)
 RECIPES: dict[str, tuple[str, float, dict[str, dict[str, Any]]]] = {
-    "SDXL, all weights, within 24 GB": ("sdxl", 24.5e9, _SPARE),
+    "SDXL, all weights, within 24 GB": ("sdxl", 24.5e9, _SMALL),
     "SDXL, all weights, within 16 GB": (
         "sdxl",
         16.2e9,
-        {**_SPARE, "optim": {**_SPARE["optim"], "offload": "states+gradients"}},
+        _OFFLOADED,
     ),
     "SDXL, LoRA, within 12 GB": ("sdxl", 12.0e9, _LORA),
-    "SD1.5, all weights, within 12 GB": ("sd15", 12.0e9, _SPARE),
+    "SD1.5, all weights, within 12 GB": ("sd15", 12.0e9, _SMALL),
 }
 
 
 def _recipe(report: Report, name: str) -> None:
-    """Two whole steps with no more memory than a small card has: that it ran is the claim, the peak beside it."""
+    """Two whole steps within the memory of a small card, to show that they run; the peak is recorded as well."""
     kind, card, overrides = RECIPES[name]
     architecture, device = report.architecture(kind), report.device
     precision = "bf16" if device.type == "cuda" or "lora" not in overrides else "fp32"
@@ -411,7 +410,7 @@ def _recipe(report: Report, name: str) -> None:
 
 
 def _predicted_peak(architecture: Architecture, overrides: ours.Overrides, precision: str) -> float:
-    """What ``smpo plan`` says of the same settings: to be within 10 % of the measured peak."""
+    """The peak that ``smpo plan`` predicts for the same settings; it should be within 10 % of the measured one."""
     settings = ours.settings(architecture, overrides)
     latent = (4, architecture.latent, architecture.latent)
     text = (architecture.tokens, architecture.prompt_width)
@@ -421,7 +420,7 @@ def _predicted_peak(architecture: Architecture, overrides: ours.Overrides, preci
 
 
 def _lora_memory(report: Report, name: str, architecture: Architecture, checkpointing: bool) -> None:
-    """One half-precision base for policy and reference; adapters of rank 64 on the attention, in fp32."""
+    """Policy and reference share one half-precision base; fp32 adapters of rank 64 on the attention layers."""
     try:
         peft: Any = importlib.import_module("peft")
     except ImportError as error:
@@ -469,7 +468,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int | None:
-    """Most bytes allocated since the last reset; a CPU's allocator does not count."""
+    """Most bytes allocated since the last reset; None on a CPU, whose allocator does not count."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
@@ -500,7 +499,7 @@ PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
 
 
 def run_part(name: str, device_type: str, folder: Path, toy: bool, seconds: float) -> None:
-    """A part in its own process. Results go to ``folder/name.json``."""
+    """Run a part, in its own process. Results go to ``folder/name.json``."""
     deadline = time.monotonic() + seconds
     device = torch.device(device_type)
     try:
@@ -515,9 +514,9 @@ def run_part(name: str, device_type: str, folder: Path, toy: bool, seconds: floa
 
 
 def supervise(name: str, device_type: str, folder: Path, toy: bool, seconds: float) -> str:
-    """Run a part and wait for it, but no longer than a little over its budget; returns how it ended."""
-    # fork: libraries are imported once, and this process never touches the GPU; where a library has touched it at its
-    # import, a part starts from nothing instead
+    """Run a part and wait for it, at most a little longer than its budget; returns how it ended."""
+    # fork: libraries are imported once, and this process never initialises CUDA. If importing a library has initialised
+    # it anyway, the part is spawned instead
     for method in ("fork", "spawn"):
         context: Any = multiprocessing.get_context(method)
         process = context.Process(target=run_part, args=(name, device_type, folder, toy, seconds))
@@ -526,14 +525,14 @@ def supervise(name: str, device_type: str, folder: Path, toy: bool, seconds: flo
         if process.is_alive():
             process.kill()
             process.join()
-            return "cut short: what it had measured is in its file"
+            return "killed after its time limit: its file has the results so far"
         if process.exitcode != CANNOT_FORK:
             break
     return "done" if process.exitcode == 0 else f"failed with exit status {process.exitcode}"
 
 
 def headline(folder: Path) -> str:
-    """The few numbers one looks for first."""
+    """Table of the most important results."""
     rows: list[tuple[str, str, str]] = []
     for part, baseline in (("ladder", ladder.AUTOCAST), ("pair", pairs.REFERENCE), ("sd15", pairs.REFERENCE)):
         file = folder / f"{part}.json"
@@ -545,7 +544,7 @@ def headline(folder: Path) -> str:
 
 
 def _ratio(row: Mapping[str, Any], others: Any, baseline: str) -> str:
-    """This row's speed against the baseline of its kind: the same batch, or the same architecture."""
+    """This row's speed against its baseline at the same batch size or architecture."""
     if "rung" in row:
         baseline = ladder.AUTOCAST
     for other in others:
@@ -556,15 +555,15 @@ def _ratio(row: Mapping[str, Any], others: Any, baseline: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 when every part ended by itself, 1 otherwise."""
+    """Exit status: 0 if every part finished, else 1."""
     parser = argparse.ArgumentParser(description="Measure one device, part by part.")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="folder for the JSON files (default: benchmarks/results/<device>)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--toy", action="store_true", help="miniature networks: does everything run?")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if available")
+    parser.add_argument("--toy", action="store_true", help="miniature networks, to check that everything runs")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1: the times of interpreted kernels mean nothing; unset it")
+        parser.error("TRITON_INTERPRET=1 is set: times of interpreted kernels are meaningless; unset it")
     device_type = args.device or ("cuda" if torch.cuda.device_count() else "cpu")
     began = time.monotonic()
     folder = args.out or harness.RESULTS / _folder(device_type)
@@ -587,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _folder(device_type: str) -> str:
-    """The device's folder, asked for in another process: this one must stay clear of the GPU."""
+    """The device's folder name, determined in another process because this one must not initialise CUDA."""
     code = f"import harness, torch; print(harness.folder_name(torch.device({device_type!r})))"
     here = str(Path(__file__).resolve().parent)
     run = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
-"""How a time is taken: first the result must be right, then warm up, then many timed calls, of which the median counts.
+"""How times are measured: check the result, warm up, time many calls, report the median.
 
-On a GPU the times are CUDA events around each call, with the L2 cache flushed before it; on a CPU they are
-``perf_counter``. What a time is worth is said by ceilings measured on the same machine in the same run.
+On a GPU, CUDA events around each call measure the time, with the L2 cache flushed before it; on a CPU,
+``perf_counter``. To put times into relation, the ceilings of the same machine are measured in the same run.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "bitsandbytes", "xformers", "torchao")
-# largest relative error (2-norm) of a result that may be timed, by the dtype it was computed in
+# largest relative error (2-norm) that a result may have to be timed, by the dtype it was computed in
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 FLUSH_BYTES = 256 << 20  # several times any L2
 
 
 class WrongResult(AssertionError):
-    """An implementation does not compute what the reference computes: it is not timed."""
+    """An implementation's result differs from the reference's: it must not be timed."""
 
 
 def agree(what: str, found: Any, wanted: Any, tolerance: float) -> float:
@@ -47,7 +47,7 @@ def agree(what: str, found: Any, wanted: Any, tolerance: float) -> float:
         scale = b.double().norm().clamp(min=1e-30)
         error = float((a.double() - b.double()).norm() / scale)
         if not error <= tolerance:  # NaN is wrong too
-            raise WrongResult(f"{what}: result {number} is off by {error:.2e}, allowed is {tolerance:.0e}: not timed")
+            raise WrongResult(f"{what}: result {number} has error {error:.2e}, above {tolerance:.0e}: not timed")
         worst = max(worst, error)
     return worst
 
@@ -65,7 +65,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each timed call, and the device memory they needed beyond what was held before."""
+    """Seconds of each timed call, and the peak of device memory beyond what was allocated before."""
 
     seconds: tuple[float, ...]
     peak_bytes: int | None = None
@@ -76,7 +76,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Half the distance of the quartiles, relative to the median: a difference below it is noise."""
+        """Half the interquartile range, relative to the median: a smaller difference is noise."""
         if len(self.seconds) < 4:
             return (max(self.seconds) - min(self.seconds)) / 2 / self.median
         low, _, high = statistics.quantiles(self.seconds, n=4)
@@ -93,7 +93,7 @@ def measure(
     warmup: int = 3,
     reset: Callable[[], Any] | None = None,
 ) -> Timing:
-    """Time a call for about so many seconds; ``reset`` runs before each timed call, outside its time."""
+    """Time a call repeatedly, for about ``seconds``; ``reset`` runs untimed before each call."""
     began = time.perf_counter()
     for _ in range(warmup):
         if reset is not None:
@@ -136,14 +136,14 @@ def _measure_cuda(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass
 class PhaseClock:
-    """Times named phases of a program without stopping the device; ``seconds`` ends a round."""
+    """Times named phases of a program without synchronizing the device; ``seconds`` ends a round and does."""
 
     device: torch.device
     marks: list[tuple[str, Any, Any]] = field(default_factory=list)
@@ -171,7 +171,7 @@ class PhaseClock:
         return event
 
 
-# --- what the machine can do ----------------------------------------------------------------------------------
+# --- ceilings of the machine ----------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -200,7 +200,7 @@ def _matmul_ceiling(device: torch.device, dtype: torch.dtype, side: int) -> floa
 
 
 def _fp8_ceiling(device: torch.device, side: int) -> float | None:
-    """None where the card or the library has no fp8 matrix product."""
+    """None if the card or the library has no fp8 matrix product."""
     try:
         a, b = (torch.randn(side, side, device=device).to(torch.float8_e4m3fn) for _ in range(2))
         one = torch.ones((), device=device)
@@ -216,7 +216,7 @@ def _fp8_ceiling(device: torch.device, side: int) -> float | None:
 def shares(
     seconds: float, flops: float, moved: float, dtype: torch.dtype, limits: Mapping[str, float]
 ) -> dict[str, float]:
-    """Achieved rates, and which part of the measured ceilings they are."""
+    """Achieved rates, and their share of the measured ceilings."""
     found: dict[str, float] = {}
     if flops:
         found["TFLOPs"] = flops / seconds / 1e12
@@ -229,7 +229,7 @@ def shares(
     return found
 
 
-# --- what was measured, and where -----------------------------------------------------------------------------
+# --- provenance -----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -250,12 +250,12 @@ def _environment(device: torch.device) -> tuple[tuple[str, Any], ...]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit: what every result carries with it."""
+    """Device, driver, versions and commit, stored with every result."""
     return dict(_environment(device))
 
 
 def device_name(device: torch.device) -> str:
-    """The device as its maker calls it."""
+    """The manufacturer's name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -266,14 +266,14 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """The device's name as a folder's."""
+    """The device's name in a form that suits a folder."""
     name = device_name(device).partition(",")[0]
     kept = "".join(c if c.isalnum() else "-" for c in name.lower())
     return "-".join(part for part in kept.split("-") if part)
 
 
 def revision() -> tuple[str | None, bool | None]:
-    """The commit measured, and whether tracked files differ from it; None where git or the repository is missing."""
+    """The current commit, and whether tracked files differ from it; None without git or a repository."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
@@ -300,11 +300,11 @@ def _driver() -> str | None:
         return None
 
 
-# --- telling --------------------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------------------
 
 
 def clock(seconds: float) -> str:
-    """A time for people: three digits and a unit."""
+    """A time in readable form: three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -312,12 +312,12 @@ def clock(seconds: float) -> str:
 
 
 def say(*words: object) -> None:
-    """Print at once: a run that is cut short must have said what it knew."""
+    """Print and flush, so that a run that is killed has shown its results so far."""
     print(*words, flush=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first one left, the others right."""
+    """Columns of text, the first one aligned left, the others right."""
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     lines = [[str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
              for row in [head, ["-" * w for w in widths], *rows]]  # fmt: skip
@@ -325,7 +325,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """cpu, cuda or auto; ends the program when CUDA is asked for and missing."""
+    """The device for "cpu", "cuda" or "auto"; exits the program if CUDA is requested but not available."""
     if name == "cuda" and not torch.cuda.is_available():
-        sys.exit("no CUDA device here: give --device cpu")
+        sys.exit("no CUDA device found: use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,13 +1,13 @@
-"""Which inversion is worth its network calls: solvers, grids and approximations, judged by four yardsticks.
+"""Program: accuracy of inversion solvers, grids and approximations per network call.
 
     python benchmarks/inversion_frontier.py [--config FILE] [section.key=value ...]     any pipeline and pairs
-    python benchmarks/inversion_frontier.py --train --seeds 0 1                         training outcome as well
+    python benchmarks/inversion_frontier.py --train --seeds 0 1                         also the training outcome
 
-For every way of inverting, on the same pairs and timesteps: network calls a picture; the error of tau against a fine
-solution of the flow (Heun, 250 steps); the round trip, x_0 after sampling down again with DDIM; and the cosine of the
-policy's gradient with the gradient that the fine solution gives. ``--train`` trains and scores the embedded run with
-each of them at equal optimizer steps, looked at several times on the way, so that it can also be read at equal calls.
-Results: inversion_frontier.json in ``--out``, the frontiers as a PNG in ``--picture``.
+For every inversion, on the same pairs and timesteps, it measures: network calls per image; the error of tau against a
+fine solution of the flow (Heun, 250 steps); the round trip, that is the error of x_0 after sampling back with DDIM; and
+the cosine between the policy's gradient and the one that the fine solution gives. ``--train`` trains the embedded run
+with each inversion and evaluates it several times on the way, so that runs can be compared at equal optimizer steps and
+at equal calls. Results: inversion_frontier.json in ``--out``, a plot in ``--picture``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ TRAINED = (
 
 
 class Study:
-    """Pairs, timesteps and networks that every way of inverting is measured on."""
+    """The pairs, timesteps and network on which every inversion is measured."""
 
     def __init__(self, settings: Config, pairs: int, cache: Path) -> None:
         values = settings.model_dump()
@@ -86,7 +86,7 @@ class Study:
         self._fine: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def measure(self, way: Mapping[str, Any], steps: int) -> dict[str, float]:
-        """Calls a picture and the four yardsticks of one way."""
+        """Calls per image, the three error measures and the seconds of one inversion."""
         settings = loading.from_dict({"inversion": {**way, "steps": steps}}).inversion
         landings = settings.per_trajectory
         pairs = self.pairs.take(slice(0, len(self.pairs) // landings))
@@ -107,7 +107,7 @@ class Study:
     def invert(self, settings: Inversion, pairs: Pairs) -> tuple[Tensor, Tensor, list[NoisePath]]:
         """x_t and tau [M, B, 2, C, H, W] and the paths."""
         schedule = locate.schedule_of(self.source, settings)
-        # the timesteps are drawn alike for all ways: from the plain schedule
+        # all inversions get the same timesteps, drawn from the plain schedule
         plain = settings.model_copy(update={"landing": "exact"})
         drawn = schedule.paths(len(pairs) * settings.per_trajectory, plain, self.config.run.seed, 0)
         times = sorted((tuple(x.level.timestep for x in p.landings) for p in drawn), reverse=True)
@@ -134,7 +134,7 @@ class Study:
     def examples(
         self, x_t: Tensor, pairs: Pairs, paths: Sequence[NoisePath], size: int
     ) -> Iterator[tuple[int, slice, Tensor, list[int]]]:
-        """Landing, rows and timesteps of some pairs at a time."""
+        """Batches of pairs: landing number, rows, and their timesteps as a tensor and as a list."""
         for m in range(len(x_t)):
             for first in range(0, len(pairs), size):
                 rows = slice(first, first + size)
@@ -143,7 +143,7 @@ class Study:
 
     @torch.no_grad()
     def round_trip(self, x_t: Tensor, pairs: Pairs, paths: Sequence[NoisePath]) -> float:
-        """Relative error of x_0 after DDIM sampling down from x_t, in equal steps of t to time 0."""
+        """Relative error of x_0 after DDIM sampling from x_t down to time 0, in equal steps of t."""
         schedule = locate.schedule_of(self.source, self.config.inversion)
         denoiser = Denoiser(self.unet.eval(), self.source, schedule, self.precision, self.device)
         wrong, whole = 0.0, 0.0
@@ -166,7 +166,7 @@ class Study:
         return levels[:, 0, None, None, None, None], levels[:, 1, None, None, None, None]
 
     def gradient(self, x_t: Tensor, tau: Tensor, pairs: Pairs, paths: Sequence[NoisePath]) -> Tensor:
-        """The gradient of the mean loss where policy and reference are equal, as one vector in float32."""
+        """The gradient of the mean loss while policy and reference are equal, as one float32 vector."""
         schedule = locate.schedule_of(self.source, self.config.inversion)
         denoiser = Denoiser(self.unet.train(), self.source, schedule, self.precision, self.device)
         objective = OBJECTIVES["smpo"]
@@ -184,7 +184,7 @@ class Study:
 
 
 def train_and_score(way: Mapping[str, Any], steps: int, seed: int, folder: Path, cache: Path, looks: int) -> list[Any]:
-    """Reward gain on the held-out prompts after each third (``looks``) of the embedded run, with calls and seconds."""
+    """Reward gain on held-out prompts, calls and seconds at ``looks`` evenly spaced points of the embedded run."""
     rows = []
     whole = loading.load().run.steps
     words = [f"inversion.{key}={json.dumps(value)}" for key, value in {**way, "steps": steps}.items()]
@@ -193,7 +193,7 @@ def train_and_score(way: Mapping[str, Any], steps: int, seed: int, folder: Path,
         run = [f"run.dir={folder}", f"data.cache={cache}", f"run.seed={seed}", f"run.steps={done}", *words]
         assert train.main(run) == 0
         evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text())
-        told = {row["name"]: row for row in evaluation["comparisons"]}
+        comparisons = {row["name"]: row for row in evaluation["comparisons"]}
         log = read_metrics(folder)
         settings = loading.load(folder / "config.toml")
         schedule = locate.schedule_of(locate.find(settings.model), settings.inversion)
@@ -207,16 +207,16 @@ def train_and_score(way: Mapping[str, Any], steps: int, seed: int, folder: Path,
                 "steps": done,
                 "calls": 2 * sum(inversion.network_calls(p.depth, settings.inversion) for p in paths),
                 "seconds": sum(row["seconds"] for row in log),
-                **{f"{name}_gain": told[name]["gain"] for name in ("reward", "shape")},
-                "reward_error": (told["reward"]["gain_high"] - told["reward"]["gain_low"]) / 3.92,
-                "win_rate": told["reward"]["win_rate"],
+                **{f"{name}_gain": comparisons[name]["gain"] for name in ("reward", "shape")},
+                "reward_error": (comparisons["reward"]["gain_high"] - comparisons["reward"]["gain_low"]) / 3.92,
+                "win_rate": comparisons["reward"]["win_rate"],
             }
         )
     return rows
 
 
 def draw(found: Mapping[str, Any], file: Path) -> None:
-    """The frontiers: each yardstick over network calls a picture, a line for each way."""
+    """Plot each error measure over network calls per image, one line per inversion."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,7 +233,7 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
             axis.plot([row["calls"] for row in rows], values, style, marker="o", markersize=3, label=name)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_xlabel("network calls a picture")
+        axis.set_xlabel("network calls per image")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=7)
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", type=int, nargs="+", default=list(STEPS), metavar="STEPS")
     parser.add_argument("--train", action="store_true", help="train and score the embedded run with each of TRAINED")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--looks", type=int, default=3, help="evaluations in each run")
+    parser.add_argument("--looks", type=int, default=3, help="evaluations during each run")
     parser.add_argument(
         "--out", type=Path, help="folder of inversion_frontier.json; default: benchmarks/results/<device>"
     )

@@ -1,7 +1,7 @@
-"""The ways to run the UNet's no-gradient call, each rung one change, from the released script's to what compiles.
+"""The ladder: ways to run the UNet's no-gradient call, from the released script's to compiled ones.
 
-A rung takes an architecture, a device and a number of pictures, and gives a call. Rungs that need a GPU, a library or
-a part of this project that is not there say so by raising ``Unavailable``.
+Each rung makes a function that runs the call for an architecture, a device and a number of images. A rung that needs a
+GPU, a library or a part of this project that is missing raises ``Unavailable``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Call = Callable[[], Tensor]
 
 
 class Unavailable(RuntimeError):
-    """A rung cannot be stood on here."""
+    """A rung cannot run on this machine."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to run the call. ``make`` changes a half-precision UNet in place or wraps it."""
+    """One way to run the call. ``make`` changes or wraps a half-precision UNet and returns what to call."""
 
     name: str
     make: Callable[[Any, torch.device], Callable[..., Any]]
@@ -38,18 +38,18 @@ class Rung:
     approximate: bool = False
     compiles: bool = False
     graph: bool = False
-    few: bool = False  # at the first two batch sizes only
+    few: bool = False  # run at the first two batch sizes only
 
     @property
     def tolerance(self) -> float:
-        """How far the result may be from the released script's: bf16 rounding through a whole network is 0.02."""
+        """Allowed relative error against the released script's call; bf16 rounding in a whole network gives 0.02."""
         return 0.5 if self.approximate else 0.06
 
     channels_last: bool = False
 
 
 def half_dtype(device: torch.device) -> torch.dtype:
-    """What half-precision rungs compute in: bf16 on a GPU; fp32 on a CPU, which has no fast half precision."""
+    """The dtype of half-precision rungs: bf16 on a GPU; fp32 on a CPU, where half precision is slow."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -62,7 +62,7 @@ def _channels_last(unet: Any, device: torch.device) -> Callable[..., Any]:
 
 
 def _compiled_blocks(unet: Any, device: torch.device) -> Callable[..., Any]:
-    """The transformer blocks, which are most of the FLOPs: a repeated block is compiled once for each shape."""
+    """Compile the transformer blocks, most of the FLOPs; a repeated block is compiled once for each shape."""
     unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
     return unet
 
@@ -77,7 +77,7 @@ def _kernels(unet: Any, device: torch.device) -> Callable[..., Any]:
 
 
 def _attention(first: SDPBackend) -> Callable[[Any, torch.device], Callable[..., Any]]:
-    """SDPA with one back-end before the others, which serve where it cannot (cross-attention has 77 keys)."""
+    """SDPA that prefers one back-end and falls back to the others (e.g. for cross-attention with its 77 keys)."""
     others = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     order = [first, *(backend for backend in others if backend is not first)]
 
@@ -93,12 +93,12 @@ def _attention(first: SDPBackend) -> Callable[[Any, torch.device], Callable[...,
 
 def _xformers(unet: Any, device: torch.device) -> Callable[..., Any]:
     if set_attention([unet], "xformers", device) != "xformers":
-        raise Unavailable("xformers cannot run here")
+        raise Unavailable("xformers cannot run on this machine")
     return unet
 
 
 def _flash3(unet: Any, device: torch.device) -> Callable[..., Any]:
-    """FlashAttention 3 behind SDPA, where torch offers the switch and its wheel is installed."""
+    """FlashAttention 3 through SDPA, if this torch can activate it and its wheel is installed."""
     attention = importlib.import_module("torch.nn.attention")
     if not hasattr(attention, "activate_flash_attention_impl"):
         raise Unavailable("this torch has no activate_flash_attention_impl")
@@ -112,7 +112,7 @@ def _flash3(unet: Any, device: torch.device) -> Callable[..., Any]:
 
 
 def _fp8_linears(unet: Any, device: torch.device) -> Callable[..., Any]:
-    """Linear layers with fp8 weights and activations quantised on the fly; their neighbours are compiled with them."""
+    """Linear layers with fp8 weights and activations quantised on the fly, in compiled blocks."""
     try:
         quantization = importlib.import_module("torchao.quantization")
     except ImportError as error:
@@ -129,7 +129,7 @@ def _fp8_linears(unet: Any, device: torch.device) -> Callable[..., Any]:
 
 AUTOCAST = "autocast over fp32 (reference)"
 HALF = "half weights (best_eager)"
-# The most telling ones first: a report that runs out of time has them.
+# Ordered by importance, because a report that runs out of time skips the rest.
 RUNGS = (
     Rung(HALF, _plain),
     Rung("half weights, CUDA graph", _plain, gpu=True, graph=True, few=True),
@@ -144,7 +144,7 @@ RUNGS = (
     Rung("channels-last", _channels_last, channels_last=True, few=True),
     Rung("attention: memory-efficient first", _attention(SDPBackend.EFFICIENT_ATTENTION), gpu=True, few=True),
     Rung("compiled whole, channels-last", _compiled, gpu=True, compiles=True, channels_last=True, few=True),
-    # last: torch's switch to FlashAttention 3 holds for the rest of the process
+    # last, because torch keeps FlashAttention 3 activated for the rest of the process
     Rung("attention: flash 3", _flash3, gpu=True, few=True),
 )
 
@@ -177,7 +177,7 @@ class HalfUNet:
         self.run = rung.make(unet, device)
 
     def call(self, images: int) -> Call:
-        """The rung's call for so many pictures."""
+        """The rung's call for a number of images."""
         args, kwargs = make_inputs(self.architecture, images, self.device, self.dtype)
         if self.rung.channels_last:
             args = (args[0].to(memory_format=torch.channels_last), *args[1:])
@@ -209,7 +209,7 @@ def captured(call: Call) -> Call:
 
 
 def release(device: torch.device) -> None:
-    """Give back what dropped networks, graphs and compiled code held."""
+    """Free the memory of deleted networks, graphs and compiled code."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -218,7 +218,7 @@ def release(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def free_after(device: torch.device) -> Any:
-    """Clean up however the block ends."""
+    """Call ``release`` when the block ends, also by an exception."""
     try:
         yield
     finally:

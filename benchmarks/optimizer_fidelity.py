@@ -1,8 +1,8 @@
-"""Program: how closely 8-bit AdamW follows AdamW in float64; ours, bitsandbytes' and torchao's, on the CPU.
+"""Program: how closely 8-bit AdamW follows AdamW in float64: this project's, bitsandbytes' and torchao's, on the CPU.
 
-For gradients of a known law, the distance between where an optimizer and AdamW in float64 end, relative to the way
-that the latter went, after each number of steps; and the bytes of state an element takes. An optimizer that is not
-installed is left out with a line that says so. Prints Markdown.
+For gradients drawn from known distributions it prints, as Markdown, the distance between the weights of an optimizer
+and those of AdamW in float64, relative to the distance that the latter moved, after each number of steps; and the bytes
+of state per element. Optimizers that are not installed are skipped with a notice.
 
     python benchmarks/optimizer_fidelity.py --steps 100,1000
 """
@@ -21,8 +21,9 @@ from smpo_fast.kernels import adamw8bit
 
 ELEMENTS = 16384
 LR, EPS = 1e-3, 1e-8
-# name: spread of the elements' sizes (of the logarithm), what half of them shrink to after a tenth of the way
-LAWS = {
+# name: (standard deviation of the log of the elements' sizes, factor by which half of them shrink after a tenth of
+# the steps)
+DISTRIBUTIONS = {
     "equal sizes": (0.0, 1.0),
     "sizes e^(1 z)": (1.0, 1.0),
     "sizes e^(1.5 z)": (1.5, 1.0),
@@ -31,13 +32,13 @@ LAWS = {
 
 
 def gradients(steps: int, spread: float, shrunk: float) -> Iterator[Tensor]:
-    """Normal noise around a fifth of its size, each element at a size of its own."""
-    chance = torch.Generator().manual_seed(0)
-    size = (torch.randn(ELEMENTS, generator=chance) * spread).exp() * 1e-4
-    mean = torch.randn(ELEMENTS, generator=chance) * 0.2
-    later = torch.where(torch.rand(ELEMENTS, generator=chance) < 0.5, shrunk, 1.0)
+    """Normal noise with a mean of about a fifth of its deviation; each element has its own size."""
+    generator = torch.Generator().manual_seed(0)
+    size = (torch.randn(ELEMENTS, generator=generator) * spread).exp() * 1e-4
+    mean = torch.randn(ELEMENTS, generator=generator) * 0.2
+    later = torch.where(torch.rand(ELEMENTS, generator=generator) < 0.5, shrunk, 1.0)
     for t in range(steps):
-        grad = size * (mean + torch.randn(ELEMENTS, generator=chance))
+        grad = size * (mean + torch.randn(ELEMENTS, generator=generator))
         yield grad * later if t > steps // 10 else grad
 
 
@@ -59,30 +60,32 @@ class Ours(torch.optim.Optimizer):
 
 
 def optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """Those that are installed, by name and version."""
+    """The installed optimizers, by name and version."""
     found: dict[str, Callable[..., torch.optim.Optimizer]] = {"ours": Ours}
     try:
         import bitsandbytes
 
         found[f"bitsandbytes {bitsandbytes.__version__}"] = bitsandbytes.optim.AdamW8bit
     except ImportError:
-        print("bitsandbytes is not installed: left out")
+        print("bitsandbytes is not installed: skipped")
     try:
         import torchao
         from torchao.optim import AdamW8bit
 
         found[f"torchao {torchao.__version__}"] = lambda p, **options: AdamW8bit(p, block_size=256, **options)
     except ImportError:
-        print("torchao is not installed: left out")
+        print("torchao is not installed: skipped")
     return found
 
 
-def places(make: Any, dtype: torch.dtype, steps: list[int], law: tuple[float, float]) -> tuple[list[Tensor], float]:
-    """Where the weight is after each number of steps, and the bytes of state an element takes."""
+def trajectory(
+    make: Any, dtype: torch.dtype, steps: list[int], distribution: tuple[float, float]
+) -> tuple[list[Tensor], float]:
+    """The weight after each number of steps, and the bytes of optimizer state per element."""
     weight = nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype))
     optimizer = make([weight], lr=LR, betas=(0.9, 0.999), eps=EPS, weight_decay=0.0)
     found = []
-    for t, grad in enumerate(gradients(max(steps), *law), 1):
+    for t, grad in enumerate(gradients(max(steps), *distribution), 1):
         weight.grad = grad.to(dtype)
         optimizer.step()
         if t in steps:
@@ -95,7 +98,7 @@ def places(make: Any, dtype: torch.dtype, steps: list[int], law: tuple[float, fl
 
 
 def size(x: Any) -> int:
-    """Bytes of a tensor, also of one that is made of others; a shared table of codes belongs to nobody."""
+    """Bytes of a tensor, also of one made of others; shared code tables and single numbers do not count."""
     if not isinstance(x, Tensor) or x.numel() == 256 or x.numel() == 1:
         return 0
     if hasattr(x, "__tensor_flatten__") and type(x) is not Tensor:
@@ -105,21 +108,21 @@ def size(x: Any) -> int:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", default="100,1000", help="numbers of steps, the last one is the whole way")
+    parser.add_argument("--steps", default="100,1000", help="numbers of steps after which to compare")
     steps = [int(s) for s in parser.parse_args(words).steps.split(",")]
     torch.set_num_threads(1)
-    rivals = optimizers()
-    print(f"| gradients | steps | {' | '.join(rivals)} |\n|{'---|' * (len(rivals) + 2)}")
+    contenders = optimizers()
+    print(f"| gradients | steps | {' | '.join(contenders)} |\n|{'---|' * (len(contenders) + 2)}")
     held = {}
-    for law, numbers in LAWS.items():
-        truth, _ = places(torch.optim.AdamW, torch.float64, steps, numbers)
+    for distribution, numbers in DISTRIBUTIONS.items():
+        truth, _ = trajectory(torch.optim.AdamW, torch.float64, steps, numbers)
         rows: dict[str, list[Tensor]] = {}
-        for name, make in rivals.items():
-            rows[name], held[name] = places(make, torch.float32, steps, numbers)
+        for name, make in contenders.items():
+            rows[name], held[name] = trajectory(make, torch.float32, steps, numbers)
         for i, count in enumerate(steps):
             apart = [((w[i] - truth[i]).norm() / truth[i].norm()).item() for w in rows.values()]
             assert all(map(math.isfinite, apart))
-            print(f"| {law} | {count} | {' | '.join(f'{a:.3f}' for a in apart)} |")
+            print(f"| {distribution} | {count} | {' | '.join(f'{a:.3f}' for a in apart)} |")
     print(f"| bytes of state an element | | {' | '.join(f'{b:.3f}' for b in held.values())} |")
 
 

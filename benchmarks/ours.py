@@ -1,7 +1,7 @@
-"""This project's own trainer on random weights and synthetic pairs, and what of it is optional and found by looking.
+"""This project's own trainer on random weights and synthetic pairs, and discovery of its optional features.
 
-The loop, the engine, the loader and whatever ``load_unet`` does to the networks are the real ones: only files are
-replaced by random numbers.
+The step, the engine, the loader and whatever loading does to the networks are the real ones; only the contents of files
+are replaced by random numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Overrides = Mapping[str, Mapping[str, Any]]
 
 
 class SyntheticCache:
-    """A prepared cache of random pairs, in memory: what ``Loader`` asks of ``cache.CachedPairs``."""
+    """A prepared cache of random pairs in memory: the part of ``CachedPairs`` that ``Loader`` uses."""
 
     def __init__(self, architecture: Architecture, pairs: int, seed: int = 6) -> None:
         generator = np.random.default_rng(seed)
@@ -71,7 +71,7 @@ class SyntheticCache:
 
 
 class NoSignals:
-    """Stands for ``StopSignal`` where nobody sends signals."""
+    """Replaces ``StopSignal``; never stops."""
 
     def check(self) -> None:
         """Never stops."""
@@ -93,7 +93,7 @@ def settings(architecture: Architecture, overrides: Overrides | None = None) -> 
 
 
 def make_trainer(architecture: Architecture, device: torch.device, overrides: Overrides | None = None) -> Trainer:
-    """A trainer that is ready for ``step(0)``."""
+    """A trainer ready for ``step(0)``."""
     run, world = settings(architecture, overrides), World(device=device)
     here = Path(".")
     source = ModelSource(here, here, here, architecture.kind, "epsilon", SCHEDULER, None)
@@ -118,10 +118,10 @@ def make_trainer(architecture: Architecture, device: torch.device, overrides: Ov
 
 
 def planned_peak(architecture: Architecture, checkpointing: bool) -> int:
-    """Bytes at the worst moment of a step of the released recipe's optimizer in half precision, simulated.
+    """Simulated peak bytes of a step with the released recipe's optimizer in half precision.
 
-    Two micro-batches of one pair each, so that the gradients are there already when the second one begins; the
-    inversion, whose own peak is lower, is left out.
+    The step has two micro-batches of one pair each, so that gradients already exist when the second one begins. The
+    inversion is left out, because its own peak is lower.
     """
     overrides: dict[str, dict[str, Any]] = {
         "model": {"precision": "bf16", "gradient_checkpointing": checkpointing},
@@ -138,7 +138,7 @@ def planned_peak(architecture: Architecture, checkpointing: bool) -> int:
 
 
 def kernel_modules() -> list[ModuleType]:
-    """The modules of ``smpo_fast.kernels`` that hold operations; none where Triton is missing."""
+    """The modules of ``smpo_fast.kernels`` that hold operations; none if Triton is missing."""
     if importlib.util.find_spec("triton") is None:
         return []
     package = importlib.import_module("smpo_fast.kernels")
@@ -147,7 +147,7 @@ def kernel_modules() -> list[ModuleType]:
 
 
 def all_kernels() -> dict[str, dict[str, Any]]:
-    """Settings that switch every kernel on; empty where the settings know of none."""
+    """Settings that enable every kernel; empty if the settings offer none."""
     section = Config.model_fields.get("kernels")
     field = getattr(section.annotation, "model_fields", {}).get("enabled") if section else None
     if field is None:
@@ -157,12 +157,12 @@ def all_kernels() -> dict[str, dict[str, Any]]:
 
 
 def patch_kernels(unet: Any, enabled: Sequence[str] | None = None) -> dict[str, int]:
-    """Put kernels into a UNet, in place: all there are unless named."""
+    """Patch kernels into a UNet in place: those named, by default all."""
     return kernel_patch.patch(unet, kernel_patch.MODULES if enabled is None else enabled)
 
 
 def variants(device: torch.device) -> dict[str, dict[str, dict[str, Any]]]:
-    """Ways of running the same arithmetic, and the one-call solver: name -> settings. Graphs need a GPU."""
+    """Name -> settings: the solver with one call per step and, on a GPU, other ways to run the same arithmetic."""
     found: dict[str, dict[str, dict[str, Any]]] = {"solver pec": {"inversion": {"fidelity": "paper", "solver": "pec"}}}
     if device.type == "cuda":
         found["compiled inversion"] = {"model": {"compile": "inversion"}}

@@ -1,7 +1,7 @@
-"""The whole pair by phase: the same pairs and timesteps through the released way, best_eager, and this project.
+"""The whole pair by phase: the same pairs and timesteps through the reference, best_eager, and this project.
 
-All three follow the ``release`` fidelity and see timesteps spread evenly over the schedule, so that each inverts
-the same number of steps: a ratio is of two times of the same work.
+All three follow the ``release`` fidelity and get timesteps spread evenly over the schedule, so each inverts the same
+number of steps, and a ratio compares two times for the same work.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from smpo_fast.method.batch import Conditioning, Pairs
 from smpo_fast.training.step_paths import StepPaths
 
 PHASES = ("load", "encode", "inversion", "reference", "policy", "log", "optimizer")
-# what x_t of one pair may differ by between two correct contenders: bf16 gives 0.01, another fidelity 0.2
+# allowed relative error of x_t between two correct contenders: bf16 gives 0.01, another fidelity 0.2
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
 REFERENCE, BEST_EAGER, OURS = "reference", "best_eager", "ours"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A trainer that can do an optimizer step over ``pairs`` pairs and say how long its phases took."""
+    """A trainer that does an optimizer step over ``pairs`` pairs and reports the time of its phases."""
 
     name: str
     pairs: int
-    step: Callable[[], Mapping[str, float]]  # seconds a phase, of a whole step
-    invert: Callable[[CachedPair], torch.Tensor]  # x_t of a pair, for the check
+    step: Callable[[], Mapping[str, float]]  # seconds of each phase of a whole step
+    invert: Callable[[CachedPair], torch.Tensor]  # x_t of a pair, for comparison
     dtype: torch.dtype
-    warm: Callable[[], Any]  # a step that need not be timed: short where it can be
+    warm: Callable[[], Any]  # an untimed step to warm up, shorter if possible
 
 
 def even_times(pairs: int) -> list[int]:
-    """Timesteps in the middle of ``pairs`` equal parts of the schedule, deepest first."""
+    """Timesteps in the middle of ``pairs`` equal parts of the schedule, highest first."""
     return [int((i + 0.5) / pairs * 1000) for i in reversed(range(pairs))]
 
 
 def make_reference(architecture: Architecture, device: torch.device, pairs: int) -> Contender:
-    """The released script's way; its fp16 autocast on a GPU, fp32 on a CPU."""
+    """The reference baseline: with the released script's fp16 autocast on a GPU, in fp32 on a CPU."""
     compute = torch.float16 if device.type == "cuda" else torch.float32
     trainer = ReferenceTrainer.build(architecture, device, compute)
     clock = trainer.phase = harness.PhaseClock(device)
@@ -75,7 +75,7 @@ def make_reference(architecture: Architecture, device: torch.device, pairs: int)
 
 
 def make_best_eager(architecture: Architecture, device: torch.device, pairs: int) -> Contender:
-    """Careful eager code, bf16 on a GPU; without gradient checkpointing, which its memory does not need."""
+    """Careful eager code, in bf16 on a GPU; without gradient checkpointing, since it fits without."""
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     trainer = BestEager.build(architecture, device, compute, Recipe.of(architecture, checkpointing=False))
     clock = trainer.phase = harness.PhaseClock(device)
@@ -100,7 +100,7 @@ def make_ours(
     architecture: Architecture, device: torch.device, pairs: int, overrides: ours.Overrides | None = None,
     name: str = OURS,
 ) -> Contender:  # fmt: skip
-    """This project's trainer, the ``release`` fidelity unless overridden, at the timesteps of the other two."""
+    """This project's trainer with the ``release`` fidelity (unless overridden) at the timesteps of the other two."""
     precision = "bf16" if device.type == "cuda" else "fp32"
     values: dict[str, dict[str, Any]] = {
         "model": {"precision": precision},
@@ -140,13 +140,13 @@ MAKERS: dict[str, Callable[[Architecture, torch.device, int], Contender]] = {
 
 
 def check_agrees(contender: Contender, architecture: Architecture, device: torch.device, wanted: torch.Tensor) -> float:
-    """The contender's inversion of one pair against ``wanted``; raises WrongResult when it is another."""
+    """Error of the contender's inversion of one pair against ``wanted``; raises WrongResult if it is too large."""
     pair = check_pair(architecture, device)
     return harness.agree(f"x_t of {contender.name}", contender.invert(pair), wanted, TOLERANCE[contender.dtype])
 
 
 def check_pair(architecture: Architecture, device: torch.device) -> CachedPair:
-    """The pair that all contenders must invert alike."""
+    """The pair on which all contenders' inversions are compared."""
     return make_cached_pairs(architecture, [433], device, torch.float32, seed=11)[0]
 
 

@@ -1,12 +1,12 @@
-"""The two baselines that every ratio is against: the released script's way, and what careful eager code gives.
+"""The two baselines of every ratio: a trainer that works as the released script does, and careful eager code.
 
 ``ReferenceTrainer`` does what the authors' training script does, in its order and with its costs: VAE and text encoders
 run on every pair, the weights are fp32 under fp16 autocast, one pair at a time, gradient checkpointing for SDXL, the
-scheduler's tables and timesteps are tensors on the device, the loss is eager, and every micro-step reduces and reads
-four numbers and logs a fifth. In its favour: JPEGs are decoded and prompts tokenized beforehand, and SDPA stands for
-its xformers (the ladder times both).
+scheduler's tables and timesteps are tensors on the device, the loss is eager, and every micro-batch reduces and reads
+four numbers and logs a fifth. In its favour: JPEGs are decoded and prompts tokenized beforehand, and SDPA replaces
+xformers (the ladder times both).
 
-``BestEager`` computes the same thing as a careful engineer would write it without kernels, compilation or graphs:
+``BestEager`` computes the same, written as a careful engineer would without kernels, compilation or graphs:
 half-precision weights over fp32 masters, SDPA, cached latents and prompts, schedule numbers on the host, and
 one read of the device per optimizer step.
 
@@ -32,13 +32,13 @@ Phase = Callable[[str], AbstractContextManager[Any]]
 
 
 def no_phase(name: str) -> AbstractContextManager[Any]:
-    """Times nothing."""
+    """A phase that is not timed."""
     return nullcontext()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and how; the defaults are the released SDXL recipe's."""
+    """Hyperparameters of training; the defaults are those of the released SDXL recipe."""
 
     inversion_steps: int = 10
     beta: float = 5000.0
@@ -61,7 +61,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RawPair:
-    """A pair as the released script's data loader hands it over, on the host."""
+    """A pair as the released script's data loader returns it, on the host."""
 
     pixels: Tensor  # [2, 3, R, R] in [-1, 1], winner first
     input_ids: tuple[Tensor, ...]  # [1, S] for each text encoder
@@ -71,7 +71,7 @@ class RawPair:
 
 @dataclass(frozen=True)
 class Condition:
-    """What the UNet is told, for the two pictures of a pair."""
+    """The UNet's conditioning for the two images of a pair."""
 
     prompt: Tensor  # [2, S, D]
     added: dict[str, Tensor] | None  # text_embeds [2, E], time_ids [2, 6]: SDXL
@@ -79,7 +79,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class CachedPair:
-    """A pair whose encoders ran long ago, on the device."""
+    """A pair that has already been encoded, on the device."""
 
     mean: Tensor  # [2, C, H, W] float32, scaled
     std: Tensor
@@ -90,7 +90,7 @@ class CachedPair:
 
 @dataclass(frozen=True)
 class PairResult:
-    """What one pair gives. Errors are [2], winner first."""
+    """Results of one pair. Errors are [2], winner first."""
 
     x_t: Tensor
     tau: Tensor
@@ -110,11 +110,11 @@ def alphas_cumprod() -> Tensor:
 
 
 class InverseScheduler:
-    """The meaning of ``DDIMInverseScheduler`` in diffusers 0.20.0, with tables and timesteps on the device.
+    """What ``DDIMInverseScheduler`` does in diffusers 0.20.0, with tables and timesteps on the device.
 
     The list of timesteps ``offset, offset + D, ...`` (D = 1000 // steps) is rolled by one and begins at ``offset - D``:
-    an entry is the timestep a step *starts* from, so it goes from s to s + D, and the first one starts below 0, where
-    the level is that of timestep 0. Later versions of diffusers neither roll nor step this way.
+    an entry s is the timestep at which a step *starts*; the step ends at s + D. The first one starts below 0, where the
+    noise level is that of timestep 0. Later versions of diffusers neither roll the list nor step this way.
     """
 
     def __init__(self, steps: int, device: torch.device) -> None:
@@ -126,7 +126,7 @@ class InverseScheduler:
         self.timesteps = torch.from_numpy(grid).to(device)
 
     def step(self, prediction: Tensor, time: Tensor, sample: Tensor) -> Tensor:
-        """From the level of ``time`` to that of ``time + D``. The comparison reads the device, as the original does."""
+        """From the level of ``time`` to that of ``time + D``. The comparison reads the device, as in the original."""
         alpha = self.alphas_cumprod[time] if time >= 0 else self.first_alpha
         alpha_next = self.alphas_cumprod[time + self.spacing]
         clean = (sample - (1 - alpha) ** 0.5 * prediction) / alpha**0.5
@@ -134,7 +134,7 @@ class InverseScheduler:
 
 
 def make_optimizer(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """Adafactor or AdamW as the released recipes set them."""
+    """Adafactor or AdamW as configured in the released recipes."""
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     from transformers.optimization import Adafactor
@@ -156,7 +156,7 @@ def smpo_loss(policy_errors: Tensor, reference_errors: Tensor, p: Tensor | float
 
 @dataclass
 class ReferenceTrainer:
-    """SmPO as released, on one device (or one process of several, which then meet at every micro-step)."""
+    """SmPO as released, on one device (or in one of several processes, which synchronize at every micro-batch)."""
 
     unet: Any  # fp32, trained
     reference: Any  # frozen, in ``compute``
@@ -194,7 +194,7 @@ class ReferenceTrainer:
         )  # fmt: skip
 
     def step(self, pairs: Sequence[RawPair]) -> None:
-        """One optimizer step: a micro-step for each pair, then the update."""
+        """One optimizer step: a micro-batch of each pair, then the update."""
         train_loss = accuracy = 0.0
         for number, pair in enumerate(pairs):
             loss, right = self.micro_step(pair, len(pairs), last=number == len(pairs) - 1)
@@ -202,7 +202,7 @@ class ReferenceTrainer:
         self.logs |= {"train_loss": train_loss, "implicit_acc": accuracy}
 
     def micro_step(self, pair: RawPair, accumulation: int, *, last: bool) -> tuple[float, float]:
-        """Encode, invert, predict, log, and back-propagate one pair; returns loss and accuracy as numbers."""
+        """Encode, invert, predict, log and back-propagate one pair; returns loss and accuracy as numbers."""
         with self.phase("encode"):
             latents, condition = self.encode(pair)
             time = torch.full((2,), pair.time, device=self.device)
@@ -222,7 +222,7 @@ class ReferenceTrainer:
 
     @torch.no_grad()
     def encode(self, pair: RawPair) -> tuple[Tensor, Condition]:
-        """Latents in the compute dtype and the prompt's embeddings, both from the networks."""
+        """Latents in the compute dtype and the prompt's embeddings, computed by VAE and text encoders."""
         pixels = pair.pixels.to(self.device)
         latents = self.vae.encode(pixels.to(self.compute)).latent_dist.sample() * self.vae.config.scaling_factor
         states, pooled = [], None
@@ -240,7 +240,7 @@ class ReferenceTrainer:
         return latents, Condition(prompt, added)
 
     def invert(self, latents: Tensor, condition: Condition, time: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and the target tau of a pair. The loop's length is read from the device."""
+        """x_t and the target tau of a pair. The number of steps is read from the device, as in the script."""
         start, moving, scheduler = latents.clone(), latents.clone(), self.scheduler
         for source in scheduler.timesteps[scheduler.timesteps < time[0]]:
             prediction = self._policy(moving, source.repeat(2), condition)
@@ -265,13 +265,13 @@ class ReferenceTrainer:
         return PairResult(x_t, tau, prediction, reference, errors, reference_errors, inside, loss)
 
     def _policy(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """A call as accelerate wraps it: autocast inside, float32 out."""
+        """A call as accelerate wraps it: autocast inside, float32 output."""
         with torch.autocast(self.device.type, self.compute, enabled=self.compute is not torch.float32):
             out = self.unet(x, time, condition.prompt, added_cond_kwargs=condition.added, return_dict=False)[0]
         return out.float()
 
     def _log(self, result: PairResult) -> tuple[float, float]:
-        """Four reductions over the processes, each read at once."""
+        """Four reductions over the processes, each read immediately."""
         loss = _gathered(result.loss.repeat(1)).mean().item()
         raw = 0.5 * (result.policy_errors[:1].mean() + result.policy_errors[1:].mean())
         self.logs["model_mse"] = _gathered(raw.repeat(1)).mean().item()
@@ -288,7 +288,7 @@ class ReferenceTrainer:
 
 
 def _gathered(value: Tensor) -> Tensor:
-    """The values of all processes; its own in a single one."""
+    """The values of all processes; with a single process, the value itself."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
@@ -298,7 +298,7 @@ def _gathered(value: Tensor) -> Tensor:
 
 @dataclass
 class BestEager:
-    """The same mathematics, written with care and without kernels, compilation or graphs."""
+    """The same mathematics in careful eager code, without kernels, compilation or graphs."""
 
     unet: Any  # trained; its weights are cast to ``compute``, fp32 masters are kept
     reference: Any  # frozen, in ``compute``
@@ -348,7 +348,7 @@ class BestEager:
         self.halves.append((parameter, master))
 
     def step(self, pairs: Sequence[CachedPair]) -> None:
-        """One optimizer step over some pairs; the device is read once, for the log."""
+        """One optimizer step; the device is read once, for the log."""
         for pair in pairs:
             self.micro_step(pair, len(pairs))
         with self.phase("optimizer"):
@@ -367,10 +367,10 @@ class BestEager:
         self._losses.append(result.loss.detach())
 
     def invert(self, latents: Tensor, condition: Condition, time: int) -> tuple[Tensor, Tensor]:
-        """x_t and tau in float32, with every schedule number known to the host."""
+        """x_t and tau in float32, with all schedule numbers on the host."""
         spacing = 1000 // self.recipe.inversion_steps
         moving = latents.float()
-        # the released grid: 1 - D, 1, 1 + D, ..., 1001 - 2 D, as far as it lies below the pair's timestep
+        # the released grid: 1 - D, 1, 1 + D, ..., 1001 - 2 D, below the pair's timestep
         for source in range(1 - spacing, min(time, 1001 - 2 * spacing + 1), spacing):
             here, ahead = self.alphas[max(source, 0)], self.alphas[source + spacing]
             keep = (ahead / here) ** 0.5
@@ -409,7 +409,7 @@ class BestEager:
 
 
 def make_raw_pairs(architecture: Architecture, times: Sequence[int], seed: int = 4) -> list[RawPair]:
-    """Pairs of random pictures and prompts at given timesteps."""
+    """Pairs of random images and prompts at given timesteps."""
     generator = torch.Generator().manual_seed(seed)
     side = architecture.resolution
     vocabulary = min(int(t["vocab_size"]) for t in architecture.text)
@@ -424,7 +424,7 @@ def make_raw_pairs(architecture: Architecture, times: Sequence[int], seed: int =
 def make_cached_pairs(
     architecture: Architecture, times: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int = 5
 ) -> list[CachedPair]:
-    """Pairs of random latents and prompts at given timesteps, as a cache holds them."""
+    """Pairs of random latents and prompts at given timesteps, in the form that a cache holds."""
     generator = torch.Generator().manual_seed(seed)
     shape = (2, 4, architecture.latent, architecture.latent)
     pairs = []

@@ -1,4 +1,4 @@
-"""Around the step: pairs a second from the prepared cache, and how long a run takes to its first step."""
+"""Around the step: pairs per second from the prepared cache, and the time from start to the first step."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from smpo_fast.training.loader import Loader
 
 ON_GPU = torch.cuda.is_available()
 ARCHITECTURE = SDXL if ON_GPU else SDXL_TOY
-WINDOW = 16
+BATCH = 16
 
 
 def make_cache(root: Path, architecture: Architecture, rows: int) -> CachedPairs:
-    """A prepared cache on disk: pairs of random latents, both flips, a prompt to every eight pairs."""
+    """A prepared cache on disk: pairs of random latents, both flips, one prompt per eight pairs."""
     generator, side = torch.Generator().manual_seed(0), architecture.latent
     pixels, frame = (architecture.resolution, architecture.resolution), (architecture.resolution,) * 2 + (0, 0, 0)
 
@@ -57,12 +57,12 @@ def make_cache(root: Path, architecture: Architecture, rows: int) -> CachedPairs
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> CachedPairs:
-    """A cache in the shapes of this machine's architecture."""
+    """A cache with the shapes of the architecture used on this machine."""
     return make_cache(tmp_path_factory.mktemp("cache") / "cache", ARCHITECTURE, 64)
 
 
 def _jpegs(count: int) -> list[bytes]:
-    """Pictures of the size Pick-a-Pic has, as they lie in its tables."""
+    """Encoded images of about Pick-a-Pic's size."""
     drawn, made = np.random.default_rng(0), []
     side = 1024 if ON_GPU else 64
     for _ in range(count):
@@ -74,21 +74,21 @@ def _jpegs(count: int) -> list[bytes]:
 
 
 def _decode(data: bytes, side: int) -> torch.Tensor:
-    """As the released script's loader: decode, resize, centre crop, to [-1, 1]."""
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
-    scale = side / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    pixels = np.asarray(picture.crop((left, top, left + side, top + side)))
+    """Like the released script's loader: decode, resize, centre crop, scale to [-1, 1]."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 @pytest.mark.parametrize("implementation", ["decode JPEGs", "prepared cache"])
 def test_data_loading(bench: Any, device: torch.device, cache: CachedPairs, implementation: str) -> None:
-    """A window of 16 pairs onto the device, in one process. The decoded pictures have yet to go through the VAE."""
-    values = {"data": {"resolution": ARCHITECTURE.resolution, "flip": True}, "batch": {"pairs_per_step": WINDOW}}
+    """16 pairs to the device, in one process. The decoded images still have to be encoded by the VAE."""
+    values = {"data": {"resolution": ARCHITECTURE.resolution, "flip": True}, "batch": {"pairs_per_step": BATCH}}
     loader = Loader(cache, loading.from_dict(values), World(device=device))
-    jpegs = _jpegs(2 * WINDOW)
+    jpegs = _jpegs(2 * BATCH)
 
     def cached() -> torch.Tensor:
         return loader.step_batch(0)[0].latents
@@ -99,13 +99,13 @@ def test_data_loading(bench: Any, device: torch.device, cache: CachedPairs, impl
     call = cached if implementation == "prepared cache" else decoded
     wanted = loader.step_batch(0)[0].latents if implementation == "prepared cache" else decoded()
     bench(
-        "data loading", f"{WINDOW} pairs {ARCHITECTURE.name}", implementation, call, baseline="decode JPEGs",
+        "data loading", f"{BATCH} pairs {ARCHITECTURE.name}", implementation, call, baseline="decode JPEGs",
         reference=lambda: wanted, tolerance=0.0, seconds=0.5,
     )  # fmt: skip
 
 
 def test_reading_at_sdxl_shapes(bench: Any, tmp_path: Path) -> None:
-    """Pairs a second of the host alone: 256 pairs of [2, 4, 128, 128] with their prompts, flips and VAE samples."""
+    """Pairs per second of the host alone: 256 pairs of [2, 4, 128, 128] with their prompts, flips and VAE samples."""
     pairs = 256
     values = {"data": {"resolution": SDXL.resolution}, "batch": {"pairs_per_step": pairs}}
     loader = Loader(make_cache(tmp_path / "cache", SDXL, pairs), loading.from_dict(values), World())
@@ -118,13 +118,13 @@ def test_reading_at_sdxl_shapes(bench: Any, tmp_path: Path) -> None:
     assert window[0].latents.shape == (pairs, 2, 4, 128, 128)
     seconds = sorted(taken[1:])
     median, best = (pairs / s for s in (seconds[len(seconds) // 2], seconds[0]))
-    print(f"\nreading: {median:.0f} pairs/s (median), {best:.0f} (best); {busy * 1e3:.2f} ms of a core a pair")
+    print(f"\nreading: {median:.0f} pairs/s (median), {best:.0f} (best); {busy * 1e3:.2f} ms of one core per pair")
     bench.record("reading", f"{pairs} pairs sdxl", "prepared cache", seconds, baseline="prepared cache")
 
 
 @pytest.mark.parametrize("implementation", ["imports alone", "to the first step's end"])
 def test_cold_start(bench: Any, tmp_path: Path, implementation: str) -> None:
-    """A new process: the embedded default with 32 pairs, from nothing to a step, a checkpoint and an export."""
+    """A new process: the embedded default with 32 pairs, from start to one step, a checkpoint and an export."""
     imports = "import torch, transformers; from diffusers import UNet2DConditionModel, AutoencoderKL"
     taken = []
     for attempt in range(2):

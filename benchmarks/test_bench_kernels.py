@@ -23,11 +23,11 @@ CASES = list(kernel_cases.cases(SDXL, most=4 if ON_GPU else 1))
 def test_kernel(
     bench: Any, device: torch.device, case: kernel_cases.Case, dtype: torch.dtype, mode: str, implementation: str
 ) -> None:
-    """On a CPU ``fused`` is the operation's own eager fallback: its time says what the call around it costs."""
+    """On a CPU ``fused`` runs the operation's eager fallback, so its time shows the overhead of the wrapper."""
     torch.manual_seed(0)
     prepared = kernel_cases.Prepared(case, dtype, device)
     if mode not in prepared.modes:
-        pytest.skip("no gradient here")
+        pytest.skip("this operation has no gradient")
     if implementation == "compiled" and not ON_GPU and mode != "forward":
         pytest.skip("on a CPU only the forward pass is compiled, to stay within minutes")
     run = {

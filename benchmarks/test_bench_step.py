@@ -37,7 +37,7 @@ def make(name: str, architecture: Architecture, device: torch.device) -> pairs.C
 
 @pytest.fixture(scope="module")
 def steps(device: torch.device) -> Any:
-    """Seconds of each phase of a few steps of a contender, after its inversion was checked; measured once."""
+    """Phase times of a few steps of a contender, measured once, after its inversion was checked."""
     known: dict[tuple[str, str], list[Mapping[str, float]]] = {}
     truth: dict[str, torch.Tensor] = {}
 
@@ -62,7 +62,7 @@ def steps(device: torch.device) -> Any:
 @pytest.mark.parametrize("name", CONTENDERS)
 @pytest.mark.parametrize("architecture", NETWORKS, ids=lambda a: a.name)
 def test_whole_step(bench: Any, steps: Any, architecture: Architecture, name: str) -> None:
-    """Seconds a pair, all phases together."""
+    """Seconds per pair, all phases together."""
     taken = [sum(step.values()) / PAIRS for step in steps(architecture, name)]
     bench.record(
         f"whole step {architecture.name}", "a pair", name, taken, baseline=pairs.REFERENCE, extra={"pairs": PAIRS},
@@ -74,7 +74,7 @@ def test_whole_step(bench: Any, steps: Any, architecture: Architecture, name: st
 @pytest.mark.parametrize("phase", ["inversion", "reference", "policy", "optimizer"])
 @pytest.mark.parametrize("architecture", NETWORKS, ids=lambda a: a.name)
 def test_phase(bench: Any, steps: Any, architecture: Architecture, phase: str, name: str) -> None:
-    """Seconds a pair of one phase; policy is its forward and backward pass."""
+    """Seconds per pair of one phase; the policy phase is its forward and backward pass."""
     taken = [step[phase] / PAIRS for step in steps(architecture, name)]
     bench.record(f"phase {architecture.name}", phase, name, taken, baseline=pairs.REFERENCE)
 
@@ -85,7 +85,7 @@ def test_phase(bench: Any, steps: Any, architecture: Architecture, phase: str, n
 @pytest.mark.parametrize("implementation", ["scheduler objects", "ours"])
 @pytest.mark.parametrize("count", [8, 64] if ON_GPU else [8])
 def test_inversion_arithmetic(bench: Any, device: torch.device, count: int, implementation: str) -> None:
-    """A whole window with a network that costs nothing: what is left is the ReNoise steps' own overhead."""
+    """An inversion with a network that costs nothing, which leaves the overhead of the ReNoise steps."""
     architecture = SDXL if ON_GPU else SDXL_TOY
     settings = ours.settings(architecture).inversion
     schedule = NoiseSchedule.from_config(SCHEDULER)
@@ -125,7 +125,7 @@ def _released(scheduler: InverseScheduler, latents: torch.Tensor, time: int, dev
 
 
 class _Lion:
-    """The first step of Lion (Chen et al., NeurIPS 2023): the sign of the gradient, and decoupled decay."""
+    """The first step of Lion (Chen et al., NeurIPS 2023): the sign of the gradient, with decoupled weight decay."""
 
     def __init__(self, weights: list[torch.nn.Parameter], run: Config) -> None:
         self._weights, self._rate, self._decay = weights, run.optim.lr, run.optim.weight_decay
@@ -143,10 +143,10 @@ OPTIMIZERS = get_args(Config.model_fields["optim"].annotation.model_fields["name
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_step(bench: Any, device: torch.device, name: str) -> None:
-    """Norm, clipping, update and the refresh of half-precision weights, over all parameters of SDXL's UNet.
+    """Norm, clipping, update and refresh of half-precision weights, over all parameters of SDXL's UNet.
 
-    The weights after a step must be those of plain AdamW or Adafactor in fp32; 8-bit states may differ by a tenth of
-    the update.
+    The weights after a step must match those of plain AdamW, Adafactor or Lion in fp32; with 8-bit states they may
+    differ by a tenth of the update.
     """
     architecture = SDXL if ON_GPU else SDXL_TOY
     run = ours.settings(architecture, {"optim": {"name": name}})
@@ -189,7 +189,7 @@ def test_optimizer_step(bench: Any, device: torch.device, name: str) -> None:
 
 
 def test_phases_are_positive(steps: Any) -> None:
-    """A phase that a trainer forgot to time would look infinitely fast."""
+    """A phase that a trainer does not time would appear infinitely fast."""
     for name in pairs.MAKERS:
-        told = steps(NETWORKS[0], name)
-        assert all(statistics.median(step[p] for step in told) > 0 for p in ("inversion", "reference", "policy"))
+        rounds = steps(NETWORKS[0], name)
+        assert all(statistics.median(step[p] for step in rounds) > 0 for p in ("inversion", "reference", "policy"))

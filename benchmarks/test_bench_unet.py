@@ -1,4 +1,4 @@
-"""The UNet's no-gradient call, which is three quarters of a pair's arithmetic: each rung of the ladder."""
+"""Each rung of the ladder: the UNet's no-gradient call, three quarters of a pair's arithmetic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCHES = (2, 16) if ON_GPU else (2,)
 
 @pytest.fixture(scope="module")
 def wanted(device: torch.device) -> Any:
-    """What the released script's call gives, by architecture and batch; its FLOPs beside it."""
+    """Output and FLOPs of the released script's call, by architecture and batch size."""
     from counting import flops, unet_call
 
     known: dict[tuple[str, int], tuple[torch.Tensor, int]] = {}
