@@ -1,12 +1,12 @@
-# Two commands do all the set-up themselves: `make quickstart` and `make test`.
+# `make quickstart` and `make test` create the virtual environment and install everything they need.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-# make slow MINUTES=30: tests that would start later are skipped, and counted
+# make slow MINUTES=30 skips the tests that would start after 30 minutes, and counts them
 MINUTES ?=
-# idle worker threads sleep instead of spinning: on few cores they only steal time
+# idle worker threads sleep instead of spinning, which on few cores takes time from the working ones
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: quickstart test slow lint clean
@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 quickstart: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed smpo_fast/train.py --ds_config configs/ds_zero2.json
 
-# One thread a process and a process a core; a file's tests stay together because they share what its fixtures make.
+# One thread per process and one process per core. The tests of a file stay in one process because they share fixtures.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 test: $(VENV)/.installed-dev
