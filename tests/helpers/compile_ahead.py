@@ -3,7 +3,7 @@
 The launchers are called with meta tensors, their launches are intercepted, and each kernel is compiled for the types
 and divisibilities of its arguments, as Triton would. Run it without TRITON_INTERPRET:
 
-    python tests/kernels/compile_ahead.py 80 90
+    python tests/helpers/compile_ahead.py 80 90
 """
 
 from __future__ import annotations
