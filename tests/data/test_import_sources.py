@@ -152,6 +152,17 @@ def test_a_bucket_is_read_like_a_folder(tmp_path: Path, make: Callable[[Path], P
         import_pairs("memory://bucket", tmp_path / "other", ImportOptions(paths=True))
 
 
+def test_a_changed_image_in_a_remote_folder_is_noticed(tmp_path: Path, bucket: Any) -> None:
+    (tmp_path / "in").mkdir()
+    jsonl_chosen(tmp_path / "in")
+    source = bucket(tmp_path / "in")
+    import_pairs(source, tmp_path / "out", ImportOptions())
+    import_pairs(source, tmp_path / "out", ImportOptions())
+    fsspec.filesystem("memory").pipe_file("/bucket/pics/w0.png", WINNERS[2])
+    with pytest.raises(UserError, match="it differs in source"):
+        import_pairs(source, tmp_path / "out", ImportOptions())
+
+
 def test_paths_in_a_bucket_stay_in_it(tmp_path: Path, bucket: Any) -> None:
     fsspec.filesystem("memory").pipe_file("/secret/w.png", WINNERS[0])
     write_images(tmp_path, w=WINNERS[0], l=LOSERS[0])

@@ -24,18 +24,21 @@ from helpers.import_sources import (
     BAD,
     LOSERS,
     WINNERS,
+    csv_pairs,
+    hpd_json,
     jsonl_chosen,
     manifest,
     pickapic,
     rejected_rows,
     stored_pairs,
     stored_table,
+    winners_and_losers,
     write_images,
     write_tar,
 )
 
 from smpo_fast import cli
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import DataError, UserError
 from smpo_fast.config.commands import ImportOptions
 from smpo_fast.data.ingest.importer import import_pairs
 from smpo_fast.data.pairs import reader, writer
@@ -61,6 +64,102 @@ def test_an_import_is_known_again_and_nothing_else_is_overwritten(tmp_path: Path
         import_pairs(source, tmp_path / "out", ImportOptions(check=True))
     with pytest.raises(UserError, match="exists already and is not an import"):
         import_pairs(source, tmp_path / "in", ImportOptions())
+
+
+def change_image(folder: Path) -> None:
+    (folder / "w" / "p0.png").write_bytes(LOSERS[2])
+
+
+def remove_image(folder: Path) -> None:
+    (folder / "l" / "p1.png").unlink()
+
+
+def change_prompt(folder: Path) -> None:
+    (folder / "p0.txt").write_text("q0\n")
+
+
+@pytest.mark.parametrize("change", [change_image, remove_image, change_prompt], ids=lambda f: f.__name__)
+def test_a_changed_folder_is_not_imported_already(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    (tmp_path / "in").mkdir()
+    source = winners_and_losers(tmp_path / "in")
+    import_pairs(str(source), tmp_path / "out", ImportOptions())
+    import_pairs(str(source), tmp_path / "out", ImportOptions())
+    folders = {folder: folder.stat() for folder in (source, source / "w", source / "l")}
+    change(source)
+    for folder, facts in folders.items():
+        os.utime(folder, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(DataError, match=r"out holds another table \(it differs in source\)"):
+        import_pairs(str(source), tmp_path / "out", ImportOptions())
+
+
+@pytest.mark.parametrize("make", [jsonl_chosen, csv_pairs, hpd_json], ids=lambda f: f.__name__)
+def test_an_image_behind_an_unchanged_manifest_is_noticed(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    (tmp_path / "in").mkdir()
+    source = make(tmp_path / "in")
+    import_pairs(str(source), tmp_path / "out", ImportOptions())
+    import_pairs(str(source), tmp_path / "out", ImportOptions())
+    image = tmp_path / "in" / "pics" / "w3.png"
+    image.write_bytes(image.read_bytes()[::-1])  # of the same size
+    with pytest.raises(DataError, match="it differs in source"):
+        import_pairs(str(source), tmp_path / "out", ImportOptions())
+
+
+def test_a_manifest_is_known_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = csv_pairs(tmp_path / "in")
+    import_pairs(str(source), tmp_path / "out", ImportOptions())
+    facts = source.stat()
+    source.write_text(source.read_text().replace("p0", "q0"))
+    os.utime(source, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(DataError, match="it differs in source"):
+        import_pairs(str(source), tmp_path / "out", ImportOptions())
+
+
+def test_an_interrupted_import_starts_again_when_an_image_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    source = str(jsonl_chosen(tmp_path / "in"))
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.TableWriter, "finish", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            import_pairs(source, tmp_path / "out", ImportOptions(), part_bytes=1)
+    (tmp_path / "in" / "pics" / "w0.png").write_bytes(WINNERS[2])
+    import_pairs(source, tmp_path / "out", ImportOptions())
+    assert stored_pairs(tmp_path / "out")[0] == ("p0", WINNERS[2], LOSERS[0])
+
+
+def forget_fingerprint(out: Path) -> None:
+    """Make an import look like one by a version that wrote none."""
+    summary = json.loads((out / "import.json").read_text())
+    del summary["source"]["fingerprint"]
+    (out / "import.json").write_text(json.dumps(summary))
+
+
+def test_an_import_by_an_earlier_version(tmp_path: Path) -> None:
+    for name in ("bytes", "paths"):
+        (tmp_path / name).mkdir()
+    by_bytes, by_path = pickapic(tmp_path / "bytes"), jsonl_chosen(tmp_path / "paths")
+    for source in (by_bytes, by_path):
+        import_pairs(str(source), tmp_path / f"{source.name}.out", ImportOptions())
+        forget_fingerprint(tmp_path / f"{source.name}.out")
+    import_pairs(str(by_bytes), tmp_path / "bytes.out", ImportOptions())
+    with pytest.raises(DataError, match="imported by an earlier version, .* the state of its 8 image files"):
+        import_pairs(str(by_path), tmp_path / "paths.out", ImportOptions())
+    with pytest.raises(DataError, match="differs in check"):
+        import_pairs(str(by_path), tmp_path / "paths.out", ImportOptions(check=True))
+    (by_bytes / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(DataError, match="differs in source"):
+        import_pairs(str(by_bytes), tmp_path / "bytes.out", ImportOptions())
+
+
+def test_a_summary_that_is_no_object_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = str(pickapic(tmp_path / "in"))
+    import_pairs(source, tmp_path / "out", ImportOptions())
+    (tmp_path / "out" / "import.json").write_text("[]")
+    with pytest.raises(DataError, match="import.json is damaged .*: remove"):
+        import_pairs(source, tmp_path / "out", ImportOptions())
 
 
 def test_two_imports_at_a_time_are_kept_apart(tmp_path: Path) -> None:

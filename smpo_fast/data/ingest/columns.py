@@ -48,7 +48,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "single": (("prompt", "image"), ORDER_ROLES),
 }
 _LISTS = ("images", *ORDER_ROLES)  # roles whose columns hold lists in a ranking
-_EXAMINED_RECORDS = 16
+EXAMINED_RECORDS = 16
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _examine(source: PairSource) -> tuple[dict[str, bool], str]:
     votes: dict[str, int] = {}
     problem = ""
     with contextlib.closing(source.records()) as records:
-        for record, _ in zip(records, range(_EXAMINED_RECORDS), strict=False):
+        for record, _ in zip(records, range(EXAMINED_RECORDS), strict=False):
             if isinstance(record.cells, UnreadableRecord):
                 problem = problem or record.cells.reason
                 continue

@@ -66,7 +66,8 @@ def generate(prompts: str, out: Path, model: Model, options: GenerateOptions, wo
             pass
     if not pairs_summary.exists(out):
         raise DataError(f"{out}: the process that was writing it ended before it was complete: start again")
-    summary = pairs_summary.read(out, identity)
+    summary = pairs_summary.read(out)
+    pairs_summary.check_identity(out, summary, identity)
     if world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     print0(f"{out}: {'generated already' if there else 'generated'}\n{pairs_summary.report(summary)}")

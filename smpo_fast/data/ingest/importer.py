@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.config.commands import ImportOptions
 from smpo_fast.data.ingest.candidates import Candidates, make_candidates
 from smpo_fast.data.ingest.columns import ColumnMapping, detect_columns
+from smpo_fast.data.ingest.fingerprint import fingerprint
 from smpo_fast.data.ingest.inspection import inspect_images
 from smpo_fast.data.ingest.locate import locate
 from smpo_fast.data.ingest.ranking import PAIRINGS
@@ -45,7 +46,7 @@ def import_pairs(given: str, out: Path, options: ImportOptions, *, part_bytes: i
     source, mapping, pairing = _understand(given, options)
     identity = _identity(source, mapping, pairing, options)
     if pairs_summary.exists(out):
-        summary = pairs_summary.read(out, identity)
+        summary = _read_finished(out, identity)
         print(f"{out}: imported already\n{pairs_summary.report(summary)}", flush=True)
         return summary
     print(f"{given}: {source.container}{f', split {source.split}' if source.split else ''}; {mapping}", flush=True)
@@ -116,7 +117,12 @@ def _identity(source: PairSource, mapping: ColumnMapping, pairing: str, options:
     """What decides the table's content: compared before an import is resumed, and kept in its summary."""
     return {
         "format_version": FORMAT,
-        "source": {"root": source.root, "split": source.split, "files": source.stamps()},
+        "source": {
+            "root": source.root,
+            "split": source.split,
+            "files": source.stamps(),
+            "fingerprint": fingerprint(source, mapping),
+        },
         "container": source.container,
         "format": mapping.format,
         "columns": mapping.columns,
@@ -125,6 +131,22 @@ def _identity(source: PairSource, mapping: ColumnMapping, pairing: str, options:
         "check": options.check,
         "strict": options.strict,
     }
+
+
+def _read_finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary of a finished import. Raises DataError if it is, or may be, another than that of ``identity``."""
+    summary, source = pairs_summary.read(out), dict(identity["source"])
+    if "fingerprint" in (summary.get("source") or {}):
+        pairs_summary.check_identity(out, summary, identity)
+        return summary
+    found = source.pop("fingerprint")  # an earlier version did not write one
+    pairs_summary.check_identity(out, summary, {**identity, "source": source})
+    if found["image_files"]:
+        raise DataError(
+            f"{out} was imported by an earlier version, which did not record the state of its {found['image_files']} "
+            f"image files, so changes to them cannot be noticed: remove {out} to import again, or use it as it is"
+        )
+    return summary
 
 
 def _records(source: PairSource, mapping: ColumnMapping, start: int = 0) -> Generator[Record, None, None]:

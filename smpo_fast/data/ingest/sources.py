@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,11 @@ class PairSource(SourceFolder):
         return [_stamp(self.fs, file) for file in (*self.files, *sides)]
 
 
+def remote_stamp(info: Mapping[str, Any]) -> str:
+    """Entity tag or time of a file, whichever its file system knows. info: what fsspec says of the file."""
+    return next((str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
+
+
 def _stamp(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
     info = fs.info(path)
-    stamp = next((str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
-    return {"name": posixpath.basename(path.rstrip("/")), "bytes": info.get("size") or 0, "stamp": stamp}
+    return {"name": posixpath.basename(path.rstrip("/")), "bytes": info.get("size") or 0, "stamp": remote_stamp(info)}

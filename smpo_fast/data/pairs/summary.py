@@ -39,21 +39,27 @@ def image_folder(folder: Path) -> str | None:
         return None
 
 
-def read(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary of a finished table. Raises DataError where it is damaged or says another ``identity``.
+def read(out: Path) -> dict[str, Any]:
+    """The summary of a finished table. Raises DataError where it is damaged."""
+    try:
+        summary = json.loads((out / SUMMARY_FILE).read_text())
+        if not isinstance(summary, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise DataError(f"{out / SUMMARY_FILE} is damaged ({error}): remove {out}") from error
+    return summary
+
+
+def check_identity(out: Path, summary: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise DataError where a finished table is not the one of ``identity``, naming what differs.
 
     identity: what decides the table's content, as its maker wrote it into the summary.
     """
-    try:
-        summary = json.loads((out / SUMMARY_FILE).read_text())
-    except ValueError as error:
-        raise DataError(f"{out / SUMMARY_FILE} is damaged ({error}): remove {out}") from error
     other = [key for key, value in identity.items() if summary.get(key) != value]
     if other:
         raise DataError(
             f"{out} holds another table (it differs in {', '.join(other)}): remove it, or choose another folder"
         )
-    return summary
 
 
 def report(summary: Mapping[str, Any]) -> str:
