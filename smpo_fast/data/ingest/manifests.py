@@ -86,6 +86,9 @@ def _json_array(stream: Any) -> Iterator[Cells | UnreadableRecord]:
                 raise ValueError("the element may go on in the next chunk")
             yield as_cells(value)
             at = end
+        except RecursionError:
+            yield UnreadableRecord("damaged: the rest of the JSON array cannot be read (it is nested too deeply)")
+            return
         except ValueError as error:
             chunk = chunks.read(_CHUNK) if more and len(text) - at < MAX_RECORD_BYTES else ""
             if not chunk:

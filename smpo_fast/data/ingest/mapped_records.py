@@ -36,7 +36,7 @@ class MappedRecord:
         value = self._cells.get(self._columns[role]) if role in self._columns else None
         if isinstance(value, UnreadableCell):
             name = "caption" if role == "prompt" else role
-            raise Unusable(f"{name} is {value.reason}" if value.reason.startswith("not") else f"{name} {value.reason}")
+            raise Unusable(f"{name} {value.reason}")
         return value
 
     def prompt(self) -> str:

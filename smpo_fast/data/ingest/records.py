@@ -28,7 +28,7 @@ class UnreadableRecord:
 
 @dataclass(frozen=True)
 class UnreadableCell:
-    """A cell that cannot be read, in a record that otherwise can."""
+    """A cell that cannot be read, in a record that otherwise can; ``reason`` follows the column's name."""
 
     reason: str
 
@@ -48,7 +48,9 @@ def parse_object(text: bytes) -> Cells | UnreadableRecord:
         return as_cells(json.loads(text.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         return UnreadableRecord(f"not UTF-8 text: {error.reason}")
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return UnreadableRecord("not JSON: it is nested too deeply")
+    except ValueError as error:
         return UnreadableRecord(f"not JSON: {error}")
 
 
@@ -64,9 +66,9 @@ def decode_text(content: bytes) -> str | UnreadableCell:
     try:
         return content.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
-        return UnreadableCell(f"not UTF-8 text: {error.reason}")
+        return UnreadableCell(f"is not UTF-8 text: {error.reason}")
 
 
 def reject_surrogates(text: str) -> str | UnreadableCell:
     """The text, unless it contains surrogates, which stand for bytes that were not UTF-8 (``surrogateescape``)."""
-    return UnreadableCell("not UTF-8 text: invalid bytes") if re.search("[\udc80-\udcff]", text) else text
+    return UnreadableCell("is not UTF-8 text: invalid bytes") if re.search("[\udc80-\udcff]", text) else text

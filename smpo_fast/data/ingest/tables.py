@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from smpo_fast.data.cells import BadCell, cell_value
 from smpo_fast.data.ingest.records import DAMAGE_ERRORS, Cells, UnreadableCell, UnreadableRecord
 from smpo_fast.data.ingest.source_folder import SourceFolder, open_for_arrow
 
@@ -76,6 +77,6 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[Cells]:
 
 def _cell(column: pa.Array, i: int) -> Any:
     try:
-        return column[i].as_py()
-    except UnicodeDecodeError as error:
-        return UnreadableCell(f"not UTF-8 text: {error.reason}")
+        return cell_value(column, i)
+    except BadCell as error:
+        return UnreadableCell(str(error))

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from smpo_fast import embedded
 from smpo_fast.common.errors import DataError
 from smpo_fast.config.schema import EMBEDDED
+from smpo_fast.data.cells import BadCell, cell_value
 from smpo_fast.data.images import BadImage, content_hash
 from smpo_fast.data.pairs import schema, summary
 from smpo_fast.data.pairs.pair import RawPair, Rejected
@@ -113,9 +114,9 @@ def _read_row(cells: Mapping[str, pa.Array], i: int, row: int, folder: Path | No
     def cell(name: str) -> Any:
         """The value in this row; None where it is null and where the table has no such column."""
         try:
-            return cells[name][i].as_py() if name in cells else None
-        except UnicodeDecodeError as error:
-            raise Unusable(f"{name} is not UTF-8 text: {error.reason}") from error
+            return cell_value(cells[name], i) if name in cells else None
+        except BadCell as error:
+            raise Unusable(f"{name} {error}") from error
 
     uid = f"row-{row}"
     try:
@@ -135,7 +136,7 @@ def _image(cell: Callable[[str], Any], side: str, folder: Path | None) -> bytes:
     value = cell(name)
     data = value.get("bytes") if isinstance(value, dict) else value
     path = value.get("path") if isinstance(value, dict) else None
-    if data is None and path:
+    if data is None and path and isinstance(path, str):
         if folder is None:
             raise Unusable(f"{name} holds no bytes: only the path '{path}'; smpo import stores the images")
         return _image_file(folder, path, name, cell(f"hash_{side}"))
