@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from smpo_fast.common.launcher import watch_launcher
 from smpo_fast.common.runtime import StopSignal, print0
 from smpo_fast.data.cache import location, prepare
 from smpo_fast.engine import checkpoint, collectives, create
@@ -30,19 +32,25 @@ from smpo_fast.training.policy import load_policy
 from smpo_fast.training.progress import CallHook
 from smpo_fast.training.reference import Reference
 from smpo_fast.training.run_folder import describe_run
+from smpo_fast.training.run_lock import run_lock
 from smpo_fast.training.run_log import RunLog
 from smpo_fast.training.step import Trainer
 from smpo_fast.training.trajectories import TrajectoryStore
 
 
 def train(job: Job) -> Path:
-    """Prepare, train, export and evaluate; returns the run folder. Collective over all ranks."""
-    prepare_cache(job)
-    state = train_policy(job)
-    collectives.shutdown()
-    gc.collect()  # evaluation needs the memory of the networks
-    if job.world.rank == 0:
-        finish(job, state)
+    """Prepare, train, export and evaluate; returns the run folder. Collective over all ranks.
+
+    Raises EnvironmentProblem, on rank 0, while another process trains in the run folder.
+    """
+    watch_launcher()
+    with run_lock(job.run_dir) if job.world.rank == 0 else nullcontext():
+        prepare_cache(job)
+        state = train_policy(job)
+        collectives.shutdown()
+        gc.collect()  # evaluation needs the memory of the networks
+        if job.world.rank == 0:
+            finish(job, state)
     return job.run_dir
 
 
