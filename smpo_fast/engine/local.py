@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from smpo_fast.engine.optimizers import make_optimizer, whole_parameters
 from smpo_fast.engine.protocol import (
     StepResult,
     describe_layout,
+    largest_absolute,
     nan_unless_finite,
     require_last_backward,
     set_learning_rate,
@@ -115,6 +117,9 @@ class LocalEngine:
     def _copy_masters_to_half(self) -> None:
         for parameter, master in self._half_and_master:
             parameter.copy_(master)
+
+    def largest_weight(self) -> float:
+        return float(largest_absolute(list(self._masters.values()), self._device))
 
     def save(self, folder: Path) -> None:
         write_state(folder, 0, self._slices, self._optimizer, self.unet)

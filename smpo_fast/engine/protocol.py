@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,9 @@ class Engine(Protocol):
         A loss or gradient that is not finite on any rank leaves weights and optimizer state unchanged on every rank.
         """
 
+    def largest_weight(self) -> float:
+        """The largest absolute value of the trained weights over all ranks; inf or nan where one is not finite."""
+
     def save(self, folder: Path) -> None:
         """Write this rank's slices of weights and optimizer state into ``folder``, which exists.
 
@@ -85,6 +89,12 @@ def describe_layout(engine: str, stage: int, world: World, precision: str, confi
         "master": config.optim.master,
         "optimizer": config.optim.name,
     }
+
+
+def largest_absolute(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The largest absolute value in tensors of any shape, a scalar; inf or nan where one is not finite."""
+    values = [t.detach().abs().amax().float().to(device) for t in tensors if t.numel()]
+    return torch.stack(values).amax() if values else torch.zeros((), device=device)
 
 
 def require_last_backward(done: bool) -> None:

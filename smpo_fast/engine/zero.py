@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import warnings
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from smpo_fast.engine.optimizers import LocalSlice, make_optimizer, whole_parame
 from smpo_fast.engine.protocol import (
     StepResult,
     describe_layout,
+    largest_absolute,
     nan_unless_finite,
     require_last_backward,
     set_learning_rate,
@@ -140,6 +142,14 @@ class DeepSpeedEngine:
         else:
             self._engine.zero_grad()
         return result
+
+    def largest_weight(self) -> float:
+        mine = largest_absolute([local.values() for local in self._slices], self._world.device)
+        if self._world.size == 1:
+            return float(mine)
+        found = [torch.empty_like(mine) for _ in range(self._world.size)]
+        torch.distributed.all_gather(found, mine)  # the maximum of a reduction may drop a nan
+        return float(torch.stack(found).amax())
 
     def save(self, folder: Path) -> None:
         mine = self._slices if self._stage > 0 or self._world.rank == 0 else []

@@ -1,4 +1,4 @@
-"""The training loop: steps, log rows, checkpoints, and the end of a run whose steps keep failing."""
+"""The training loop: steps, log rows, checkpoints, and the end of a run whose steps or weights are not finite."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from smpo_fast.common.programs import Failure
 from smpo_fast.common.runtime import Stopped, warn0
 from smpo_fast.engine import checkpoint
 from smpo_fast.engine.checkpoint import Progress
-from smpo_fast.engine.protocol import StepResult
+from smpo_fast.engine.protocol import Engine, StepResult
 from smpo_fast.training import metrics
 from smpo_fast.training.job import Job
 from smpo_fast.training.learning_rate import learning_rate
@@ -22,17 +23,23 @@ from smpo_fast.training.step import Trainer
 
 
 class TrainingFailed(Failure):
-    """The run cannot go on: too many steps had a non-finite loss or gradient."""
+    """The run cannot go on: too many steps had a non-finite loss or gradient, or the weights are out of range."""
+
+
+# beyond it half precision overflows; the weights of Stable Diffusion stay below 100
+LARGEST_WEIGHT = torch.finfo(torch.float16).max
 
 
 def run_steps(job: Job, trainer: Trainer, progress: Progress, log: RunLog, bar: tqdm) -> Progress:
     """Make the remaining steps of a run. Collective.
 
-    Raises Stopped, after saving, when a signal requested a stop, and TrainingFailed when too many steps were skipped.
+    Raises Stopped, after saving, when a signal requested a stop, and TrainingFailed when too many steps were skipped
+    or the weights are out of range: such weights are neither saved nor returned.
     """
     run, world = job.config.run, job.world
 
     def save() -> None:
+        check_weights(job, trainer.engine, progress)
         checkpoint.save(job.run_dir, trainer.engine, progress, world, job.facts, run.keep)
 
     saved = progress.step
@@ -63,6 +70,19 @@ def run_steps(job: Job, trainer: Trainer, progress: Progress, log: RunLog, bar: 
             save()
             saved = progress.step
     return progress
+
+
+def check_weights(job: Job, engine: Engine, progress: Progress) -> None:
+    """Raise TrainingFailed when a weight is not finite, or too large for half precision. Collective."""
+    largest = engine.largest_weight()
+    if largest <= LARGEST_WEIGHT:  # False for nan
+        return
+    kept = checkpoint.list_checkpoints(job.run_dir)
+    raise TrainingFailed(
+        f"after step {progress.step} the largest weight is {largest:g}: training has diverged, and nothing of it was "
+        f"saved. The learning rate is probably too high (optim.lr = {job.config.optim.lr:g}). "
+        + (f"The last good checkpoint is {kept[-1]}." if kept else "There is no earlier checkpoint.")
+    )
 
 
 def log_row(

@@ -27,7 +27,7 @@ from smpo_fast.training.facts import trajectory_facts
 from smpo_fast.training.finish import finish
 from smpo_fast.training.job import Job
 from smpo_fast.training.loader import Loader
-from smpo_fast.training.loop import run_steps
+from smpo_fast.training.loop import check_weights, run_steps
 from smpo_fast.training.policy import load_policy
 from smpo_fast.training.progress import CallHook
 from smpo_fast.training.reference import Reference
@@ -86,10 +86,11 @@ def train_policy(job: Job) -> dict[str, Tensor]:
             c, world, schedule, engine, as_denoiser(engine.unet), frozen, loader, store, CallHook(stop, bar)
         )
         try:
-            run_steps(job, trainer, progress, log, bar)
+            progress = run_steps(job, trainer, progress, log, bar)
         finally:
             log.close()
             stop.restore()
+    check_weights(job, engine, progress)  # those of a finished run, too, before they are exported
     return engine.full_state()
 
 

@@ -50,6 +50,9 @@ class FakeEngine:
     def step(self, lr: float) -> StepResult:
         raise NotImplementedError
 
+    def largest_weight(self) -> float:
+        raise NotImplementedError
+
     def save(self, folder: Path) -> None:
         (folder / "deeper").mkdir()
         (folder / "a.pt").write_text(self.content)

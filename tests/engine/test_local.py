@@ -106,6 +106,16 @@ def test_autocast_is_the_engines_own(precision: str, dtype: torch.dtype) -> None
     assert toy.distance_from_reference(trained, precision) == 0.0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e30])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_largest_weight(value: float, precision: str) -> None:
+    trained = toy.make(toy.settings(precision=precision))
+    assert trained.largest_weight() == max(w.abs().max() for w in trained.full_state().values())
+    with torch.no_grad():
+        trained._masters["3.bias"][1] = value  # type: ignore[attr-defined]
+    assert trained.largest_weight() == pytest.approx(abs(value), nan_ok=True)
+
+
 def test_step_needs_the_last_backward() -> None:
     trained = toy.make(toy.settings())
     with pytest.raises(RuntimeError, match="last=True"):

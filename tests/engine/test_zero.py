@@ -176,6 +176,22 @@ def test_the_loss_scale_is_saved_in_numbers() -> None:
     assert vars(fresh) == vars(scaler) and fresh.cur_scale == 2.0**15
 
 
+def largest_weights(rank: int, size: int, stage: int) -> list[float]:
+    """As it is, and with a weight of the last rank made NaN."""
+    trained = toy.make(toy.settings("adamw", "fp32"), rank, size, stage)
+    found = [trained.largest_weight(), max((w.abs().max().item() for w in trained.full_state().values()), default=0.0)]
+    if rank == size - 1:
+        trained._slices[-1].values().fill_(math.nan)  # type: ignore[attr-defined]
+    return [*found, trained.largest_weight()]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_every_rank_knows_the_largest_weight_of_all(stage: int) -> None:
+    (first, expected, broken), (second, _, broken_too) = run_ranks(largest_weights, 2, stage=stage)
+    assert first == second == expected
+    assert math.isnan(broken) and math.isnan(broken_too)
+
+
 # --- the network ----------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from smpo_fast.config import loading
 from smpo_fast.models import locate
+from smpo_fast.training import loop, step
 from smpo_fast.training.finish import totals
 from smpo_fast.training.learning_rate import learning_rate
 from smpo_fast.training.run_log import read_metrics
@@ -157,3 +158,21 @@ def test_learning_rate_by_hand() -> None:
     rates = [learning_rate(optim, step, 8) for step in range(9)]
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert learning_rate(optim.model_copy(update={"warmup_steps": 0, "schedule": "constant"}), 0, 8) == 1.0
+
+
+@pytest.mark.parametrize("lr", ["1e30", "1e6"])
+def test_diverged_weights_are_neither_saved_nor_exported(
+    lr: str, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path / "run", cache, "run.steps=1") == 0
+    good = tmp_path / "run" / "checkpoints" / "step-000001"
+    monkeypatch.setattr(loop, "learning_rate", lambda *_: float(lr))
+    monkeypatch.setattr(step, "learning_rate", lambda *_: float(lr))
+    words = ["run.save_every=1", "run.keep=1", "optim.clip=0"]
+    assert run(tmp_path / "other", cache, "run.steps=1", *words) == 3
+    assert "There is no earlier checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "export").exists()
+    assert run(tmp_path / "run", cache, "run.save_every=1", "run.keep=1") == 3
+    assert "training has diverged, and nothing of it was saved" in (error := capsys.readouterr().err)
+    assert f"The last good checkpoint is {good}" in error
+    assert [folder.name for folder in good.parent.iterdir()] == [good.name]
