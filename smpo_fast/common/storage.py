@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,11 @@ from smpo_fast.common.errors import EnvironmentProblem
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success it is synced and renamed to ``file``."""
-    draft = file.with_name(f"{file.name}.tmp")
+    """Yield a temporary path to write to; on success it is synced and renamed to ``file``.
+
+    Its name is unique, so that processes that write the same file do not write into each other's.
+    """
+    draft = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     yield draft
     sync(draft)
     os.replace(draft, file)

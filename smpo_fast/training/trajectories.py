@@ -9,6 +9,7 @@ that writes and the runs that read see the same numbers.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smpo_fast.common.errors import ConfigError
+from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.common.runtime import World
 from smpo_fast.common.storage import as_json, atomic_write, write_json
 from smpo_fast.training.examples import Examples
@@ -32,7 +33,8 @@ class TrajectoryStore:
     """The trajectories of runs with the same ``facts``. A pair's position is its index in the order of the whole run.
 
     A step's file of a rank contains, for each of its pairs, tau [M, 2, C, H, W] and errors [M, 2] by position; any
-    number of ranks can read what another number wrote. Raises ConfigError when the folder belongs to other facts.
+    number of ranks can read what another number wrote. Every tensor has a checksum, which is verified when it is read
+    (files of earlier versions have none). Raises ConfigError when the folder belongs to other facts.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], drawn_per_step: int, world: World) -> None:
@@ -50,11 +52,17 @@ class TrajectoryStore:
         return step in self._stored
 
     def tau(self, step: int, places: Sequence[int]) -> Tensor | None:
-        """The noise of this rank's pairs at ``places`` of a step, [M, B, 2, C, H, W] float32; None when not stored."""
+        """The noise of this rank's pairs at ``places`` of a step, [M, B, 2, C, H, W] float32; None when not stored.
+
+        Raises DataError for a file that is damaged.
+        """
         return self._read("tau", step, places)
 
     def errors(self, step: int, places: Sequence[int]) -> Tensor | None:
-        """The reference's errors of these pairs, [M, B, 2] float32; None when not stored."""
+        """The reference's errors of these pairs, [M, B, 2] float32; None when not stored.
+
+        Raises DataError for a file that is damaged.
+        """
         return self._read("errors", step, places)
 
     @staticmethod
@@ -70,8 +78,9 @@ class TrajectoryStore:
                 position = self._position(step, place)
                 values |= {f"{position}.tau": t.contiguous(), f"{position}.errors": e.contiguous()}
         file = self.folder / f"step-{step:06d}.{self.world.rank}-of-{self.world.size}.safetensors"
+        checksums = {name: f"{_checksum(value):08x}" for name, value in values.items()}
         with atomic_write(file) as draft:
-            save_file(values, draft)
+            save_file(values, draft, checksums)
 
     def reference_errors(self, step: int, examples: Sequence[Examples]) -> list[Tensor] | None:
         """The reference's errors [B, 2] of each set of examples of a step; None when the step is not stored."""
@@ -90,10 +99,12 @@ class TrajectoryStore:
     def _read(self, what: str, step: int, places: Sequence[int]) -> Tensor | None:
         if step not in self._stored:
             return None
+        paths = self._stored[step]
         with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(file, "pt")) for file in self._stored[step]]
+            files = [stack.enter_context(_open(path)) for path in paths]
             positions = [self._position(step, place) for place in places]
-            found = [files[p % self._drawn % len(files)].get_tensor(f"{p}.{what}") for p in positions]
+            owners = [p % self._drawn % len(files) for p in positions]
+            found = [_verified(files[i], paths[i], f"{p}.{what}") for i, p in zip(owners, positions, strict=True)]
         return torch.stack(found, dim=1).float().to(self.world.device)
 
     def _complete_steps(self) -> dict[int, list[Path]]:
@@ -124,6 +135,33 @@ class TrajectoryStore:
                     f"inversion.store: {self.folder} was made with {key} = {before.get(key)}, this run has "
                     f"{facts.get(key)}: set another folder, or restore these settings"
                 )
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _verified(file: Any, path: Path, name: str) -> Tensor:
+    """A tensor of a file, which is at ``path``."""
+    try:
+        tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+    checksum = (file.metadata() or {}).get(name)
+    if checksum is not None and int(checksum, 16) != _checksum(tensor):
+        raise _damaged(path, f"the checksum of {name} differs")
+    return tensor
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    return DataError(f"inversion.store: {path} is damaged: {reason}: remove it, and the next run computes it again")
 
 
 def _by_pairs(

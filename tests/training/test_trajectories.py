@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.common.runtime import World
 from smpo_fast.training.trajectories import TrajectoryStore
 
@@ -55,5 +57,26 @@ def test_a_step_counts_when_all_its_ranks_have_written(tmp_path: Path) -> None:
 
 def test_another_runs_folder_is_refused_with_what_differs(tmp_path: Path) -> None:
     of_rank(tmp_path, 0, 1)
-    with pytest.raises(UserError, match=r"seed = 3, this run has 4"):
+    with pytest.raises(ConfigError, match=r"seed = 3, this run has 4"):
         of_rank(tmp_path, 0, 1, {**FACTS, "seed": 4})
+
+
+def test_a_flipped_bit_is_noticed_and_older_files_without_checksums_are_read(tmp_path: Path) -> None:
+    write(tmp_path, 0, 1)
+    (file,) = tmp_path.glob("step-*")
+    stored = bytearray(file.read_bytes())
+    with safe_open(file, "pt") as saved:
+        values = {name: saved.get_tensor(name) for name in saved.keys()}
+    at = stored.rindex(values["11.tau"].numpy().tobytes())
+    stored[at] ^= 1
+    file.write_bytes(stored)
+    store = of_rank(tmp_path, 0, 1)
+    assert store.tau(0, [10]) is not None
+    with pytest.raises(DataError, match="step-000000.0-of-1.safetensors is damaged: the checksum of 11.tau differs"):
+        store.tau(0, [11])
+    file.write_bytes(stored[:-100])
+    with pytest.raises(DataError, match="is damaged"):
+        store.tau(0, [0])
+    save_file(values, file)
+    found = store.tau(0, [11])
+    assert found is not None and torch.equal(found[:, 0], store.round(tau_of(0, 11)))
