@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,7 +26,7 @@ from typing import Any
 
 from smpo_fast.common.errors import CheckpointError
 from smpo_fast.common.runtime import World, print0
-from smpo_fast.common.storage import as_json, publish_folder, sha256, sync
+from smpo_fast.common.storage import as_json, canonical_json, publish_folder, sha256, sync
 from smpo_fast.engine.collectives import gather, on_every_rank, on_rank_0
 from smpo_fast.engine.protocol import Engine
 
@@ -99,8 +100,8 @@ def restore_latest(run_dir: str | Path, engine: Engine, world: World, facts: Map
         reason = next(r for r in reasons if r)
         advice = on_rank_0(world, lambda: _advice([Path(f) for f in found], wanted))
         raise CheckpointError(f"checkpoint {newest}: {reason}. {advice}")
-    engine.load(newest / "engine")
     manifest = _read_manifest(newest)
+    engine.load([newest / name for name in sorted(manifest["files"])])
     if world.rank == 0 and manifest["layout"] != engine.layout:
         there, here = _layout_text(manifest["layout"]), _layout_text(engine.layout)
         print0(f"{newest} was written by {there}; this run has {here}: sums may be rounded differently from here on")
@@ -119,7 +120,7 @@ def _prepare(root: Path, building: Path) -> None:
 
 def _publish(root: Path, building: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
     path = building / "manifest.json"
-    path.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    path.write_text(json.dumps(manifest | {"sha256": _manifest_hash(manifest)}, indent=1, sort_keys=True))
     sync(path)
     if final.exists():  # it is incomplete
         _remove(final)
@@ -171,7 +172,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise CheckpointError(f"written by another version of the program: format {found}, this one reads {FORMAT}")
+    recorded = manifest.pop("sha256", None)  # absent from manifests of earlier versions
+    if recorded is not None and recorded != _manifest_hash(manifest):
+        raise CheckpointError("damaged: manifest.json has changed (sha256 differs)")
     return manifest
+
+
+def _manifest_hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
 
 
 def _complete(folder: Path) -> bool:

@@ -124,8 +124,8 @@ class LocalEngine:
     def save(self, folder: Path) -> None:
         write_state(folder, 0, self._slices, self._optimizer, self.unet)
 
-    def load(self, folder: Path) -> None:
-        read_state(folder, self._slices, self._optimizer, self.unet)
+    def load(self, files: Sequence[Path]) -> None:
+        read_state(files, self._slices, self._optimizer, self.unet)
         self._copy_masters_to_half()
 
     def full_state(self) -> dict[str, Tensor]:

@@ -55,8 +55,8 @@ class Engine(Protocol):
         Gradients of an unfinished step are not saved. Not collective: an error is raised on this rank alone.
         """
 
-    def load(self, folder: Path) -> None:
-        """Read what all ranks of a run wrote with ``save``, whatever their number, engine or ZeRO stage.
+    def load(self, files: Sequence[Path]) -> None:
+        """Read the files that all ranks of a run wrote with ``save``, whatever their number, engine or ZeRO stage.
 
         Call it before the first backward pass. An error on one rank is raised on all.
         """

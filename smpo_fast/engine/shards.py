@@ -11,6 +11,7 @@ per element, or one per block of elements counted from the start of the paramete
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,12 +62,14 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Reads what the writers of all ranks left in a folder. Only what is requested is brought into memory."""
+    """Reads the files of the writers of all ranks. Only what is requested is brought into memory.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    files: others than those of writers are ignored.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
         self._stored: dict[tuple[str, str], list[tuple[ParameterSlice, str, Any]]] = defaultdict(list)
-        for path in sorted(folder.glob("rank*.safetensors")):
+        for path in sorted(path for path in files if path.match("rank*.safetensors")):
             file = safe_open(path, "pt")
             for key in file.keys():
                 location, _, name = key.partition("/")
@@ -107,7 +110,7 @@ class ShardReader:
             reached = max(reached, high)
         if out is None or missing:
             raise CheckpointError(
-                f"{self._folder}: '{kind}' of {param_slice.name}, elements {param_slice.offset} to "
+                f"'{kind}' of {param_slice.name}, elements {param_slice.offset} to "
                 f"{param_slice.end - 1}, is missing: the checkpoint belongs to another network or optimizer"
             )
         return out

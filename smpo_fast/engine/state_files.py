@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,12 +28,14 @@ def write_state(
 
 
 @torch.no_grad()
-def read_state(folder: Path, slices: Iterable[LocalSlice], optimizer: SlicedOptimizer, module: nn.Module) -> None:
-    """Read into this rank's slices, their optimizer states and all buffers what any layout wrote.
+def read_state(
+    files: Sequence[Path], slices: Iterable[LocalSlice], optimizer: SlicedOptimizer, module: nn.Module
+) -> None:
+    """Read into this rank's slices, their optimizer states and all buffers what any layout wrote into these files.
 
     Raises CheckpointError where something is missing.
     """
-    saved = ShardReader(folder)
+    saved = ShardReader(files)
     for local in slices:
         weights = local.values()
         weights.copy_(saved.elements(local.param_slice, "weight").view(weights.shape))

@@ -157,14 +157,15 @@ class DeepSpeedEngine:
         if self.dtype is torch.float16 and self._world.rank == 0:
             (folder / _LOSS_SCALE_FILE).write_text(json.dumps(loss_scaler_state(self._engine.optimizer.loss_scaler)))
 
-    def load(self, folder: Path) -> None:
-        on_every_rank(self._world, partial(self._read, folder))
+    def load(self, files: Sequence[Path]) -> None:
+        on_every_rank(self._world, partial(self._read, files))
         self._copy_masters_to_computing_weights()
 
-    def _read(self, folder: Path) -> None:
-        read_state(folder, self._slices, self._optimizer, self._module)
+    def _read(self, files: Sequence[Path]) -> None:
+        read_state(files, self._slices, self._optimizer, self._module)
         if self.dtype is torch.float16:
-            vars(self._engine.optimizer.loss_scaler).update(json.loads((folder / _LOSS_SCALE_FILE).read_text()))
+            scale = next(file for file in files if file.name == _LOSS_SCALE_FILE)
+            vars(self._engine.optimizer.loss_scaler).update(json.loads(scale.read_text()))
 
     @torch.no_grad()
     def _copy_masters_to_computing_weights(self) -> None:

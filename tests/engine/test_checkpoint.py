@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ class FakeEngine:
         (folder / "a.pt").write_text(self.content)
         (folder / "deeper" / "b.pt").write_text(self.content * 2)
 
-    def load(self, folder: Path) -> None:
-        self.loaded = (folder / "deeper" / "b.pt").read_text()
+    def load(self, files: Sequence[Path]) -> None:
+        self.loaded = "".join(file.read_text() for file in files if file.name != "a.pt")
 
     def full_state(self) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -149,8 +149,24 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "torn manifest": (lambda f: (f / "manifest.json").write_text('{"format"'), "manifest.json cannot be read"),
     "odd manifest": (lambda f: (f / "manifest.json").write_text("[]"), "format None"),
     "no files": (lambda f: edit_manifest(f, files=None), "damaged"),
+    "edited manifest": (lambda f: edit_manifest(f, progress={"step": 5}), "manifest.json has changed"),
     "format": (lambda f: edit_manifest(f, format=99), "format 99, this one reads 2"),
 }
+
+
+def test_a_manifest_of_an_earlier_version_has_no_hash(tmp_path: Path) -> None:
+    path = save(tmp_path, 1) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert len(manifest.pop("sha256")) == 64
+    path.write_text(json.dumps(manifest))
+    assert restore(tmp_path) == Progress(1, 10, 1.5, 1)
+
+
+def test_files_that_the_manifest_does_not_list_are_not_loaded(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "engine" / "deeper" / "c.pt").write_text("a stranger's")
+    fake = FakeEngine()
+    assert restore(tmp_path, fake) == Progress(1, 10, 1.5, 1)
+    assert fake.loaded == "weightsweights"
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -302,7 +318,7 @@ def refusals(rank: int, size: int, folder: Path) -> list[str]:
 
     for module, name, broken, action in (
         (shards, "save_file", full, lambda: checkpoint.save(folder, trained, Progress(9), world, FACTS, 2)),
-        (ShardReader, "elements", full, lambda: trained.load(folder / "checkpoints" / "step-000002" / "engine")),
+        (ShardReader, "elements", full, lambda: trained.load(list(folder.rglob("*.safetensors")))),
     ):
         if rank == 1:
             setattr(module, name, broken)
