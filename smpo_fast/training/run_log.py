@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smpo_fast.common.runtime import World
+from smpo_fast.common.runtime import World, warn0
+from smpo_fast.common.storage import atomic_write
 from smpo_fast.config.schema import Config
 
 
@@ -21,7 +22,7 @@ class RunLog:
     """The logs of rank 0 in the run folder; the other ranks write nothing.
 
     Rows after ``first_step``, left by a run that went further than its last checkpoint, are dropped: those steps will
-    be logged again.
+    be logged again. So is a last line that a crash cut short. Other lines that are not rows are kept, with a warning.
     """
 
     def __init__(self, run_dir: Path, config: Config, first_step: int, world: World) -> None:
@@ -30,8 +31,14 @@ class RunLog:
         if not self.active:
             return
         self.file = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        lines = [(line, _row(line)) for line in _lines(self.file) if line.endswith("\n")]
+        if unreadable := sum(row is None for _, row in lines):
+            warn0(
+                f"{self.file}: {unreadable} of {len(lines)} lines are not rows of this log; they are kept, and ignored"
+            )
+        kept = "".join(line for line, row in lines if row is None or row["step"] <= first_step)
+        with atomic_write(self.file) as draft:
+            draft.write_text(kept, errors="surrogateescape")
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -59,15 +66,25 @@ class RunLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
-    file = run_dir / "metrics.jsonl"
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """The rows of a run's metrics.jsonl, oldest first, without lines that are damaged."""
+    rows = (_row(line) for line in _lines(run_dir / "metrics.jsonl"))
+    return [row for row in rows if row is not None]
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    with file.open(errors="surrogateescape", newline="\n") as stream:
+        return list(stream)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The row of a line; None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _tracker(module: str, project: str, run_dir: Path, config: Config) -> _Sink:

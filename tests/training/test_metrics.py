@@ -77,6 +77,19 @@ def test_log_drops_what_a_restart_repeats_and_a_torn_line(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["nonfinite_pairs"] == [1]
 
 
+def test_a_damaged_line_hides_no_other_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, file = loading.from_dict({"log": {"tensorboard": False}}), tmp_path / "metrics.jsonl"
+    damaged = ['{"step": 2, "train_', '["no row"]', '{"loss": 1.0}', "\udcff"]
+    rows = [json.dumps({"step": step, "train_loss": step / 2}) for step in (1, 3, 4)]
+    text = "\n".join([rows[0], *damaged, *rows[1:], '{"step": 5, "tr'])
+    file.write_text(text, errors="surrogateescape")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+    RunLog(tmp_path, settings, 3, World()).write(4, {"train_loss": 9.0})
+    assert "4 of 7 lines are not rows of this log; they are kept" in capsys.readouterr().err
+    assert [(row["step"], row["train_loss"]) for row in read_metrics(tmp_path)] == [(1, 0.5), (3, 1.5), (4, 9.0)]
+    assert set(damaged) <= set(file.read_text(errors="surrogateescape").splitlines())
+
+
 def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
