@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import time
 from dataclasses import dataclass
@@ -75,27 +76,34 @@ def warn0(*words: object) -> None:
         print("warning:", *(printable(word, lines=True) for word in words), file=sys.stderr, flush=True)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Stopped(Exception):
     """A signal requested a stop and all ranks have agreed to it; the message is the signal's name."""
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request that all ranks notice at the same network call.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a request that all ranks notice at the same network call.
 
     The ranks agree by a collective of one integer on the host, which never waits for the device. A launcher answers
     Ctrl-C by sending SIGTERM to its ranks, so further SIGTERMs are ignored; a second Ctrl-C, more than
-    FORCE_STOP_SECONDS after the first, ends the process at once.
+    FORCE_STOP_SECONDS after the first, ends the process at once. SIGHUP comes when the terminal has gone: what is
+    printed from then on is discarded. Where SIGHUP is ignored (nohup), it stays ignored.
     """
 
     def __init__(self, world: World) -> None:
         self.wanted = 0
         self._since = 0.0
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = (s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN)
+        self._before = {s: signal.signal(s, self._on_signal) for s in signals}
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.wanted and number == signal.SIGINT and time.monotonic() - self._since > FORCE_STOP_SECONDS:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if not self.wanted:
             self.wanted, self._since = number, time.monotonic()
 
@@ -107,9 +115,23 @@ class StopSignal:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
             wanted = int(flag)
         if wanted:
+            self.wanted = wanted
             raise Stopped(signal.Signals(wanted).name)
 
     def restore(self) -> None:
-        """Reinstall the previous signal handlers."""
+        """Reinstall the previous signal handlers.
+
+        After a stop SIGTERM and SIGHUP are ignored: the process is about to end by itself, with its own status.
+        """
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            ignored = self.wanted and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+
+def _leave_terminal() -> None:
+    """Discard what is printed to a terminal, which has gone: writing to it would fail."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # isatty is false for a terminal that has gone
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)

@@ -10,7 +10,13 @@ import pytest
 from helpers.small_run import assert_same_run, finish, launch, run, wait_for_step
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=SLOW), pytest.param(signal.SIGHUP, marks=SLOW)],
+)
 def test_stopped_or_killed_and_started_again(kind: signal.Signals, cache: str, plain: Path, tmp_path: Path) -> None:
     process = launch(tmp_path / "run", cache, ds=None)
     wait_for_step(tmp_path / "run", 3, process)
@@ -32,3 +38,13 @@ def test_two_ranks_stopped_by_ctrl_c_go_on_exactly(cache: str, plain: Path, tmp_
     assert "stopped by SIGINT; the state is saved" in out and list((tmp_path / "run" / "checkpoints").iterdir())
     finish(launch(tmp_path / "run", cache, ranks=2))
     assert_same_run(plain, tmp_path / "run", tolerance=2e-4)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_stops_the_run_and_saves(cache: str, plain: Path, tmp_path: Path) -> None:
+    """The program ``deepspeed`` ends at once, without a word to its ranks."""
+    process = launch(tmp_path / "run", cache, ranks=2)
+    wait_for_step(tmp_path / "run", 1, process)
+    process.terminate()
+    out, _ = process.communicate(timeout=120)
+    assert "stopped by SIGTERM; the state is saved" in out and list((tmp_path / "run" / "checkpoints").iterdir())
