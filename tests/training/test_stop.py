@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from helpers.small_run import assert_same_run, finish, launch, run, wait_for_step
 
-
 SLOW = pytest.mark.slow
 
 
