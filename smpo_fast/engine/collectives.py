@@ -1,15 +1,18 @@
-"""The process group, and collectives in which the error of one rank is raised on all."""
+"""Joining and leaving the process group, and collectives in which the error of one rank is raised on all."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 
+from smpo_fast.common.errors import EnvironmentProblem
 from smpo_fast.common.runtime import World
 
+RENDEZVOUS_TIMEOUT = timedelta(minutes=1)  # for all ranks to start; those that come give up after it
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # ranks give up when one of them has been silent for this long
 _T = TypeVar("_T")
 
@@ -49,6 +52,31 @@ def on_rank_0(world: World, action: Callable[[], _T]) -> _T:
     value = error_as_value(action) if world.rank == 0 else None
     first: Any = gather(world, value)[0]
     return raise_first_error([first])[0]
+
+
+def join(world: World) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, unless it exists. Collective.
+
+    One process alone listens on no network interface. Raises EnvironmentProblem when not all ranks come in time.
+    """
+    if torch.distributed.is_initialized():
+        return
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if world.size == 1:
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+        alone = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        return
+    try:
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    except torch.distributed.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise EnvironmentProblem(
+            f"the {world.size} ranks did not meet at {where} within {RENDEZVOUS_TIMEOUT.total_seconds():.0f} s: a rank "
+            f"has failed (see its message), or the address cannot be reached ({str(error).splitlines()[0]})"
+        ) from error
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
 
 
 def shutdown() -> None:

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Sequence
 from functools import cache, partial
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 from smpo_fast.common.runtime import COMPUTE_DTYPES, World
 from smpo_fast.config.schema import Config
-from smpo_fast.engine.collectives import COLLECTIVE_TIMEOUT, on_every_rank, shutdown
+from smpo_fast.engine import collectives
+from smpo_fast.engine.collectives import on_every_rank, shutdown
 from smpo_fast.engine.ds_config import zero_stage
 from smpo_fast.engine.optimizers import LocalSlice, make_optimizer, whole_parameters
 from smpo_fast.engine.protocol import (
@@ -208,15 +208,14 @@ def loss_scaler_state(loss_scaler: Any) -> dict[str, Any]:
 
 @cache
 def import_deepspeed(world: World) -> Any:
-    """DeepSpeed, with the process group that it needs; it works without a launcher too."""
+    """DeepSpeed, with the process group that it needs; it works without a launcher too.
+
+    Collective. Raises EnvironmentProblem when not all ranks come.
+    """
     # DeepSpeed chooses its device when it is imported; run.device = "cpu" must reach it on a machine with a GPU.
     os.environ["DS_ACCELERATOR"] = world.device.type
-    if "MASTER_PORT" not in os.environ and world.size == 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in alone.items():  # DeepSpeed insists on them; one process opens no such port
         os.environ.setdefault(name, value)
     import deepspeed
 
@@ -225,7 +224,7 @@ def import_deepspeed(world: World) -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On the CPU it would compile an inference operator that training never calls: it takes a minute and a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if world.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    collectives.join(world)
+    deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", verbose=False)
     atexit.register(shutdown)  # gloo's threads abort a process that ends without it
     return deepspeed

@@ -18,6 +18,7 @@ from smpo_fast.common.runtime import StopSignal, print0
 from smpo_fast.data.cache import location, prepare
 from smpo_fast.engine import checkpoint, collectives, create
 from smpo_fast.engine.checkpoint import Progress
+from smpo_fast.engine.zero import import_deepspeed
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.encoders import Encoders
 from smpo_fast.models.inference import compilation
@@ -46,6 +47,8 @@ def train(job: Job) -> Path:
     watch_launcher()
     with run_lock(job.run_dir) if job.world.rank == 0 else nullcontext():
         prepare_cache(job)
+        if job.ds_settings is not None:
+            import_deepspeed(job.world)  # ranks meet before they load networks, which may take one of them longer
         state = train_policy(job)
         collectives.shutdown()
         gc.collect()  # evaluation needs the memory of the networks
