@@ -83,10 +83,17 @@ def save(
     return final
 
 
-def restore_latest(run_dir: str | Path, engine: Engine, world: World, facts: Mapping[str, Any]) -> Progress | None:
+def restore_latest(
+    run_dir: str | Path,
+    engine: Engine,
+    world: World,
+    facts: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> Progress | None:
     """Load the newest checkpoint into a fresh ``engine`` and return its progress; None where no checkpoint exists.
 
     Collective. The number of ranks and the ZeRO stage may differ; with the same ones the run continues bit for bit.
+    defaults: values of those facts that a checkpoint of an earlier version lacks.
     Raises CheckpointError, on every rank, for a checkpoint that is damaged, or was made with other ``facts``, in
     another precision, or with another optimizer; the message names the newest usable one and how to resume from it.
     """
@@ -94,7 +101,7 @@ def restore_latest(run_dir: str | Path, engine: Engine, world: World, facts: Map
     if not found:
         return None
     newest = Path(found[-1])
-    wanted = {"facts": as_json(dict(facts)), "layout": engine.layout}
+    wanted = {"facts": as_json(dict(facts)), "defaults": as_json(dict(defaults or {})), "layout": engine.layout}
     reasons = gather(world, _problem(newest, wanted, world))
     if any(reasons):
         reason = next(r for r in reasons if r)
@@ -197,7 +204,7 @@ def _problem(folder: Path, wanted: Mapping[str, Any], world: World) -> str | Non
         manifest = _read_manifest(folder)
         return (
             _layout_problem(manifest["layout"], wanted["layout"])
-            or _facts_problem(manifest["facts"], wanted["facts"])
+            or _facts_problem(manifest["facts"], wanted["facts"], wanted["defaults"])
             or _damage(folder, manifest["files"], world)
         )
     except CheckpointError as error:
@@ -222,12 +229,21 @@ def _layout_text(layout: Mapping[str, Any]) -> str:
     return f"{ranks}{zero}, precision {layout['precision']}{masters}, optimizer {layout['optimizer']}"
 
 
-def _facts_problem(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    there, here = dict(_flat(found)), dict(_flat(wanted))
-    different = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+def different_facts(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Dotted key, value found and value wanted of the facts that differ; a fact not found has its default."""
+    recorded, here = dict(_flat(found)), dict(_flat(wanted))
+    there = dict(_flat(defaults)) | recorded
+    keys = sorted(recorded.keys() | here.keys())
+    return [(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
+
+
+def _facts_problem(found: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
+    different = different_facts(found, wanted, defaults)
     if not different:
         return None
-    values = "; ".join(f"{key} was {there.get(key)!r} and is {here.get(key)!r} now" for key in different)
+    values = "; ".join(f"{key} was {there!r} and is {here!r} now" for key, there, here in different)
     return f"made with other settings: {values}: restore these settings, or set another run.dir"
 
 

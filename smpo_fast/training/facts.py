@@ -1,4 +1,7 @@
-"""What must be the same for a run to resume from a checkpoint, or to use stored trajectories."""
+"""What must be the same for a run to resume from a checkpoint, or to use stored trajectories.
+
+Earlier versions recorded fewer facts. One that they did not record is taken to have had its ``fact_defaults`` value.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,47 @@ from collections.abc import Mapping
 from typing import Any
 
 from smpo_fast.config.schema import Config
+from smpo_fast.data.cache.format import CacheInfo
+
+SECTIONS = ("objective", "inversion", "labels", "optim", "lora")
 
 
 def checkpoint_facts(
-    config: Config, precision: str, model: Mapping[str, Any] | str, cache_identity: Mapping[str, Any]
+    config: Config, precision: str, model: Mapping[str, Any] | str, cache: CacheInfo
 ) -> dict[str, Any]:
     """The facts that a checkpoint must agree on with the run that resumes from it.
 
-    model: the identity of the policy's initial weights; cache_identity: of the prepared cache.
+    model: the identity of the policy's initial weights; cache: the prepared cache.
     """
-    sections = {
-        name: getattr(config, name).model_dump() for name in ("objective", "inversion", "labels", "optim", "lora")
-    }
-    # where numbers are stored and what is written at the end do not change the numbers
-    del sections["inversion"]["store"], sections["lora"]["merge"], sections["optim"]["offload"]
+    pairs = {name: cache.identity[name] for name in ("source", "max_pairs", "encoders", "resolution", "buckets")}
+    pairs["scores"] = cache.identity.get("scores", "")
+    pairs["scorer"] = (
+        cache.identity.get("scorer", "") if cache.counts.get("unrewarded") else ""
+    )  # else it scored nothing
     return {
-        **sections,
+        **_sections({name: getattr(config, name) for name in SECTIONS}),
         "seed": config.run.seed,
         "pairs_per_step": config.batch.pairs_per_step,
         "model": model,
-        "pairs": {name: cache_identity[name] for name in ("source", "max_pairs", "encoders", "resolution", "buckets")},
+        "pairs": pairs,
         "precision": precision,
         "prompt_dropout": config.data.prompt_dropout,
         "flip": config.data.flip,
         "conditioning": config.data.conditioning,
     }
+
+
+def fact_defaults(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of facts that an earlier version did not record: a setting's default, and any scores of the pairs."""
+    pairs = {name: facts["pairs"][name] for name in ("scores", "scorer")}
+    return {**_sections({name: Config.model_fields[name].annotation() for name in SECTIONS}), "pairs": pairs}  # type: ignore[misc]
+
+
+def _sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    sections = {name: section.model_dump() for name, section in settings.items()}
+    # where numbers are stored and what is written at the end do not change the numbers
+    del sections["inversion"]["store"], sections["lora"]["merge"], sections["optim"]["offload"]
+    return sections
 
 
 def trajectory_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

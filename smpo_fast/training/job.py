@@ -59,8 +59,8 @@ class Job:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed from."""
-        cache_identity = cache_format.read_info(self.cache_dir).identity
-        return checkpoint_facts(self.config, self.precision, weights_identity(self.source.unet_folder), cache_identity)
+        cache = cache_format.read_info(self.cache_dir)
+        return checkpoint_facts(self.config, self.precision, weights_identity(self.source.unet_folder), cache)
 
 
 def _resolve_engine(

@@ -24,7 +24,7 @@ from smpo_fast.models.encoders import Encoders
 from smpo_fast.models.inference import compilation
 from smpo_fast.models.locate import schedule_of
 from smpo_fast.training import reference
-from smpo_fast.training.facts import trajectory_facts
+from smpo_fast.training.facts import fact_defaults, trajectory_facts
 from smpo_fast.training.finish import finish
 from smpo_fast.training.job import Job
 from smpo_fast.training.loader import Loader
@@ -71,7 +71,8 @@ def train_policy(job: Job) -> dict[str, Tensor]:
     print0(loader.labels.report)
     policy = load_policy(c, job.source, job.precision, world.device)
     engine = create.make_engine(policy, c, world, job.precision, job.ds_settings)
-    progress = checkpoint.restore_latest(job.run_dir, engine, world, job.facts) or Progress()
+    defaults = fact_defaults(job.facts)
+    progress = checkpoint.restore_latest(job.run_dir, engine, world, job.facts, defaults) or Progress()
     if world.rank == 0:
         describe_run(job)
     log = RunLog(job.run_dir, c, progress.step, world)
@@ -102,7 +103,8 @@ def open_store(job: Job) -> TrajectoryStore | None:
     c = job.config
     if not c.inversion.store:
         return None
-    return TrajectoryStore(Path(c.inversion.store), trajectory_facts(job.facts), c.drawn_per_step, job.world)
+    facts, defaults = trajectory_facts(job.facts), fact_defaults(job.facts)
+    return TrajectoryStore(Path(c.inversion.store), facts, c.drawn_per_step, job.world, defaults)
 
 
 def open_reference(

@@ -24,6 +24,7 @@ from torch import Tensor
 from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.common.runtime import World
 from smpo_fast.common.storage import as_json, atomic_write, write_json
+from smpo_fast.engine.checkpoint import different_facts
 from smpo_fast.training.examples import Examples
 
 _INFO = "trajectories.json"
@@ -37,9 +38,17 @@ class TrajectoryStore:
     (files of earlier versions have none). Raises ConfigError when the folder belongs to other facts.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], drawn_per_step: int, world: World) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        drawn_per_step: int,
+        world: World,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """facts: JSON values; defaults: of those that an earlier version did not record."""
         self.folder, self.world, self._drawn = folder, world, drawn_per_step
-        self._check_facts(as_json(facts))
+        self._check_facts(as_json(facts), as_json(defaults or {}))
         # Listed once: all ranks must agree on what is stored, while files appear one after another.
         self._stored = self._complete_steps()
 
@@ -121,20 +130,18 @@ class TrajectoryStore:
     def _position(self, step: int, place: int) -> int:
         return step * self._drawn + self.world.rank + self.world.size * place
 
-    def _check_facts(self, facts: dict[str, Any]) -> None:
+    def _check_facts(self, facts: dict[str, Any], defaults: dict[str, Any]) -> None:
         file = self.folder / _INFO
         if not file.exists() and self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(file, facts, indent=2)
         if not file.exists():
             return  # rank 0 is writing the same facts
-        before = json.loads(file.read_text())
-        for key in sorted(facts.keys() | before.keys()):
-            if facts.get(key) != before.get(key):
-                raise ConfigError(
-                    f"inversion.store: {self.folder} was made with {key} = {before.get(key)}, this run has "
-                    f"{facts.get(key)}: set another folder, or restore these settings"
-                )
+        for key, before, now in different_facts(json.loads(file.read_text()), facts, defaults):
+            raise ConfigError(
+                f"inversion.store: {self.folder} was made with {key} = {before}, this run has {now}: set another "
+                "folder, or restore these settings"
+            )
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -199,6 +199,17 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert "betas" not in str(caught.value)
 
 
+def test_a_fact_that_an_earlier_version_did_not_record_has_its_default(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    more = FACTS | {"optim": {**FACTS["optim"], "new": 1}, "pairs": {"scores": ""}}  # type: ignore[dict-item]
+    defaults = {"optim": {"new": 1, "lr": 1e-3}, "pairs": {"scores": ""}}
+    assert checkpoint.restore_latest(tmp_path, FakeEngine(), World(), more, defaults) is not None
+    with pytest.raises(CheckpointError, match="optim.new was 2 and is 1 now"):
+        checkpoint.restore_latest(tmp_path, FakeEngine(), World(), more, defaults | {"optim": {"new": 2}})
+    with pytest.raises(CheckpointError, match="pairs.scores was None and is '' now"):
+        checkpoint.restore_latest(tmp_path, FakeEngine(), World(), more, {"optim": {"new": 1}})
+
+
 @pytest.mark.parametrize(
     "layout, words",
     [
@@ -220,6 +231,23 @@ def test_another_number_of_ranks_is_reported(tmp_path: Path, capsys: pytest.Capt
     assert restore(tmp_path, FakeEngine(world_size=4, zero_stage=3)) == Progress(1, 10, 1.5, 1)
     printed = capsys.readouterr().out
     assert "written by 1 process with ZeRO stage 2" in printed and "4 processes with ZeRO stage 3" in printed
+
+
+def test_every_file_is_on_disk_before_the_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    really, publish = checkpoint.sync, checkpoint.publish_folder
+
+    def sync(path: Path) -> None:
+        synced.append(path.name)
+        really(path)
+
+    def publish_folder(building: Path, target: Path) -> None:
+        assert sorted(synced) == ["a.pt", "b.pt", "manifest.json"]
+        publish(building, target)
+
+    monkeypatch.setattr(checkpoint, "sync", sync)
+    monkeypatch.setattr(checkpoint, "publish_folder", publish_folder)
+    assert save(tmp_path, 1).is_dir()
 
 
 class Killed(BaseException):

@@ -1,0 +1,90 @@
+"""What must be the same for a run to continue: every fact counts, and those recorded later have defaults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.small_run import run
+
+from smpo_fast.common.storage import canonical_json
+from smpo_fast.config import loading
+from smpo_fast.engine.checkpoint import different_facts
+from smpo_fast.training.facts import checkpoint_facts, fact_defaults, trajectory_facts
+
+IDENTITY = {
+    "source": "pairs", "max_pairs": 0, "encoders": "e", "resolution": 32, "buckets": "off", "scores": "",
+    "scorer": "pickscore",
+}  # fmt: skip
+
+
+def facts_of(given: dict[str, Any] | None = None, *, unrewarded: int = 1, **identity: Any) -> dict[str, Any]:
+    cache: Any = SimpleNamespace(identity=IDENTITY | identity, counts={"unrewarded": unrewarded})
+    return checkpoint_facts(loading.from_dict(given or {}), "fp32", "model", cache)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"data": {"conditioning": "original"}}, "conditioning"),
+        ({"data": {"prompt_dropout": 0.5}}, "prompt_dropout"),
+        ({"data": {"flip": True}}, "flip"),
+        ({"run": {"seed": 1}}, "seed"),
+        ({"batch": {"pairs_per_step": 2}}, "pairs_per_step"),
+        ({"objective": {"beta": 1.0}}, "objective.beta"),
+        ({"inversion": {"steps": 7}}, "inversion.steps"),
+        ({"labels": {"gamma": 2.0}}, "labels.gamma"),
+        ({"optim": {"lr": 1e-3}}, "optim.lr"),
+        ({"lora": {"rank": 4}}, "lora.rank"),
+    ],
+)
+def test_every_setting_that_changes_the_numbers_is_a_fact(given: dict[str, Any], key: str) -> None:
+    assert key in [name for name, _, _ in different_facts(facts_of(), facts_of(given), {})]
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_every_property_of_the_pairs_is_a_fact(key: str) -> None:
+    changed = facts_of(**{key: "other"})
+    assert [name for name, _, _ in different_facts(facts_of(), changed, {})] == [f"pairs.{key}"]
+    assert f"pairs.{key}" in [
+        name for name, _, _ in different_facts(trajectory_facts(facts_of()), trajectory_facts(changed), {})
+    ]
+
+
+def test_a_scorer_that_scored_nothing_is_no_fact() -> None:
+    assert facts_of(unrewarded=0) == facts_of(unrewarded=0, scorer="other")
+
+
+def test_settings_that_change_no_number_are_no_facts() -> None:
+    given = {"run": {"steps": 7, "save_every": 3}, "inversion": {"store": "store"}, "batch": {"micro_pairs": 1}}
+    assert facts_of(given) == facts_of()
+
+
+@pytest.mark.parametrize("section", ["objective", "inversion", "labels", "optim", "lora"])
+def test_a_new_key_of_any_section_leaves_older_checkpoints_usable(section: str) -> None:
+    facts = facts_of()
+    for key in facts[section]:
+        older = facts | {section: {name: value for name, value in facts[section].items() if name != key}}
+        assert different_facts(older, facts, fact_defaults(facts)) == [], key
+
+
+def test_scores_that_were_not_recorded_are_accepted() -> None:
+    facts = facts_of(scores="table")
+    older = facts | {"pairs": {k: v for k, v in facts["pairs"].items() if k not in ("scores", "scorer")}}
+    assert different_facts(older, facts, fact_defaults(facts)) == []
+
+
+def test_a_checkpoint_without_the_facts_of_today_continues(cache: str, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", cache, "run.steps=1") == 0
+    file = tmp_path / "run" / "checkpoints" / "step-000001" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["sha256"], manifest["facts"]["pairs"]["scores"], manifest["facts"]["pairs"]["scorer"]
+    del manifest["facts"]["optim"]["accumulate"], manifest["facts"]["lora"]["use_dora"]
+    file.write_text(canonical_json(manifest))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    assert run(tmp_path / "run", cache, "run.steps=2") == 0
+    assert run(tmp_path / "other", cache, "run.steps=2", "data.conditioning=original") == 2
