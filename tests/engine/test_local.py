@@ -106,6 +106,24 @@ def test_autocast_is_the_engines_own(precision: str, dtype: torch.dtype) -> None
     assert toy.distance_from_reference(trained, precision) == 0.0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_clipping_leaves_small_gradients_alone(precision: str) -> None:
+    states = []
+    for clip in (0.0, 1e6):
+        settings = toy.settings("adafactor", precision, clip=clip)  # its update depends on the gradient's scale at eps
+        trained = toy.make(settings)
+        seen: list[float] = []
+        step = trained._optimizer.step  # type: ignore[attr-defined]
+        trained._optimizer.step = lambda *, scale, gradients, s=step, f=seen: (  # type: ignore[attr-defined]
+            f.append(float(scale)),
+            s(scale=scale, gradients=gradients),
+        )
+        toy.train(trained, settings, STEPS)
+        assert seen == [1.0] * len(STEPS)
+        states.append(trained.full_state())
+    assert toy.same(*states)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e30])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_largest_weight(value: float, precision: str) -> None:

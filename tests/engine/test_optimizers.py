@@ -123,6 +123,19 @@ def test_host_states_and_memory_order_change_nothing() -> None:
     assert not torch.equal(plain, weight) and other.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_every_parameter_is_rounded_with_random_numbers_of_its_own() -> None:
+    """Equal bf16 weights with equal gradients must not be rounded alike, or their errors would add up."""
+    g = torch.Generator().manual_seed(0)
+    start, gradient = (1 + torch.rand(4096, generator=g)).bfloat16(), torch.randn(4096, generator=g)
+    slices = [(ParameterSlice(name, 0, 4096), 4096) for name in ("a", "b", "a")]
+    weights = [start.clone() for _ in slices]
+    for weight, one in zip(weights, slices, strict=True):
+        AlignedAdamW8bit([weight], lr=1e-3, slices=[one], seed=3).step(gradients=[gradient])
+    a, b, again = weights
+    assert torch.equal(a, again) and not torch.equal(a, start)
+    assert 0.05 < (a != b).float().mean() < 0.95
+
+
 def test_the_aligned_optimizers_state_dict() -> None:
     def trained(steps: range, made: AlignedAdamW8bit, weight: Tensor) -> None:
         for step in steps:

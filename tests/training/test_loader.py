@@ -116,6 +116,16 @@ def test_prompt_dropout_takes_the_empty_prompt_at_its_rate() -> None:
     assert (loader().step_batch(0)[0].cond.prompt > 0).all()
 
 
+def test_prompt_dropout_drops_the_pooled_embedding_too() -> None:
+    dropping = loader(prompt_dropout=0.5)
+    for step in range(5):
+        cond = dropping.step_batch(step)[0].cond
+        assert cond.pooled is not None
+        dropped = cond.prompt[:, 0, 0] == 0
+        assert dropped.any() and not dropped.all()
+        assert torch.equal(cond.pooled[:, 0], cond.prompt[:, 0, 0])
+
+
 def test_vae_sample_has_the_posteriors_moments() -> None:
     noise = torch.cat([loader(std=2.0).step_batch(s)[0].latents - loader().step_batch(s)[0].latents for s in range(20)])
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 2.0) < 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.ranks import run_ranks
 
 from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
+from smpo_fast.engine import collectives
 from smpo_fast.training import metrics
 from smpo_fast.training.metrics import COLUMNS, Meter, StepTable, summarize
 from smpo_fast.training.run_log import RunLog, read_metrics
@@ -75,6 +78,24 @@ def test_log_drops_what_a_restart_repeats_and_a_torn_line(tmp_path: Path) -> Non
     rows = read_metrics(tmp_path)
     assert [(r["step"], r["train_loss"]) for r in rows] == [(1, 0.5), (2, 1.0), (3, 9.0)]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["nonfinite_pairs"] == [1]
+
+
+def flush_on_ranks(rank: int, size: int) -> tuple[list[int], list[int], list[float]]:
+    """Rank r has examples r, r + 2, r + 4, whose ids are 10 more; example 3 has no finite loss."""
+    collectives.join(World(rank, size))
+    meter = Meter(World(rank, size))
+    for example in range(rank, 6, size):
+        columns = {name: torch.zeros(1) for name in COLUMNS}
+        columns |= {"loss": torch.tensor([math.nan if example == 3 else 1.0]), "logit": torch.tensor([example / 2])}
+        meter.add([10 + example], [example], **columns)
+    found, _ = meter.flush()
+    return found.ids.tolist(), found.nonfinite_ids(), found.columns["logit"].tolist()
+
+
+def test_the_rows_of_all_ranks_are_in_the_order_of_the_step() -> None:
+    for ids, nonfinite, logits in run_ranks(flush_on_ranks, 2):
+        assert ids == [10, 11, 12, 13, 14, 15] and nonfinite == [13]
+        assert logits == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
 
 
 def test_a_damaged_line_hides_no_other_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.small_run import numbers, run, weights
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smpo_fast.common.runtime import Stopped
@@ -49,6 +50,16 @@ def test_a_store_spares_later_runs_the_inversion_and_the_reference(how: list[str
     swept = calls_of(tmp_path / "swept", *words, "objective.beta=500", "optim.lr=2e-4", "labels.gamma=4")
     assert swept["inversion or reference"] == 0 and numbers(tmp_path / "swept") != numbers(tmp_path / "first")
     assert run(tmp_path / "other", *words, "run.seed=1") == 2, "another run's trajectories are refused"
+
+
+def test_winner_and_loser_get_the_same_random_noise(cache: str, tmp_path: Path) -> None:
+    """As in Diffusion-DPO (arXiv 2311.12908)."""
+    words = [cache, "objective.name=dpo", "run.steps=1", f"inversion.store={tmp_path / 'store'}"]
+    assert run(tmp_path / "run", *words) == 0
+    (file,) = (tmp_path / "store").glob("step-*.safetensors")
+    noise = [value for name, value in load_file(file).items() if name.endswith(".tau")]
+    assert len(noise) == 6 and all(torch.equal(tau[:, 0], tau[:, 1]) for tau in noise)
+    assert not torch.equal(noise[0], noise[1])
 
 
 def test_a_store_changes_a_run_by_the_rounding_of_tau_alone(cache: str, tmp_path: Path) -> None:

@@ -61,6 +61,16 @@ def test_results_do_not_depend_on_batch_sizes(words: list[str], plain: Path, cac
     assert_same_run(plain, tmp_path / "run", tolerance=2e-4)
 
 
+def test_the_learning_rate_goes_on_with_the_run(cache: str, tmp_path: Path) -> None:
+    """Warm-up counts the steps of the run, not those since it was resumed."""
+    words = [cache, "optim.warmup_steps=4"]
+    assert run(tmp_path / "straight", *words) == 0
+    assert run(tmp_path / "run", *words, "run.steps=2") == 0
+    assert run(tmp_path / "run", *words) == 0
+    assert [row["lr"] for row in read_metrics(tmp_path / "run")] == pytest.approx([2.5e-5, 5e-5, 7.5e-5, 1e-4])
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
 def test_a_run_continued_from_a_checkpoint_is_bitwise_the_same(plain: Path, cache: str, tmp_path: Path) -> None:
     assert run(tmp_path / "run", cache, "run.steps=2") == 0
     assert run(tmp_path / "run", cache) == 0
