@@ -42,8 +42,9 @@ from smpo_fast.config import loading
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.engine import checkpoint, create
 from smpo_fast.engine.checkpoint import Progress
-from smpo_fast.training import loop, reference
 from smpo_fast.training.job import Job
+from smpo_fast.training.policy import load_policy
+from smpo_fast.training.run import open_store
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_run_goes_on_from_its_checkpoint(old: Path, expected: dict[str, Any]) 
 
 def test_the_adapters_in_a_checkpoint_are_what_was_trained(old: Path, expected: dict[str, Any]) -> None:
     job = Job(loading.load(old / "run/config.toml"), None)
-    policy = reference.load_policy(job.config, job.source, job.precision, job.world.device)
+    policy = load_policy(job.config, job.source, job.precision, job.world.device)
     trained = create.make_engine(policy, job.config, job.world, job.precision, None)
     progress = checkpoint.restore_latest("run", trained, job.world, job.facts)
     assert progress is not None and (progress.step, progress.pairs_seen, progress.skipped) == (2, 8, 0)
@@ -122,7 +123,7 @@ def test_a_cache_is_prepared_already(old: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_store_is_complete_and_gives_its_numbers(old: Path, expected: dict[str, Any]) -> None:
     """Asked for by the run's settings: the facts that it was made with are those of today."""
-    store = loop.open_store(Job(loading.load(old / "run/config.toml"), None))
+    store = open_store(Job(loading.load(old / "run/config.toml"), None))
     assert store is not None and store.complete(0, 4) and not store.complete(0, 5)
     assert store_facts(store, 4, 4) == expected["store"]
 

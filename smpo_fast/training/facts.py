@@ -23,9 +23,8 @@ def checkpoint_facts(
     """
     pairs = {name: cache.identity[name] for name in ("source", "max_pairs", "encoders", "resolution", "buckets")}
     pairs["scores"] = cache.identity.get("scores", "")
-    pairs["scorer"] = (
-        cache.identity.get("scorer", "") if cache.counts.get("unrewarded") else ""
-    )  # else it scored nothing
+    scored = cache.counts.get("unrewarded", 0) > 0
+    pairs["scorer"] = cache.identity.get("scorer", "") if scored else ""
     return {
         **_sections({name: getattr(config, name) for name in SECTIONS}),
         "seed": config.run.seed,
