@@ -274,7 +274,7 @@ class Optim(Section):
         description="what adamw8bit_aligned keeps in host memory, in one process without DeepSpeed; with DeepSpeed its "
         "file says so (configs/ds_zero3_offload.json)",
     )
-    lr: float = Field(1.024e-5, ge=0, description="learning rate as applied (never scaled behind your back)")
+    lr: float = Field(1.024e-5, ge=0, lt=1, description="learning rate as applied (never scaled behind your back)")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW and Lion")

@@ -126,7 +126,7 @@ def test_what_a_run_does_later_does_not_change_what_is_cached(tmp_path: Path) ->
         "batch.pairs_per_step=3",
         "data.prompt_dropout=0.5",
         "data.conditioning=original",
-        "optim.lr=1",
+        "optim.lr=0.5",
     ]
     words += ["labels.gamma=3", "inversion.steps=7", "objective.name=dpo", "data.cache=elsewhere", "data.flip=false"]
     other = loading.load(None, [f"data.pairs={table}", *words])

@@ -164,10 +164,10 @@ def test_totals_of_a_log() -> None:
 
 
 def test_learning_rate_by_hand() -> None:
-    optim = loading.from_dict({"optim": {"lr": 1.0, "warmup_steps": 4, "schedule": "linear"}}).optim
+    optim = loading.from_dict({"optim": {"lr": 0.5, "warmup_steps": 4, "schedule": "linear"}}).optim
     rates = [learning_rate(optim, step, 8) for step in range(9)]
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    assert learning_rate(optim.model_copy(update={"warmup_steps": 0, "schedule": "constant"}), 0, 8) == 1.0
+    assert [2 * rate for rate in rates] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert learning_rate(optim.model_copy(update={"warmup_steps": 0, "schedule": "constant"}), 0, 8) == 0.5
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e6"])
