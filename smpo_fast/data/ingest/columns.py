@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.data.ingest.records import UnreadableRecord
 from smpo_fast.data.ingest.sources import PairSource
@@ -86,12 +87,16 @@ def detect_columns(source: PairSource, name: str = "", given: Mapping[str, str] 
     listed = ", ".join(f"{column} (a list)" if is_list else column for column, is_list in lists.items())
     if fitting:
         raise DataError(
-            f"{source.given} can be read as {' and as '.join(str(fit) for fit in fitting)}: choose with --format"
+            printable(
+                f"{source.given} can be read as {' and as '.join(str(fit) for fit in fitting)}: choose with --format"
+            )
         )
     needed = "; ".join(f"{form}: {_needed(form)}" for form in ([name] if name else FORMATS))
     raise DataError(
-        f"{source.given} ({source.container}): cannot tell what its columns mean. Found: {listed}. Needed: {needed}. "
-        "Name them, for example --columns prompt=text,chosen=good,rejected=bad"
+        printable(
+            f"{source.given} ({source.container}): cannot tell what its columns mean. Found: {listed}. "
+            f"Needed: {needed}. Name them, for example --columns prompt=text,chosen=good,rejected=bad"
+        )
     )
 
 
@@ -116,18 +121,22 @@ def _examine(source: PairSource) -> tuple[dict[str, bool], str]:
                 vote = 0 if value is None else 1 if isinstance(unpack_list(value), list) else -1
                 votes[column] = votes.get(column, 0) + vote
     if not votes:
-        raise DataError(f"{source.given} ({source.container}) has no readable record: {problem or 'it is empty'}")
+        raise DataError(
+            printable(f"{source.given} ({source.container}) has no readable record: {problem or 'it is empty'}")
+        )
     return {column: vote > 0 for column, vote in votes.items()}, problem
 
 
 def _check_given(source: PairSource, given: Mapping[str, str], lists: Mapping[str, bool], problem: str) -> None:
     for role, column in given.items():
         if role not in ALIASES:
-            raise ConfigError(f"--columns {role}={column}: '{role}' is none of {', '.join(ALIASES)}")
+            raise ConfigError(printable(f"--columns {role}={column}: '{role}' is none of {', '.join(ALIASES)}"))
         if column not in lists:
             note = f" (and a record that is {problem})" if problem else ""
             raise ConfigError(
-                f"--columns {role}={column}: {source.given} has no such column; it has {', '.join(lists)}{note}"
+                printable(
+                    f"--columns {role}={column}: {source.given} has no such column; it has {', '.join(lists)}{note}"
+                )
             )
 
 
@@ -142,7 +151,9 @@ def _mapping(
         if role in needed and len(found) > 1:
             if all(other in given or _columns_named_like(other, form, given, lists) for other in needed):
                 raise DataError(
-                    f"{source.given}: {role} could be {' or '.join(found)}: say which, --columns {role}={found[0]}"
+                    printable(
+                        f"{source.given}: {role} could be {' or '.join(found)}: say which, --columns {role}={found[0]}"
+                    )
                 )
         if role in needed and not found:
             return None
@@ -153,8 +164,10 @@ def _mapping(
     unread = _unread_preference(lists, columns)
     if form == "pairs" and unread and not _has_preference(ColumnMapping(form, columns)):
         raise DataError(
-            f"{source.given}: the column '{unread}' may say which image is better, "
-            "but not how: --columns label_0=.. if 1 means the first image, label_1=.. if 1 means the second"
+            printable(
+                f"{source.given}: the column '{unread}' may say which image is better, "
+                "but not how: --columns label_0=.. if 1 means the first image, label_1=.. if 1 means the second"
+            )
         )
     return ColumnMapping(form, columns)
 

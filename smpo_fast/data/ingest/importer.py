@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.config.commands import ImportOptions
 from smpo_fast.data.ingest.candidates import Candidates, make_candidates
@@ -49,7 +50,8 @@ def import_pairs(given: str, out: Path, options: ImportOptions, *, part_bytes: i
         summary = _read_finished(out, identity)
         print(f"{out}: imported already\n{pairs_summary.report(summary)}", flush=True)
         return summary
-    print(f"{given}: {source.container}{f', split {source.split}' if source.split else ''}; {mapping}", flush=True)
+    split = f", split {source.split}" if source.split else ""
+    print(printable(f"{given}: {source.container}{split}; {mapping}"), flush=True)
     schema = table_schema(out, source.root if options.paths else "")
     with TableWriter(out, identity, schema, part_bytes) as table:
         if table.next_unit:
@@ -62,7 +64,7 @@ def import_pairs(given: str, out: Path, options: ImportOptions, *, part_bytes: i
         summary = {**identity, "given": given, "rejected": rejected, **table.finish()}
         if not summary["pairs"]:
             counts = pairs_summary.list_counts(rejected)
-            raise DataError(f"{given}: no usable pair; rejected: {counts}. {table.first_rejected}")
+            raise DataError(printable(f"{given}: no usable pair; rejected: {counts}. {table.first_rejected}"))
         table.publish(summary)
     print(pairs_summary.report(summary), flush=True)
     return summary
@@ -97,7 +99,7 @@ def dry_run(given: str, options: ImportOptions, rows: int = 5) -> str:
     total = "number of records unknown until they are read" if records is None else f"{records} records"
     counts = pairs_summary.list_counts(rejected)
     lines += ["first rows:", *shown, f"{total}; in the first {_DRY_RUN_RECORDS}: {made} pairs, rejected: {counts}"]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _understand(given: str, options: ImportOptions) -> tuple[PairSource, ColumnMapping, str]:
@@ -107,7 +109,9 @@ def _understand(given: str, options: ImportOptions) -> tuple[PairSource, ColumnM
     )
     if options.paths and (not source.local or source.boundary != source.root):
         raise ConfigError(
-            f"--paths: the images of {given} are not in a permanent folder on this machine: leave --paths out"
+            printable(
+                f"--paths: the images of {given} are not in a permanent folder on this machine: leave --paths out"
+            )
         )
     mapping = detect_columns(source, options.format, options.columns)
     return (source, mapping, options.pairs or ("once" if mapping.format == "single" else "all"))
@@ -168,7 +172,7 @@ def _candidates(source: PairSource, mapping: ColumnMapping, pairing: str, table:
 def _refuse_rejected(given: str, unit: Sequence[UsablePair | Rejected]) -> None:
     for item in unit:
         if isinstance(item, Rejected):
-            raise DataError(f"{given}: row {item.row} ({item.uid}) cannot be used: {item.reason} (--strict)")
+            raise DataError(printable(f"{given}: row {item.row} ({item.uid}) cannot be used: {item.reason} (--strict)"))
 
 
 def _describe(item: UsablePair | Rejected) -> str:

@@ -14,6 +14,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from smpo_fast.common import remote
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError, EnvironmentProblem
 from smpo_fast.data import images
 from smpo_fast.data.ingest.folders import FOLDER_LAYOUTS, image_stem, winner_stem
@@ -103,8 +104,10 @@ def _container_of(fs: fsspec.AbstractFileSystem, path: str, given: str) -> str:
     if head.lstrip()[:1] in (b"{", b"["):
         return "json"
     raise DataError(
-        f"{given}: neither its name nor its first bytes ({head[:8]!r}) tell which container it is: name it with "
-        f"--container, one of {', '.join(SUFFIXES)}"
+        printable(
+            f"{given}: neither its name nor its first bytes ({head[:8]!r}) tell which container it is: name it with "
+            f"--container, one of {', '.join(SUFFIXES)}"
+        )
     )
 
 
@@ -118,12 +121,16 @@ def _in_folder(
     if not found:
         looked = container or "parquet, arrow, tar, json, csv, folders w/ and l/, or x.png with x-rejected.png"
         raise DataError(
-            f"the folder {given} holds nothing to import (looked for {looked}); it holds: {_list_names(fs, folder)}"
+            printable(
+                f"the folder {given} holds nothing to import (looked for {looked}); it holds: {_list_names(fs, folder)}"
+            )
         )
     if len(found) > 1:
         listed = "; ".join(f"{kind}: {posixpath.basename(files[0])} .." for kind, files in found.items())
         raise DataError(
-            f"the folder {given} holds several kinds of data ({listed}): choose with --container, or give one file"
+            printable(
+                f"the folder {given} holds several kinds of data ({listed}): choose with --container, or give one file"
+            )
         )
     ((kind, files),) = found.items()
     if kind in FOLDER_LAYOUTS:
@@ -171,7 +178,7 @@ def _choose_split(folder: str, files: list[str], split: str, given: str) -> tupl
         split = next(iter(by_split))
     if split not in by_split:
         named = ", ".join(name or "(none)" for name in by_split)
-        raise DataError(f"{given} has the splits {named}: choose one with --split")
+        raise DataError(printable(f"{given} has the splits {named}: choose one with --split"))
     return by_split[split], split
 
 

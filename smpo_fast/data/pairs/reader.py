@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_fast import embedded
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError
 from smpo_fast.config.schema import EMBEDDED
 from smpo_fast.data.cells import BadCell, cell_value
@@ -47,7 +48,7 @@ def files(path: Path) -> list[Path]:
         return summary.part_files(path)
     found = sorted(file for file in path.glob("*.parquet") if file.name != schema.REJECTED_FILE)
     if not found:
-        raise DataError(f"data.pairs: the folder {path} contains no *.parquet file")
+        raise DataError(printable(f"data.pairs: the folder {path} contains no *.parquet file"))
     return found
 
 
@@ -87,7 +88,7 @@ def _open(file: Path) -> pq.ParquetFile:
         # A buffered stream per column: without it a row group's images, gigabytes at times, are read at once.
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"data.pairs: {file} cannot be read as parquet: {error}") from error
+        raise DataError(printable(f"data.pairs: {file} cannot be read as parquet: {error}")) from error
 
 
 def _read_group(
@@ -107,7 +108,7 @@ def _read_group(
             if row >= stop:
                 return
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"data.pairs: {file} is damaged near row {row} of the table: {error}") from error
+        raise DataError(printable(f"data.pairs: {file} is damaged near row {row} of the table: {error}")) from error
 
 
 def _read_row(cells: Mapping[str, pa.Array], i: int, row: int, folder: Path | None) -> RawPair | Rejected:

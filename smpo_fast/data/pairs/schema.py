@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError
 from smpo_fast.data.pairs import summary
 from smpo_fast.data.pairs.rules import LABEL_COLUMNS, REWARD_COLUMNS
@@ -59,14 +60,16 @@ def image_folder(schema: pa.Schema, file: Path) -> Path | None:
     try:
         absolute, relative = (str(place) for place in json.loads(schema.metadata[_IMAGE_FOLDER_KEY]))
     except (ValueError, TypeError) as error:
-        raise DataError(f"data.pairs: {file} has damaged metadata ({error}): import again") from error
+        raise DataError(printable(f"data.pairs: {file} has damaged metadata ({error}): import again")) from error
     table = file.resolve().parent
     places = (Path(absolute), Path(os.path.normpath(table / relative)))
     for place in places:
         if place.is_dir():
             _check_allowed(place.resolve(), absolute, table, file)
             return place
-    raise DataError(f"data.pairs: {file} stores paths of images in {places[0]}, which does not exist: import again")
+    raise DataError(
+        printable(f"data.pairs: {file} stores paths of images in {places[0]}, which does not exist: import again")
+    )
 
 
 def _check_allowed(place: Path, imported_from: str, table: Path, file: Path) -> None:
@@ -74,8 +77,10 @@ def _check_allowed(place: Path, imported_from: str, table: Path, file: Path) -> 
         return
     if place == Path(place.anchor) or imported_from != summary.image_folder(table):
         raise DataError(
-            f"data.pairs: {file} stores paths of images in {place}, but no {summary.SUMMARY_FILE} beside it says that "
-            "smpo import was given that folder: images are not read from it; import again with --paths"
+            printable(
+                f"data.pairs: {file} stores paths of images in {place}, but no {summary.SUMMARY_FILE} beside it says "
+                "that smpo import was given that folder: images are not read from it; import again with --paths"
+            )
         )
 
 
@@ -85,9 +90,13 @@ def columns_to_read(schema: pa.Schema, file: Path) -> list[str]:
 
     def require(name: str, is_right: Callable[[pa.DataType], bool], wanted: str) -> str:
         if name not in there:
-            raise DataError(f"data.pairs: {file} has no column '{name}'; its columns are {', '.join(schema.names)}")
+            raise DataError(
+                printable(f"data.pairs: {file} has no column '{name}'; its columns are {', '.join(schema.names)}")
+            )
         if not is_right(schema.field(name).type):
-            raise DataError(f"data.pairs: {file}: column '{name}' holds {schema.field(name).type} instead of {wanted}")
+            raise DataError(
+                printable(f"data.pairs: {file}: column '{name}' holds {schema.field(name).type} instead of {wanted}")
+            )
         return name
 
     used = [require("caption", _is_text, "text")]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError
 
 SUMMARY_FILE = "import.json"
@@ -23,10 +24,10 @@ def part_files(folder: Path) -> list[Path]:
     try:
         parts = [folder / str(part["name"]) for part in json.loads((folder / SUMMARY_FILE).read_text())["parts"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"data.pairs: {folder / SUMMARY_FILE} is damaged ({error}): import again") from error
+        raise DataError(printable(f"data.pairs: {folder / SUMMARY_FILE} is damaged ({error}): import again")) from error
     missing = next((part for part in parts if not part.is_file()), None)
     if missing:
-        raise DataError(f"data.pairs: {missing} is missing, but {SUMMARY_FILE} names it: import again")
+        raise DataError(printable(f"data.pairs: {missing} is missing, but {SUMMARY_FILE} names it: import again"))
     return parts
 
 
@@ -46,7 +47,7 @@ def read(out: Path) -> dict[str, Any]:
         if not isinstance(summary, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
-        raise DataError(f"{out / SUMMARY_FILE} is damaged ({error}): remove {out}") from error
+        raise DataError(printable(f"{out / SUMMARY_FILE} is damaged ({error}): remove {out}")) from error
     return summary
 
 
@@ -58,7 +59,9 @@ def check_identity(out: Path, summary: Mapping[str, Any], identity: Mapping[str,
     other = [key for key, value in identity.items() if summary.get(key) != value]
     if other:
         raise DataError(
-            f"{out} holds another table (it differs in {', '.join(other)}): remove it, or choose another folder"
+            printable(
+                f"{out} holds another table (it differs in {', '.join(other)}): remove it, or choose another folder"
+            )
         )
 
 
@@ -85,5 +88,5 @@ def report(summary: Mapping[str, Any]) -> str:
 def list_counts(reasons: Mapping[str, int]) -> str:
     """The number of rejected rows and their kinds, the most frequent first; 'none' where there are none."""
     ordered = sorted(reasons.items(), key=lambda item: -item[1])
-    listed = ", ".join(f"{kind} ({count})" for kind, count in ordered)
+    listed = ", ".join(f"{printable(kind)} ({count})" for kind, count in ordered)
     return f"{sum(reasons.values())}: {listed}" if listed else "none"
