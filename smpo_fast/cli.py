@@ -98,9 +98,9 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from smpo_fast.planning import plan
+    from smpo_fast.planning import report
 
-    return plan.run(arguments.settings_of(args), arguments.arguments_of(commands.PlanArguments, args))
+    return report.run(arguments.settings_of(args), arguments.arguments_of(commands.PlanArguments, args))
 
 
 def _doctor(args: argparse.Namespace) -> int:

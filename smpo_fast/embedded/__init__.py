@@ -1,7 +1,7 @@
-"""The embedded world: a miniature SDXL, a pair table sampled from it, and a rule that scores its pictures.
+"""The embedded world: a miniature SDXL, a pair table sampled from it, and a rule that scores its images.
 
-`shapes` holds the world itself (captions and pictures), `reward` the rule, `build` makes everything below
-`assets/` from nothing.  Importing this package imports nothing heavy.
+`shapes` holds the world itself (captions and images), `reward` the rule, `build` makes everything below
+`assets/` from scratch.  Importing this package imports nothing heavy.
 """
 
 from pathlib import Path
@@ -21,5 +21,5 @@ def pipeline_path() -> Path:
 
 
 def pairs_path() -> Path:
-    """Pair table in Pick-a-Pic v2 columns, with two reward columns more."""
+    """Pair table in Pick-a-Pic v2 columns, with two additional reward columns."""
     return assets() / PAIRS

@@ -1,6 +1,6 @@
-"""The rule that scores a picture of the embedded world against its prompt.
+"""The rule that scores an image of the embedded world against its prompt.
 
-The picture is split into background (the colour of its rim) and foreground (what differs most from it); the reward
+The image is split into background (the colour of its rim) and foreground (what differs most from it); the reward
 is 0.4 x foreground colour + 0.3 x background colour + 0.3 x shape.  It needs numpy only, no network.
 """
 
@@ -13,12 +13,12 @@ from smpo_fast.embedded.shapes import HIGH, LOW, PIXELS, SHAPES, coverage, parse
 
 WEIGHTS = {"foreground": 0.4, "background": 0.3, "shape": 0.3}
 COLOUR_REACH = 0.7  # RGB distance at which a colour scores 0: grey against any colour of the world
-MIN_CONTRAST = 0.08  # below this RGB distance between the two regions there is no shape to speak of
+MIN_CONTRAST = 0.08  # below this RGB distance of the two regions, no shape is visible
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of N pictures and the parts they are made of; every array is float32 [N] in 0..1."""
+    """Rewards of N images and the parts they are made of; every array is float32 [N] in 0..1."""
 
     reward: np.ndarray
     foreground: np.ndarray
@@ -27,16 +27,19 @@ class Scores:
 
 
 def score(images: np.ndarray, prompts: Sequence[str]) -> Scores:
-    """Score pictures uint8 [N, H, W, 3] against one prompt each; ValueError names a prompt of another world."""
+    """Score images uint8 [N, H, W, 3] against one prompt each.
+
+    Raises ValueError for a prompt that is not a caption of this world, and for images of another kind.
+    """
     scenes = [parse(prompt) for prompt in prompts]
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"pictures must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
+        raise ValueError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
     if len(images) != len(scenes):
-        raise ValueError(f"{len(images)} pictures for {len(scenes)} prompts")
+        raise ValueError(f"{len(images)} images for {len(scenes)} prompts")
     if not scenes:
         return Scores(*(np.zeros(0, np.float32) for _ in range(4)))
-    pictures = _resize(images / 255.0)
-    back, front, mask, contrast = _regions(pictures)
+    images = _resize(images / 255.0)
+    back, front, mask, contrast = _regions(images)
     parts = {
         "foreground": _colour_match(front, rgb([s.colour for s in scenes])),
         "background": _colour_match(back, rgb([s.background for s in scenes])),
@@ -46,10 +49,10 @@ def score(images: np.ndarray, prompts: Sequence[str]) -> Scores:
     return Scores(total.astype(np.float32), **{name: part.astype(np.float32) for name, part in parts.items()})
 
 
-def _resize(pictures: np.ndarray) -> np.ndarray:
-    """[N, H, W, 3] to [N, 32, 32, 3] by averaging over areas, as a camera with larger pixels would."""
-    rows, columns = (_area_matrix(size) for size in pictures.shape[1:3])
-    return np.einsum("ph,nhwc,qw->npqc", rows, pictures, columns, optimize=True)
+def _resize(images: np.ndarray) -> np.ndarray:
+    """[N, H, W, 3] to [N, 32, 32, 3] by averaging over areas."""
+    rows, columns = (_area_matrix(size) for size in images.shape[1:3])
+    return np.einsum("ph,nhwc,qw->npqc", rows, images, columns, optimize=True)
 
 
 def _area_matrix(size: int) -> np.ndarray:
@@ -60,23 +63,23 @@ def _area_matrix(size: int) -> np.ndarray:
     return np.clip(overlap, 0, None) * PIXELS / size
 
 
-def _regions(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _regions(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Background and foreground colour [N, 3], soft foreground mask [N, 32, 32], contrast [N] of the two."""
-    rim = np.concatenate([pictures[:, 0], pictures[:, -1], pictures[:, 1:-1, 0], pictures[:, 1:-1, -1]], axis=1)
+    rim = np.concatenate([images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], axis=1)
     back = np.median(rim, axis=1)
-    distance = np.linalg.norm(pictures - back[:, None, None], axis=-1)
+    distance = np.linalg.norm(images - back[:, None, None], axis=-1)
     # The 24 most different pixels are the inside of even the smallest shape, and few enough to avoid its edge.
-    pixels = pictures.reshape(len(pictures), -1, 3)
-    core = np.argsort(-distance.reshape(len(pictures), -1), axis=1, kind="stable")[:, :24]
+    pixels = images.reshape(len(images), -1, 3)
+    core = np.argsort(-distance.reshape(len(images), -1), axis=1, kind="stable")[:, :24]
     front = np.median(np.take_along_axis(pixels, core[..., None], axis=1), axis=1)
     axis = front - back
     length = (axis**2).sum(-1)
-    mask = ((pictures - back[:, None, None]) * axis[:, None, None]).sum(-1) / np.maximum(length, 1e-6)[:, None, None]
+    mask = ((images - back[:, None, None]) * axis[:, None, None]).sum(-1) / np.maximum(length, 1e-6)[:, None, None]
     return back, front, np.clip(mask, 0, 1), np.sqrt(length)
 
 
 def _colour_match(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """[N] 1 for the wanted colour, falling linearly to 0 at COLOUR_REACH; deeper than the palette is no fault."""
+    """[N] 1 for the wanted colour, falling linearly to 0 at COLOUR_REACH; excess saturation is not penalised."""
     return np.clip(1 - np.linalg.norm(np.clip(found, LOW, HIGH) - wanted, axis=-1) / COLOUR_REACH, 0, 1)
 
 

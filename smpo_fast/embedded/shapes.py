@@ -1,4 +1,4 @@
-"""A world of coloured shapes: its captions, its pictures, and its split into train and held-out prompts.
+"""A world of coloured shapes: its captions, its images, and its split into train and held-out prompts.
 
 A caption reads `a [small|large] COLOUR SHAPE on a COLOUR background [on the left|on the right|at the top|at the
 bottom]`.  The eight colours are the corners of a cube around grey, so all are equally far from grey and no two
@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 
 PIXELS = 32
-LOW, HIGH = 0.1, 0.9  # cube corners stay inside 0..1: overshoot of a decoder is not clipped away unseen
+LOW, HIGH = 0.1, 0.9  # cube corners stay inside 0..1: a decoder's overshoot stays visible
 GREY = (LOW + HIGH) / 2
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -58,7 +58,7 @@ def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    y = y - 0.15  # the tip is farther from the centre than the base: shift to fill the square around it
+    y = y - 0.15  # the tip is farther from the centre than the base: centre the bounding box
     return np.maximum(y, abs(x) * 0.866 - y * 0.5) / 0.6
 
 
@@ -86,7 +86,7 @@ SHAPES: dict[str, Gauge] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says; an empty `size` or `position` means that the caption is silent about it."""
+    """What a caption describes; an empty `size` or `position` is not mentioned in the caption."""
 
     shape: str
     colour: str
@@ -144,12 +144,12 @@ def split_of(scene: Scene) -> str:
 
 
 def prompts(split: str, n: int, seed: int = 0) -> list[str]:
-    """`n` distinct captions of a split, drawn without replacement."""
+    """`n` distinct captions of a split, drawn without replacement. Raises ValueError if the split has fewer."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
     captions = [scene.caption for scene in scenes() if split_of(scene) == split]
     if n > len(captions):
-        raise ValueError(f"split {split!r} has {len(captions)} captions, {n} were asked for")
+        raise ValueError(f"split {split!r} has {len(captions)} captions, fewer than {n}")
     order = np.random.default_rng(seed).permutation(len(captions))
     return [captions[i] for i in order[:n]]
 
@@ -169,10 +169,10 @@ def coverage(shape: str, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
 
 
 def paint(masks: np.ndarray, foreground: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Pictures uint8 [N, 32, 32, 3] from masks [N, 32, 32] and colours [N, 3] in 0..1."""
+    """Images uint8 [N, 32, 32, 3] from masks [N, 32, 32] and colours [N, 3] in 0..1."""
     mix = masks[..., None]
-    picture = mix * foreground[:, None, None] + (1 - mix) * background[:, None, None]
-    return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    image = mix * foreground[:, None, None] + (1 - mix) * background[:, None, None]
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def rgb(names: Sequence[str]) -> np.ndarray:
@@ -183,11 +183,11 @@ def rgb(names: Sequence[str]) -> np.ndarray:
 def render(
     batch: Sequence[Scene], rng: np.random.Generator, *, pale: float = 1.0, wrong_colour: float = 0.0
 ) -> np.ndarray:
-    """Pictures uint8 [N, 32, 32, 3] of scenes, clean by default.
+    """Images uint8 [N, 32, 32, 3] of scenes, clean by default.
 
     `pale` < 1 draws the saturation of foreground and background independently from U(pale, 1), and `wrong_colour`
-    is the probability of a random foreground colour.  No caption tells of either: a model trained on such pictures
-    varies in exactly what the reward judges, which leaves something to prefer.
+    is the probability of a random foreground colour.  Captions mention neither: a model trained on such images
+    varies in exactly what the reward judges, so that its samples differ in quality.
     """
     n = len(batch)
     centres = np.array([POSITIONS[s.position] for s in batch]) + PIXELS / 2 + rng.uniform(-1, 1, (n, 2))

@@ -1,8 +1,7 @@
-"""What was found on this machine, what training will use of it and why, and the command that mends what is missing.
+"""``smpo doctor``: what this machine has, what training will use and why, and commands that repair what is missing.
 
-Nothing here may crash: a library that fails to import, or takes the process down with it, is a finding. So every probe
-that imports something runs in a process of its own (smpo_fast.planning.probes), all of
-them at once.
+Nothing here may crash: a library that fails to import, or ends the process when it is imported, is a finding. Every
+probe that imports something therefore runs in its own process (smpo_fast.planning.probes), all at the same time.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from smpo_fast.planning.probes import BROKEN, MISSING, NEEDED, OK, OLDEST_PYTHON, PROBES, _version, ask
+from smpo_fast.common import programs
+from smpo_fast.planning.probes import BROKEN, MISSING, NEEDED, OK, OLDEST_PYTHON, PROBES, installed_version, run_probe
 
 _REINSTALL = "pip install --force-reinstall {}"
 _CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
@@ -28,7 +28,7 @@ _CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for. ``fix`` is a command, empty where nothing is to do."""
+    """The result of one check. ``fix`` is a command; empty if nothing needs to be done."""
 
     name: str
     state: str  # OK | MISSING | BROKEN
@@ -38,22 +38,22 @@ class Finding:
 
 
 def findings(ds_file: Path | None = None) -> list[Finding]:
-    """Everything that was looked for."""
+    """The results of all checks."""
     with ThreadPoolExecutor(len(PROBES)) as pool:
-        asked = dict(zip(PROBES, pool.map(ask, PROBES), strict=True))
+        reports = dict(zip(PROBES, pool.map(run_probe, PROBES), strict=True))
     made = [
         _guard("Python", _python),
         _guard("packages", _packages),
-        _guard("torch", lambda: _torch(asked["torch"])),
-        _guard("devices", lambda: _devices(asked["torch"])),
-        _guard("attention", lambda: _attention_of(asked["torch"])),
-        _guard("triton", lambda: _triton(asked["triton"], bool(asked["torch"].get("devices")))),
-        _guard("deepspeed", lambda: _deepspeed(asked["deepspeed"], ds_file)),
-        _guard("ranks", lambda: _ranks(asked["torch"])),
-        _guard("bitsandbytes", lambda: _bitsandbytes(asked["bitsandbytes"])),
+        _guard("torch", lambda: _torch(reports["torch"])),
+        _guard("devices", lambda: _devices(reports["torch"])),
+        _guard("attention", lambda: _attention_of(reports["torch"])),
+        _guard("triton", lambda: _triton(reports["triton"], bool(reports["torch"].get("devices")))),
+        _guard("deepspeed", lambda: _deepspeed(reports["deepspeed"], ds_file)),
+        _guard("ranks", lambda: _ranks(reports["torch"])),
+        _guard("bitsandbytes", lambda: _bitsandbytes(reports["bitsandbytes"])),
     ]
     for name, use in _OPTIONAL.items():
-        made.append(_guard(name, lambda name=name, use=use: _optional(name, use, asked[name])))  # type: ignore[misc]
+        made.append(_guard(name, lambda name=name, use=use: _optional(name, use, reports[name])))  # type: ignore[misc]
     made += [_guard("compilers", _compilers), _guard("memory and disk", _space), _guard("hub", _hub)]
     if ds_file is not None:
         made.append(_guard("DeepSpeed file", lambda: _ds_file(ds_file)))
@@ -61,8 +61,11 @@ def findings(ds_file: Path | None = None) -> list[Finding]:
 
 
 _OPTIONAL = {
-    "xformers": ("model.attention = 'xformers'; without it SDPA serves", "pip install xformers"),
-    "flash_attn_interface": ("FlashAttention 3 on Hopper; without it SDPA serves", "pip install flash-attn-interface"),
+    "xformers": ("model.attention = 'xformers'; without it, SDPA is used", "pip install xformers"),
+    "flash_attn_interface": (
+        "FlashAttention 3 on Hopper; without it, SDPA is used",
+        "pip install flash-attn-interface",
+    ),
     "peft": ("LoRA", "pip install peft"),
     "torchao": ("comparisons with its optimizers; training does not use it", "pip install torchao"),
 }
@@ -72,7 +75,7 @@ def _guard(name: str, probe: Callable[[], Finding]) -> Finding:
     try:
         return probe()
     except Exception as error:
-        return Finding(name, BROKEN, f"could not be looked at: {type(error).__name__}: {error}")
+        return Finding(name, BROKEN, f"the check itself failed: {type(error).__name__}: {error}")
 
 
 def _python() -> Finding:
@@ -85,10 +88,10 @@ def _python() -> Finding:
 
 
 def _packages() -> Finding:
-    gone = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if gone:
-        return Finding("packages", MISSING, f"not installed: {', '.join(gone)}", "pip install -e .", True)
-    return Finding("packages", OK, ", ".join(f"{name} {_version(name)}" for name in NEEDED if name != "torch"))
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return Finding("packages", MISSING, f"not installed: {', '.join(missing)}", "pip install -e .", True)
+    return Finding("packages", OK, ", ".join(f"{name} {installed_version(name)}" for name in NEEDED if name != "torch"))
 
 
 def _torch(found: Mapping[str, Any]) -> Finding:
@@ -109,14 +112,14 @@ def _driver() -> str:
 
 def _devices(found: Mapping[str, Any]) -> Finding:
     if found["state"] != OK:
-        return Finding("devices", BROKEN, "torch did not answer")
+        return Finding("devices", BROKEN, "torch could not be checked")
     listed = [f"{d['name']}, {d['bytes'] / 1e9:.1f} GB, compute capability {d['capability']}" for d in found["devices"]]
     if listed:
         bf16 = "model.precision = 'auto' is bf16" if found["bf16"] else "no bf16: model.precision = 'auto' is fp32"
         return Finding("devices", OK, f"{'; '.join(listed)}; run.device = 'auto' is cuda; {bf16}")
     if _driver():
         fix = _CUDA_TORCH if not found["cuda"] else "nvidia-smi  (and compare the driver with torch's CUDA version)"
-        return Finding("devices", BROKEN, f"there is a GPU, but torch cannot use it: {found['why']}", fix)
+        return Finding("devices", BROKEN, f"a GPU is present, but torch cannot use it: {found['why']}", fix)
     return Finding(
         "devices", MISSING, "no GPU: run.device = 'auto' is cpu; enough for the embedded default, not for SDXL"
     )
@@ -124,9 +127,9 @@ def _devices(found: Mapping[str, Any]) -> Finding:
 
 def _attention_of(found: Mapping[str, Any]) -> Finding:
     if found["state"] != OK:
-        return Finding("attention", BROKEN, "torch did not answer")
-    works = [name for name, told in found["attention"].items() if told == OK]
-    fails = [f"{name} ({told[:60]})" for name, told in found["attention"].items() if told != OK]
+        return Finding("attention", BROKEN, "torch could not be checked")
+    works = [name for name, reported in found["attention"].items() if reported == OK]
+    fails = [f"{name} ({reported[:60]})" for name, reported in found["attention"].items() if reported != OK]
     text = f"model.attention = 'sdpa' picks among {', '.join(works)}" + (f"; not: {', '.join(fails)}" if fails else "")
     return Finding("attention", OK if works else BROKEN, text, "" if works else _REINSTALL.format("torch"), not works)
 
@@ -136,7 +139,9 @@ def _triton(found: Mapping[str, Any], gpu: bool) -> Finding:
         fix = "pip install triton" if found["state"] == MISSING else _compiler_fix(found["why"])
         return Finding("triton", found["state"], f"{found['why']}; kernels.enabled must stay empty", fix)
     if gpu:
-        return Finding("triton", OK, f"{found['version']}; compiled one of our kernels: kernels.enabled may name them")
+        return Finding(
+            "triton", OK, f"{found['version']}; it compiled one of this package's kernels: kernels.enabled can be used"
+        )
     return Finding(
         "triton", OK, f"{found['version']}; without a GPU only its interpreter runs (TRITON_INTERPRET=1, for tests)"
     )
@@ -151,21 +156,21 @@ def _deepspeed(found: Mapping[str, Any], ds_file: Path | None) -> Finding:
     needed = ds_file is not None
     if found["state"] != OK:
         fix = "pip install deepspeed" if found["state"] == MISSING else _REINSTALL.format("deepspeed")
-        text = f"{found['why']}; one process trains without it, several and --ds_config need it"
+        text = f"{found['why']}; one process can train without it; several processes and --ds_config need it"
         return Finding("deepspeed", found["state"], text, fix, needed)
     ops = f"operators that would compile here: {', '.join(found['compatible']) or 'none'}"
     built = f"; built already: {', '.join(found['installed'])}" if found["installed"] else ""
-    return Finding("deepspeed", OK, f"{found['version']}; serves --ds_config, ZeRO 0 to 3; {ops}{built}")
+    return Finding("deepspeed", OK, f"{found['version']}; for --ds_config, ZeRO 0 to 3; {ops}{built}")
 
 
 def _ranks(found: Mapping[str, Any]) -> Finding:
     if found["state"] != OK:
-        return Finding("ranks", BROKEN, "torch did not answer")
+        return Finding("ranks", BROKEN, "torch could not be checked")
     backends = [name for name in ("nccl", "gloo") if found[name]]
     on_gpu = bool(found["devices"])
     wanted = "nccl" if on_gpu else "gloo"
     version = f" {found.get('nccl_version')}" if on_gpu and found["nccl"] else ""
-    text = f"torch.distributed has {', '.join(backends) or 'nothing'}; ranks talk by {wanted}{version}"
+    text = f"torch.distributed has {', '.join(backends) or 'nothing'}; ranks communicate by {wanted}{version}"
     several = len(found["devices"]) > 1
     lost = wanted not in backends
     return Finding("ranks", MISSING if lost else OK, text, _CUDA_TORCH if lost else "", lost and several)
@@ -189,14 +194,14 @@ def _optional(name: str, use: tuple[str, str], found: Mapping[str, Any]) -> Find
 
 def _compilers() -> Finding:
     paths = {name: shutil.which(name) for name in ("g++", "nvcc", "ninja")}
-    gone = [name for name, path in paths.items() if path is None]
+    missing = [name for name, path in paths.items() if path is None]
     text = ", ".join(f"{name} {path}" for name, path in paths.items() if path) or "none"
-    what = "DeepSpeed compiles operators for offload with them, Triton its launcher with gcc; plain training needs none"
-    if not gone:
+    what = "DeepSpeed compiles its offload operators with them, Triton its launcher with gcc; other training needs none"
+    if not missing:
         return Finding("compilers", OK, f"{text}; {what}")
     packages = {"g++": "apt install g++", "ninja": "pip install ninja", "nvcc": "apt install nvidia-cuda-toolkit"}
     return Finding(
-        "compilers", MISSING, f"{text}; not: {', '.join(gone)}; {what}", "; ".join(packages[n] for n in gone)
+        "compilers", MISSING, f"{text}; not: {', '.join(missing)}; {what}", "; ".join(packages[n] for n in missing)
     )
 
 
@@ -228,8 +233,8 @@ def _ds_file(file: Path) -> Finding:
         return Finding("DeepSpeed file", BROKEN, f"{file}: {error}", "give --ds_config one of configs/ds_*.json", True)
     parts = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
     nvme = [key for key, device in parts.items() if device == "nvme"]
-    told = ", ".join(f"{key} to {device}" for key, device in parts.items() if device != "none") or "no offload"
-    text = f"{file}: ZeRO {zero.get('stage', 0)}, {told}"
+    reported = ", ".join(f"{key} to {device}" for key, device in parts.items() if device != "none") or "no offload"
+    text = f"{file}: ZeRO {zero.get('stage', 0)}, {reported}"
     if nvme and shutil.which("g++") is None:
         return Finding("DeepSpeed file", BROKEN, f"{text}: nvme needs the operator async_io, which g++ compiles",
                        "apt install g++ libaio-dev", True)  # fmt: skip
@@ -237,15 +242,15 @@ def _ds_file(file: Path) -> Finding:
 
 
 def can_train(found: list[Finding]) -> bool:
-    """Whether nothing that is needed is missing."""
+    """Whether everything that training needs is there."""
     return not any(f.needed and f.state != OK for f in found)
 
 
 def render(found: list[Finding]) -> str:
-    """The findings as text; what is to be done comes last."""
+    """The findings as text, and after them what to do."""
     lines = [f"{f.name:<22}{f.state:<9}{f.text}" for f in found]
     to_do = [f"  {f.name}{' (needed)' if f.needed else ''}: {f.fix}" for f in found if f.fix]
-    lines += ["", "to mend what is missing:", *to_do] if to_do else []
+    lines += ["", "to repair what is missing:", *to_do] if to_do else []
     return "\n".join(
         [*lines, "", "training can run" if can_train(found) else "TRAINING CANNOT RUN: see (needed) above"]
     )
@@ -256,4 +261,4 @@ def run(ds_file: Path | None, as_json: bool) -> int:
     found = findings(ds_file)
     values = {"can_train": can_train(found), "findings": [asdict(f) for f in found]}
     print(json.dumps(values, indent=1) if as_json else render(found))
-    return 0 if can_train(found) else 1
+    return programs.DONE if can_train(found) else programs.UNMET

@@ -1,4 +1,4 @@
-"""The GPUs that can be planned for."""
+"""Known GPUs, their memory and speed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 import torch
 
-from smpo_fast.common.errors import UserError
-from smpo_fast.planning.memory import Subject
+from smpo_fast.common.errors import ConfigError
+from smpo_fast.planning.planned_run import PlannedRun
 
 
 class Gpu(NamedTuple):
-    """A device to plan for. Speeds are the vendor's; 0 where the table does not know them."""
+    """A device to plan for. Speeds are from datasheets; 0: unknown."""
 
     name: str
     bytes: float  # as torch reports the total
-    tflops: float = 0.0  # dense bfloat16 with fp32 sums
-    link_gb: float = 0.0  # GB/s a GPU sends to others of its node
-    host_gb: float = 25.0  # GB/s between host and device: what pinned copies reach on PCIe 4 x16
+    tflops: float = 0.0  # dense bfloat16, accumulated in fp32
+    link_gb: float = 0.0  # GB/s that a GPU sends to others of its node
+    host_gb: float = 25.0  # GB/s between host and device: pinned copies on PCIe 4 x16
 
 
 # From NVIDIA's datasheets: dense figures (half of those "with sparsity"), for GeForce those with fp32 accumulation.
@@ -47,30 +47,30 @@ CPU = "this CPU"
 NODE_GB = 25.0  # GB/s a GPU sends to other nodes (200 Gbit/s); assumed
 
 
-def link_gb(s: Subject, gpu: Gpu) -> float:
-    """GB/s that a GPU sends to the others, some of which may be in other nodes."""
-    return min(gpu.link_gb, NODE_GB) if s.ranks > s.per_node else gpu.link_gb
+def link_gb(run: PlannedRun, gpu: Gpu) -> float:
+    """GB/s that a GPU of a run sends to the others; over the network if they are on several nodes."""
+    return min(gpu.link_gb, NODE_GB) if run.ranks > run.per_node else gpu.link_gb
 
 
-def gpu_of(name: str, gigabytes: float) -> Gpu:
-    """The GPU that the command line names, or the device that is here. Raises SettingsError for an unknown name."""
+def find_gpu(name: str, gigabytes: float) -> Gpu:
+    """The GPU of this name and memory, or the device of this machine. Raises ConfigError for an unknown name."""
     if name:
         found = next((gpu for key, gpu in GPUS.items() if key.lower() == name.lower().replace(" ", "-")), None)
         if found is None:
-            raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}; for another one give --gpu-memory GB")
+            raise ConfigError(f"--gpu {name}: known GPUs are {', '.join(GPUS)}; for another one give --gpu-memory GB")
     elif gigabytes:
         found = Gpu("GPU", 0)
     elif torch.cuda.is_available():
         here = torch.cuda.get_device_properties(0)
-        speed = known_as(here.name) or Gpu("", 0)
+        speed = gpu_named(here.name) or Gpu("", 0)
         found = speed._replace(name=here.name, bytes=here.total_memory)
     else:
         found = Gpu(CPU, _host_bytes())
     return found._replace(bytes=gigabytes * 1e9) if gigabytes else found
 
 
-def known_as(device: str) -> Gpu | None:
-    """The entry of the table for a device as torch names it: all words of its key, the longest key that has them."""
+def gpu_named(device: str) -> Gpu | None:
+    """The known GPU that a device name of torch means: the longest key whose words all occur in it."""
     words = set(device.replace("-", " ").split())
     fitting = [gpu for key, gpu in GPUS.items() if set(key.split("-")) <= words]
     return max(fitting, key=lambda gpu: len(gpu.name), default=None)

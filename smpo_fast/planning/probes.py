@@ -1,4 +1,4 @@
-"""What this machine has: probes that run in processes of their own."""
+"""Probes of this machine, each of which runs in its own process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _probe_torch() -> dict[str, Any]:
 
 
 def _attention(device: Any) -> dict[str, str]:
-    """Back-ends of scaled_dot_product_attention at a UNet's shapes: 'ok', or why not."""
+    """Back-ends of scaled_dot_product_attention at a UNet's shapes: 'ok', or the reason."""
     import warnings
 
     import torch
@@ -49,16 +49,16 @@ def _attention(device: Any) -> dict[str, str]:
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
                 "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
     query = torch.randn(1, 5, 64, 64, device=device, dtype=torch.bfloat16)
-    told = {}
+    reported = {}
     for name, backend in backends.items():
         try:
             with sdpa_kernel([backend]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.nn.functional.scaled_dot_product_attention(query, query, query)
-            told[name] = OK
+            reported[name] = OK
         except RuntimeError as error:
-            told[name] = str(error).strip().splitlines()[0]
-    return told
+            reported[name] = str(error).strip().splitlines()[0]
+    return reported
 
 
 def _probe_triton() -> dict[str, Any]:
@@ -75,8 +75,8 @@ def _probe_triton() -> dict[str, Any]:
 
 def _probe_deepspeed() -> dict[str, Any]:
     library = importlib.import_module("deepspeed")
-    told = {"compatible": library.ops.__compatible_ops__, "installed": library.git_version_info.installed_ops}
-    ops = {what: sorted(name for name, there in table.items() if there) for what, table in told.items()}
+    reported = {"compatible": library.ops.__compatible_ops__, "installed": library.git_version_info.installed_ops}
+    ops = {what: sorted(name for name, there in table.items() if there) for what, table in reported.items()}
     return {"version": library.__version__, **ops}
 
 
@@ -103,10 +103,10 @@ def _probe_xformers() -> dict[str, Any]:
     return {"version": library.__version__}
 
 
-def _plainly(name: str) -> Callable[[], dict[str, Any]]:
+def _import_probe(name: str) -> Callable[[], dict[str, Any]]:
     def probe() -> dict[str, Any]:
         importlib.import_module(name)
-        return {"version": _version(name)}
+        return {"version": installed_version(name)}
 
     return probe
 
@@ -117,28 +117,28 @@ PROBES: dict[str, Callable[[], dict[str, Any]]] = {
     "deepspeed": _probe_deepspeed,
     "bitsandbytes": _probe_bitsandbytes,
     "xformers": _probe_xformers,
-    "flash_attn_interface": _plainly("flash_attn_interface"),
-    "peft": _plainly("peft"),
-    "torchao": _plainly("torchao"),
+    "flash_attn_interface": _import_probe("flash_attn_interface"),
+    "peft": _import_probe("peft"),
+    "torchao": _import_probe("torchao"),
 }
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
     try:
         return importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
     except importlib.metadata.PackageNotFoundError:
         return "of an unknown version"
 
 
-def ask(name: str, seconds: float = PROBE_SECONDS) -> dict[str, Any]:
-    """What a probe found: its values with ``state`` OK, or ``state`` MISSING or BROKEN with ``why``."""
+def run_probe(name: str, seconds: float = PROBE_SECONDS) -> dict[str, Any]:
+    """What a probe found: ``state`` OK and its values, or ``state`` MISSING or BROKEN and ``why``."""
     if importlib.util.find_spec(name) is None:
         return {"state": MISSING, "why": "not installed"}
     words = [sys.executable, "-m", "smpo_fast.planning.probes", name]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return {"state": BROKEN, "why": f"did not answer in {seconds:g} s"}
+        return {"state": BROKEN, "why": f"did not finish within {seconds:g} s"}
     lines = done.stdout.strip().splitlines()
     try:
         return dict(json.loads(lines[-1]))
@@ -148,8 +148,8 @@ def ask(name: str, seconds: float = PROBE_SECONDS) -> dict[str, Any]:
         return {"state": BROKEN, "why": f"importing it ended the process ({ended}): {said}"}
 
 
-def _answer(name: str) -> None:
-    """In the probe's process: one line of JSON, whatever happens."""
+def _print_answer(name: str) -> None:
+    """In the probe's process: print one line of JSON, whatever happens."""
     try:
         found = {"state": OK, **PROBES[name]()}
     except BaseException as error:
@@ -159,4 +159,4 @@ def _answer(name: str) -> None:
 
 
 if __name__ == "__main__":
-    _answer(sys.argv[1])
+    _print_answer(sys.argv[1])

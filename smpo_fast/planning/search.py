@@ -1,4 +1,4 @@
-"""The settings that fit a GPU best."""
+"""The variants of a run that fit a GPU, the fastest first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from smpo_fast.engine.aligned_adamw8bit import ALIGNED
 from smpo_fast.engine.optimizer_states import STATE_BYTES
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.planning.gpus import GPUS, Gpu
-from smpo_fast.planning.memory import Choice, Memory, Subject, memory
+from smpo_fast.planning.memory import Memory, memory
+from smpo_fast.planning.planned_run import PlannedRun, RunVariant
 from smpo_fast.planning.speed import modelled_seconds
 
 
@@ -23,13 +24,13 @@ def _shipped(stage: int, **offload: Any) -> dict[str, Any]:
 
 
 _TO_HOST = {"device": "cpu"}
-SHIPPED = {  # the files of configs/ that a choice may name
+SHIPPED = {  # the files of configs/ that a variant may use
     "configs/ds_zero1.json": _shipped(1),
     "configs/ds_zero2.json": _shipped(2),
     "configs/ds_zero3.json": _shipped(3),
     "configs/ds_zero3_offload.json": _shipped(3, offload_optimizer=_TO_HOST, offload_param=_TO_HOST),
 }
-ALONE: tuple[dict[str, str], ...] = (  # what saves memory in one process without DeepSpeed; the last saves most
+ALONE: tuple[dict[str, str], ...] = (  # how one process without DeepSpeed saves memory; the last saves most
     {"offload": "states"},
     {"offload": "states+gradients"},
     {"master": "none"},
@@ -39,92 +40,97 @@ ALONE: tuple[dict[str, str], ...] = (  # what saves memory in one process withou
     {"master": "none", "accumulate": "bf16-sr", "offload": "states"},
     {"master": "none", "accumulate": "bf16-sr", "offload": "states+gradients"},
 )
-KEYS = {  # of a choice: the settings that say it
+KEYS = {  # the settings of a variant's fields
     "micro_pairs": "batch.micro_pairs", "inversion_pairs": "batch.inversion_pairs",
     "checkpointing": "model.gradient_checkpointing", "reference": "model.reference", "optimizer": "optim.name",
     "precision": "model.precision", "master": "optim.master", "accumulate": "optim.accumulate",
     "offload": "optim.offload",
 }  # fmt: skip
-_SAME_2_PERCENT = math.log(1.02)
+_LOG_2_PERCENT = math.log(1.02)
 
 
 @dataclass(frozen=True)
-class Option:
-    """A choice with what it needs and takes."""
+class FittingVariant:
+    """A variant with its memory and its time."""
 
-    choice: Choice
+    variant: RunVariant
     file: str  # its DeepSpeed file; empty: none
     memory: Memory
-    seconds: float  # modelled, for the order alone
+    seconds: float  # modelled, used only to order the variants
 
 
-def options(s: Subject, schedule: NoiseSchedule, gpu: Gpu, ds_file: str) -> list[Option]:
-    """All choices that fit the GPU, the fastest first; within 2 % the one that changes least of the settings."""
-    own, speed = s.choice(), gpu if gpu.tflops else GPUS["A100-80GB"]
+def fitting_variants(run: PlannedRun, schedule: NoiseSchedule, gpu: Gpu, ds_file: str) -> list[FittingVariant]:
+    """All variants that fit the GPU, the fastest first; within 2 % of time, the one that changes fewest settings."""
+    current, speed = run.variant(), gpu if gpu.tflops else GPUS["A100-80GB"]
     found = []
-    for file, ds in _files(s, ds_file).items():
-        subject = replace(s, ds=ds)
-        at = subject.choice()
-        for choice in _variants(subject, replace(at, reference=own.reference)):
-            plan = memory(subject, choice)
+    for file, ds in _ds_files(run, ds_file).items():
+        sharded = replace(run, ds=ds)
+        start = replace(sharded.variant(), reference=current.reference)
+        for variant in _variants(sharded, start):
+            plan = memory(sharded, variant)
             if plan.needed <= gpu.bytes:
-                timed = modelled_seconds(subject, replace(choice, precision=_timed(choice)), schedule, speed) or {}
-                found.append(Option(choice, file, plan, sum(timed.values())))
+                timed = (
+                    modelled_seconds(sharded, replace(variant, precision=_timed_precision(variant)), schedule, speed)
+                    or {}
+                )
+                found.append(FittingVariant(variant, file, plan, sum(timed.values())))
     return sorted(
-        found, key=lambda o: (int(math.log(o.seconds) / _SAME_2_PERCENT), _changes(o, own, ds_file), o.seconds)
+        found, key=lambda o: (int(math.log(o.seconds) / _LOG_2_PERCENT), _changes(o, current, ds_file), o.seconds)
     )
 
 
-def _timed(choice: Choice) -> str:
-    return "bf16" if choice.precision == "fp32" else choice.precision
+def _timed_precision(variant: RunVariant) -> str:
+    return "bf16" if variant.precision == "fp32" else variant.precision
 
 
-def _files(s: Subject, ds_file: str) -> dict[str, Mapping[str, Any] | None]:
-    files: dict[str, Mapping[str, Any] | None] = {ds_file: s.ds}
-    if s.ranks > 1:
+def _ds_files(run: PlannedRun, ds_file: str) -> dict[str, Mapping[str, Any] | None]:
+    files: dict[str, Mapping[str, Any] | None] = {ds_file: run.ds}
+    if run.ranks > 1:
         files |= {name: ds for name, ds in SHIPPED.items() if name != ds_file}
         files.pop("", None)  # several processes need DeepSpeed
     return files
 
 
-def _variants(s: Subject, own: Choice) -> Iterator[Choice]:
-    sizes = {n for n in (1, 2, 4, 8, 16) if n <= s.examples_of_rank} | {own.micro_pairs}
-    calls = {n for n in (1, 2, 4, 8, 16, 32, 64) if n <= s.pairs_of_rank} | {own.inversion_pairs}
-    places = {own.reference} | ({"streamed"} if own.reference in ("replicated", "sharded") else set())
+def _variants(run: PlannedRun, current: RunVariant) -> Iterator[RunVariant]:
+    sizes = {n for n in (1, 2, 4, 8, 16) if n <= run.examples_of_rank} | {current.micro_pairs}
+    calls = {n for n in (1, 2, 4, 8, 16, 32, 64) if n <= run.pairs_of_rank} | {current.inversion_pairs}
+    places = {current.reference} | ({"streamed"} if current.reference in ("replicated", "sharded") else set())
     for size, call, recompute, place, numbers in itertools.product(
-        sorted(sizes), sorted(calls), (False, True), sorted(places), _arithmetics(own)
+        sorted(sizes), sorted(calls), (False, True), sorted(places), _numerics(current)
     ):
-        yield replace(own, micro_pairs=size, inversion_pairs=call, checkpointing=recompute, reference=place, **numbers)
+        yield replace(
+            current, micro_pairs=size, inversion_pairs=call, checkpointing=recompute, reference=place, **numbers
+        )
 
 
-def _arithmetics(own: Choice) -> list[dict[str, Any]]:
-    """Optimizers and precisions that go with a choice's sharding; the ones that it has come first."""
+def _numerics(current: RunVariant) -> list[dict[str, Any]]:
+    """Optimizers and precisions that are possible with the sharding of ``current``, its own first."""
     found: list[dict[str, Any]] = [{}]
-    precisions = {own.precision} | ({"bf16"} if own.precision != "fp32" and own.stage != 0 else set())
+    precisions = {current.precision} | ({"bf16"} if current.precision != "fp32" and current.stage != 0 else set())
     plain = {"master": "fp32", "accumulate": "fp32", "offload": "none"}
     for name, precision in itertools.product(STATE_BYTES, sorted(precisions)):
-        if name != "adafactor" or not own.stage:  # it must see whole matrices, which sharding cuts up
+        if name != "adafactor" or not current.stage:  # it needs whole matrices, which sharding splits
             found.append({"optimizer": name, "precision": precision, **plain})
-    if own.stage is None and "bf16" in precisions:
+    if current.stage is None and "bf16" in precisions:
         found += [{"optimizer": ALIGNED, "precision": "bf16", **plain, **saved} for saved in ALONE]
     return found
 
 
-def _changes(option: Option, own: Choice, ds_file: str) -> int:
-    """How far a choice is from the settings; what alters the arithmetic counts more."""
-    there = option.choice
-    heavy = sum(getattr(there, name) != getattr(own, name)
+def _changes(option: FittingVariant, current: RunVariant, ds_file: str) -> int:
+    """How far a variant is from the settings; what changes the arithmetic counts more."""
+    variant = option.variant
+    heavy = sum(getattr(variant, name) != getattr(current, name)
                 for name in ("optimizer", "precision", "master", "accumulate"))  # fmt: skip
-    light = sum(getattr(there, name) != getattr(own, name)
+    light = sum(getattr(variant, name) != getattr(current, name)
                 for name in ("micro_pairs", "inversion_pairs", "checkpointing", "reference", "offload"))  # fmt: skip
     return 10 * heavy + 2 * (option.file != ds_file) + light
 
 
-def words(option: Option, s: Subject, ds_file: str) -> list[str]:
-    """What to write on the command line to get from the settings to a choice."""
-    own, there, found = s.choice(), option.choice, []
+def changed_settings(option: FittingVariant, run: PlannedRun, ds_file: str) -> list[str]:
+    """The words to add to the command line for a variant."""
+    current, variant, found = run.variant(), option.variant, []
     for name, key in KEYS.items():
-        value = getattr(there, name)
-        if value != getattr(own, name):
+        value = getattr(variant, name)
+        if value != getattr(current, name):
             found.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
     return found + ([f"--ds_config {option.file}"] if option.file != ds_file else [])

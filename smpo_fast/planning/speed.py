@@ -1,4 +1,4 @@
-"""Seconds of a step, modelled from assumptions or measured on this device."""
+"""Seconds of an optimizer step, modelled from assumptions or measured on this device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import EnvironmentProblem
 from smpo_fast.common.runtime import COMPUTE_DTYPES, World
 from smpo_fast.config.schema import Config, Inversion
 from smpo_fast.engine import create
@@ -24,115 +24,120 @@ from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
 from smpo_fast.planning.gpus import Gpu, link_gb
-from smpo_fast.planning.memory import Choice, Subject, _zero, state_bytes
+from smpo_fast.planning.memory import state_bytes, zero_layout
+from smpo_fast.planning.planned_run import PlannedRun, RunVariant
 
-UTILISATION = 0.35  # share of the dense peak that a UNet reaches; assumed until --measure has measured it
-CALL_SECONDS = 0.005  # of a network call whatever its size: launches and small kernels; assumed
+UTILISATION = 0.35  # share of the dense peak that a UNet reaches; assumed, --measure replaces it
+CALL_SECONDS = 0.005  # per network call regardless of its size: launches and small kernels; assumed
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Network calls and FLOPs of a trained pair, by phase."""
+    """Network calls and FLOPs per trained pair, by phase."""
 
-    calls: dict[str, float]  # of a picture
-    flops: dict[str, float]  # of a pair
+    calls: dict[str, float]  # per image
+    flops: dict[str, float]  # per pair
 
 
 @lru_cache(maxsize=64)
 def _calls(schedule: NoiseSchedule, how: Inversion, pairs: int) -> float:
-    """Inversion calls of a picture for each pair that is trained, over the whole of a step."""
+    """Inversion calls per image and trained pair, averaged over a step."""
     if how.source != "inversion":
         return 0.0
     return sum(inversion.network_calls(path.depth, how) for path in schedule.paths(pairs, how, 0, 0)) / pairs
 
 
-def work(s: Subject, schedule: NoiseSchedule, checkpointing: bool) -> Workload:
-    """What the method asks for."""
+def work(run: PlannedRun, schedule: NoiseSchedule, checkpointing: bool) -> Workload:
+    """The network calls that the method needs, and their FLOPs."""
     calls = {
-        "inversion": _calls(schedule, s.config.inversion, s.config.batch.pairs_per_step),
-        "reference": float(_asks_reference(s.config)),
+        "inversion": _calls(schedule, run.config.inversion, run.config.batch.pairs_per_step),
+        "reference": float(_needs_reference(run.config)),
         "policy": 1.0,
     }
-    forward = IMAGES_PER_PAIR * footprint.inference_cost(s.network, s.precision).flops
-    both = IMAGES_PER_PAIR * footprint.training_cost(s.network, s.precision, checkpointing).flops
+    forward = IMAGES_PER_PAIR * footprint.inference_cost(run.network, run.precision).flops
+    both = IMAGES_PER_PAIR * footprint.training_cost(run.network, run.precision, checkpointing).flops
     each = {"inversion": forward, "reference": forward, "policy": both}
     return Workload(calls, {phase: calls[phase] * each[phase] for phase in calls})
 
 
-def _asks_reference(c: Config) -> bool:
-    return OBJECTIVES[c.objective.name].needs_reference
+def _needs_reference(settings: Config) -> bool:
+    return OBJECTIVES[settings.objective.name].needs_reference
 
 
-def modelled_seconds(s: Subject, choice: Choice, schedule: NoiseSchedule, gpu: Gpu) -> dict[str, float] | None:
-    """Seconds of a step by phase, from the assumptions; None where the table has no speed for it."""
-    if not gpu.tflops or choice.precision == "fp32":
+def modelled_seconds(
+    run: PlannedRun, variant: RunVariant, schedule: NoiseSchedule, gpu: Gpu
+) -> dict[str, float] | None:
+    """Modelled seconds of a step by phase; None if the GPU's speed is unknown."""
+    if not gpu.tflops or variant.precision == "fp32":
         return None
-    done = work(s, schedule, choice.checkpointing)
-    rate, n = gpu.tflops * 1e12 * UTILISATION, s.examples_of_rank
-    size = {"inversion": choice.inversion_pairs, "reference": choice.micro_pairs, "policy": choice.micro_pairs}
+    done = work(run, schedule, variant.checkpointing)
+    rate, n = gpu.tflops * 1e12 * UTILISATION, run.examples_of_rank
+    size = {"inversion": variant.inversion_pairs, "reference": variant.micro_pairs, "policy": variant.micro_pairs}
     calls = {phase: math.ceil(n * done.calls[phase] / size[phase]) for phase in size}
     seconds = {phase: n * done.flops[phase] / rate + calls[phase] * CALL_SECONDS for phase in size}
-    link = link_gb(s, gpu)
-    seconds |= {"exchange": _exchanged_gb(s, choice, calls) / link, "host": _host_gb(s, choice) / gpu.host_gb}
+    link = link_gb(run, gpu)
+    seconds |= {"exchange": _exchanged_gb(run, variant, calls) / link, "host": _host_gb(run, variant) / gpu.host_gb}
     return seconds
 
 
-def _exchanged_gb(s: Subject, choice: Choice, calls: Mapping[str, int]) -> float:
-    """GB that a rank sends to the others in a step, none of it hidden behind computing."""
-    if s.ranks == 1:
+def _exchanged_gb(run: PlannedRun, variant: RunVariant, calls: Mapping[str, int]) -> float:
+    """GB that a rank sends to the others in a step, assuming that none of it overlaps with computing."""
+    if run.ranks == 1:
         return 0.0
-    zero, (p, frozen), others = _zero(choice), s.counts, 1 - 1 / s.ranks
-    size = COMPUTE_DTYPES[choice.precision].itemsize
-    reductions = calls["policy"] if zero.gradients_shared else 2  # scattered each time, or all-reduced once
-    gathers = (sum(calls.values()) + calls["policy"]) * zero.weights_shared + (choice.reference == "sharded")
-    updated = p * size * (zero.states_shared and not zero.weights_shared)
+    zero, (p, frozen), others = zero_layout(variant), run.counts, 1 - 1 / run.ranks
+    size = COMPUTE_DTYPES[variant.precision].itemsize
+    reductions = calls["policy"] if zero.gradients_sharded else 2  # scattered each time, or all-reduced once
+    gathers = (sum(calls.values()) + calls["policy"]) * zero.weights_sharded + (variant.reference == "sharded")
+    updated = p * size * (zero.states_sharded and not zero.weights_sharded)
     return others * (4 * p * reductions + (p + frozen) * size * gathers + updated) / 1e9
 
 
-def _host_gb(s: Subject, choice: Choice) -> float:
+def _host_gb(run: PlannedRun, variant: RunVariant) -> float:
     """GB between the host and a GPU in a step."""
-    (p, frozen), size = s.counts, COMPUTE_DTYPES[choice.precision].itemsize
-    micro_steps = math.ceil(s.examples_of_rank / choice.micro_pairs)
-    share = 1 / s.ranks if _zero(choice).states_shared else 1.0
-    gradients = (size * p * micro_steps + size * p) * share * choice.gradients_on_host
-    gradients += 2 * state_bytes(choice.optimizer, s.network) * (choice.offload != "none")
-    inverted = math.ceil(s.pairs_of_rank / choice.inversion_pairs) if s.config.inversion.source == "inversion" else 0
-    weights = (p + frozen) * size / s.ranks * (3 * micro_steps + inverted) * choice.offload_weights
-    streams = 1 + (s.config.inversion.source == "inversion" and s.config.inversion.network == "reference")
-    return (gradients + weights + (p + frozen) * size * streams * (choice.reference == "streamed")) / 1e9
+    (p, frozen), size = run.counts, COMPUTE_DTYPES[variant.precision].itemsize
+    micro_steps = math.ceil(run.examples_of_rank / variant.micro_pairs)
+    share = 1 / run.ranks if zero_layout(variant).states_sharded else 1.0
+    gradients = (size * p * micro_steps + size * p) * share * variant.gradients_on_host
+    gradients += 2 * state_bytes(variant.optimizer, run.network) * (variant.offload != "none")
+    inverted = (
+        math.ceil(run.pairs_of_rank / variant.inversion_pairs) if run.config.inversion.source == "inversion" else 0
+    )
+    weights = (p + frozen) * size / run.ranks * (3 * micro_steps + inverted) * variant.offload_weights
+    streams = 1 + (run.config.inversion.source == "inversion" and run.config.inversion.network == "reference")
+    return (gradients + weights + (p + frozen) * size * streams * (variant.reference == "streamed")) / 1e9
 
 
-def measure(s: Subject, source: ModelSource, schedule: NoiseSchedule, device: torch.device) -> dict[str, float]:
+def measure(run: PlannedRun, source: ModelSource, schedule: NoiseSchedule, device: torch.device) -> dict[str, float]:
     """Seconds of a step by phase on this device, from one call of each at the settings' batch sizes.
 
-    Networks have random weights, which time does not depend on; the step is that of one process without DeepSpeed.
-    Raises SettingsError where the device's memory does not hold it.
+    The weights are random, which does not change the time; the optimizer step is that of one process without DeepSpeed.
+    Raises EnvironmentProblem if the device has too little memory.
     """
-    choice, c = s.choice(), s.config
-    world, done = World(device=device), work(s, schedule, s.config.model.gradient_checkpointing)
+    variant, settings = run.variant(), run.config
+    world, done = World(device=device), work(run, schedule, run.config.model.gradient_checkpointing)
     try:
-        policy = _random(s.network, torch.float32, device)
-        if c.model.gradient_checkpointing:
+        policy = _random(run.network, torch.float32, device)
+        if settings.model.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
-        engine = create.make_engine(policy, c, world, choice.precision, None)
-        denoiser = Denoiser(engine.unet, source, schedule, choice.precision, device)
-        inverted = _clock(lambda: denoiser(*_inputs(s, choice.inversion_pairs, device)), device, no_grad=True)
-        frozen = _clock(lambda: denoiser(*_inputs(s, choice.micro_pairs, device)), device, no_grad=True)
+        engine = create.make_engine(policy, settings, world, variant.precision, None)
+        denoiser = Denoiser(engine.unet, source, schedule, variant.precision, device)
+        inverted = _clock(lambda: denoiser(*_inputs(run, variant.inversion_pairs, device)), device, no_grad=True)
+        frozen = _clock(lambda: denoiser(*_inputs(run, variant.micro_pairs, device)), device, no_grad=True)
 
         def train() -> None:
-            engine.backward(denoiser(*_inputs(s, choice.micro_pairs, device)).square().mean(), last=True)
+            engine.backward(denoiser(*_inputs(run, variant.micro_pairs, device)).square().mean(), last=True)
 
         trained = _clock(train, device)
         stepped = _clock(lambda: engine.step(0.0), device, warm=False)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--measure: {error}".partition(". ")[0] + ": take the choice that fits, or no --measure"
+        raise EnvironmentProblem(
+            f"--measure: {error}".partition(". ")[0] + ": use the settings that fit, or leave out --measure"
         ) from error
-    n = s.examples_of_rank
+    n = run.examples_of_rank
     return {
-        "inversion": n * done.calls["inversion"] * inverted / choice.inversion_pairs,
-        "reference": n * done.calls["reference"] * frozen / choice.micro_pairs,
-        "policy": n * trained / choice.micro_pairs,
+        "inversion": n * done.calls["inversion"] * inverted / variant.inversion_pairs,
+        "reference": n * done.calls["reference"] * frozen / variant.micro_pairs,
+        "policy": n * trained / variant.micro_pairs,
         "optimizer": stepped,
     }
 
@@ -144,16 +149,16 @@ def _random(network: NetworkSpec, dtype: torch.dtype, device: torch.device) -> A
     return unet
 
 
-def _inputs(s: Subject, pairs: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
-    x = torch.randn(pairs, IMAGES_PER_PAIR, *s.network.latent, device=device)
-    prompt, sdxl = torch.randn(pairs, *s.network.prompt, device=device), s.network.kind == "sdxl"
-    pooled = torch.randn(pairs, s.network.pooled, device=device) if sdxl else None
-    sizes = torch.full((pairs, 6), float(s.config.data.resolution), device=device) if sdxl else None
+def _inputs(run: PlannedRun, pairs: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+    x = torch.randn(pairs, IMAGES_PER_PAIR, *run.network.latent, device=device)
+    prompt, sdxl = torch.randn(pairs, *run.network.prompt, device=device), run.network.kind == "sdxl"
+    pooled = torch.randn(pairs, run.network.pooled, device=device) if sdxl else None
+    sizes = torch.full((pairs, 6), float(run.config.data.resolution), device=device) if sdxl else None
     return x, torch.full((pairs,), 500, device=device), Conditioning(prompt, pooled, sizes)
 
 
 def _clock(call: Callable[[], Any], device: torch.device, *, no_grad: bool = False, warm: bool = True) -> float:
-    """Seconds of a call; on a GPU the one before it chooses kernels and is not counted."""
+    """Seconds of a call. On a GPU, a first call that selects kernels is not counted."""
 
     def wait() -> None:
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The embedded world: captions, pictures, reward, shipped assets, and the script that builds them."""
+"""The embedded world: captions, images, reward, shipped assets, and the script that builds them."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ PART_NAMES = ("foreground", "background", "shape")
 
 @pytest.fixture(scope="module")
 def clean() -> tuple[np.ndarray, list[str]]:
-    """256 clean pictures of random scenes, and their captions."""
+    """256 clean images of random scenes, and their captions."""
     rng = np.random.default_rng(0)
     world = shapes.scenes()
     batch = [world[i] for i in rng.integers(len(world), size=256)]
@@ -42,8 +42,8 @@ def pipeline() -> StableDiffusionXLPipeline:
 
 
 @pytest.fixture(scope="module")
-def pictures(table: dict[str, list]) -> list[np.ndarray]:
-    """The pictures 0 and 1 of all pairs, decoded: two arrays uint8 [N, 32, 32, 3]."""
+def images(table: dict[str, list]) -> list[np.ndarray]:
+    """The images 0 and 1 of all pairs, decoded: two arrays uint8 [N, 32, 32, 3]."""
     return [np.stack([pairs.decode(data) for data in table[name]]) for name in ("jpg_0", "jpg_1")]
 
 
@@ -95,7 +95,7 @@ def test_prompts_depend_on_the_seed_and_know_their_number() -> None:
 # ---- reward
 
 
-def test_clean_pictures_score_high_in_every_part(clean: tuple[np.ndarray, list[str]]) -> None:
+def test_clean_images_score_high_in_every_part(clean: tuple[np.ndarray, list[str]]) -> None:
     scores = reward.score(*clean)
     assert scores.reward.mean() > 0.97 and scores.reward.min() > 0.93
     assert all(getattr(scores, name).mean() > 0.95 for name in PART_NAMES)
@@ -103,7 +103,7 @@ def test_clean_pictures_score_high_in_every_part(clean: tuple[np.ndarray, list[s
     np.testing.assert_allclose(scores.reward, combined, atol=1e-6)
 
 
-def test_prompts_of_other_pictures_score_low(clean: tuple[np.ndarray, list[str]]) -> None:
+def test_prompts_of_other_images_score_low(clean: tuple[np.ndarray, list[str]]) -> None:
     images, captions = clean
     assert reward.score(np.roll(images, 1, axis=0), captions).reward.mean() < 0.4
 
@@ -135,14 +135,14 @@ def test_colour_parts_fall_steadily_with_saturation() -> None:
     np.testing.assert_allclose(scores.shape, scores.shape[0], atol=0.05)
 
 
-def test_an_empty_picture_has_no_shape() -> None:
+def test_an_empty_image_has_no_shape() -> None:
     flat = np.full((1, 32, 32, 3), 25, np.uint8)
     scores = reward.score(flat, ["a red circle on a black background"])
     assert scores.shape[0] == 0 and scores.background[0] > 0.95 and scores.reward[0] < 0.5
 
 
 @pytest.mark.parametrize("size", [64, 48, 96])
-def test_other_picture_sizes_score_alike(clean: tuple[np.ndarray, list[str]], size: int) -> None:
+def test_other_image_sizes_score_alike(clean: tuple[np.ndarray, list[str]], size: int) -> None:
     images, captions = clean[0][:64], clean[1][:64]
     larger = np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BILINEAR)) for x in images])
     assert abs(reward.score(larger, captions).reward - reward.score(images, captions).reward).max() < 0.08
@@ -152,7 +152,7 @@ def test_score_refuses_wrong_arrays() -> None:
     caption = "a red circle on a blue background"
     with pytest.raises(ValueError, match="uint8"):
         reward.score(np.zeros((1, 32, 32, 3)), [caption])
-    with pytest.raises(ValueError, match="2 pictures for 1 prompts"):
+    with pytest.raises(ValueError, match="2 images for 1 prompts"):
         reward.score(np.zeros((2, 32, 32, 3), np.uint8), [caption])
     assert len(reward.score(np.zeros((0, 32, 32, 3), np.uint8), []).reward) == 0
 
@@ -249,9 +249,9 @@ def test_pairs_use_train_prompts_only(table: dict[str, list]) -> None:
     assert len(set(table["caption"])) == len(table["caption"])
 
 
-def test_stored_rewards_are_those_of_the_stored_pictures(table: dict[str, list], pictures: list[np.ndarray]) -> None:
+def test_stored_rewards_are_those_of_the_stored_images(table: dict[str, list], images: list[np.ndarray]) -> None:
     for side in (0, 1):
-        found = reward.score(pictures[side], table["caption"]).reward
+        found = reward.score(images[side], table["caption"]).reward
         np.testing.assert_allclose(found, table[f"reward_{side}"], atol=0.02)  # JPEG decoders may round differently
         assert abs(found - np.array(table[f"reward_{side}"])).mean() < 0.002
 
@@ -270,7 +270,7 @@ def test_labels_follow_the_rewards(table: dict[str, list]) -> None:
 # ---- building
 
 
-def test_tie_and_identical_pictures_are_labelled() -> None:
+def test_tie_and_identical_images_are_labelled() -> None:
     captions = shapes.prompts("train", 4)
     images = shapes.render([shapes.parse(caption) for caption in captions], np.random.default_rng(0))
     worse = np.full_like(images, 128)
@@ -281,7 +281,7 @@ def test_tie_and_identical_pictures_are_labelled() -> None:
 
 
 def test_training_latents_have_unit_scale(pipeline: StableDiffusionXLPipeline) -> None:
-    latents, captions = pretrain_unet.encode_pictures(pipeline.vae, 64, np.random.default_rng(0))
+    latents, captions = pretrain_unet.encode_images(pipeline.vae, 64, np.random.default_rng(0))
     assert latents.shape == (64, 4, 8, 8) and len(captions) == 64
     assert 0.9 < float(latents.std()) < 1.1
 
@@ -303,7 +303,7 @@ def test_training_predicts_as_the_pipeline_does(pipeline: StableDiffusionXLPipel
 
 
 def test_build_runs_from_nothing_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = Sizes(vae_steps=3, unet_steps=3, unet_pictures=32, unet_batch=8, pairs=6, evaluated=4)
+    sizes = Sizes(vae_steps=3, unet_steps=3, unet_images=32, unet_batch=8, pairs=6, evaluated=4)
     with pytest.raises(SystemExit, match="needs the result of stage vae"):
         __main__.build(tmp_path, ("unet",), 0, sizes)
     __main__.build(tmp_path, __main__.STAGES, 0, sizes)

@@ -28,7 +28,7 @@ from smpo_fast.planning.gpus import (
     GPUS,
     Gpu,  # noqa: E402
 )
-from smpo_fast.planning.memory import Subject  # noqa: E402
+from smpo_fast.planning.planned_run import PlannedRun  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -42,9 +42,9 @@ def settings(**sections: dict[str, Any]) -> Config:
     return loading.from_dict({k: {**values.get(k, {}), **sections.get(k, {})} for k in values | sections})
 
 
-def subject(a: Architecture, c: Config, **more: Any) -> Subject:
+def subject(a: Architecture, c: Config, **more: Any) -> PlannedRun:
     network = NetworkSpec.make(a.unet, a.kind, (4, a.latent, a.latent), (a.tokens, a.prompt_width), lora=c.lora)
-    return Subject(c, network, c.model.precision, **more)
+    return PlannedRun(c, network, c.model.precision, **more)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_sdxl_within_ten_percent_of_the_simulated_step(checkpointing: bool, simu
     """test_counts.py follows a whole first step of SDXL on the meta device: Adafactor, half precision, one pair."""
     c = settings(model={"gradient_checkpointing": checkpointing}, optim={"name": "adafactor"})
     s = subject(SDXL, c)
-    assert memory.memory(s, s.choice()).allocated / 1e9 == pytest.approx(simulated_gb, rel=0.1)
+    assert memory.memory(s, s.variant()).allocated / 1e9 == pytest.approx(simulated_gb, rel=0.1)
 
 
 class FusedAdamW(torch.optim.AdamW):
@@ -106,14 +106,14 @@ def check_stages(size: int, stages: list[int | None]) -> None:
         for stage, peaks in found.items():
             ds = None if stage is None else small_buckets(stage)
             s = subject(SDXL_TOY, settings(batch={"pairs_per_step": 2 * size}), ranks=size, ds=ds)
-            told = memory.memory(s, replace(s.choice(), reference="none"))
+            told = memory.memory(s, replace(s.variant(), reference="none"))
             for phase, peak in peaks.items():
                 planned = told.phases[phase] - memory.LIBRARY_BYTES - told.parts["window"]
                 assert planned == pytest.approx(peak, rel=0.1), f"stage {stage}, {size} ranks, {phase}"
 
 
 def test_memory_of_real_engines() -> None:
-    """Weights, masters, gradients and states where ``plan.ZERO`` says they are, without DeepSpeed and with it."""
+    """Weights, masters, gradients and states are where ``memory.ZERO_LAYOUTS`` says, with and without DeepSpeed."""
     check_stages(1, [None, 2])
 
 
@@ -147,7 +147,7 @@ def test_weights_without_masters() -> None:
     ladder = [base, base | {"master": "none"}, base | {"master": "none", "accumulate": "bf16-sr"},
               base | {"master": "none", "accumulate": "bf16-sr", "offload": "states+gradients"}]  # fmt: skip
     s = subject(SDXL_TOY, settings(optim=base))
-    plans = [memory.memory(s, subject(SDXL_TOY, settings(optim=o)).choice()) for o in ladder]
+    plans = [memory.memory(s, subject(SDXL_TOY, settings(optim=o)).variant()) for o in ladder]
     count, states = s.counts[0], memory.state_bytes("adamw8bit_aligned", s.network)
     for before, after, saved in zip(plans, plans[1:], (4 * count, 2 * count, 2 * count + states), strict=False):
         assert before.phases["policy"] - after.phases["policy"] == pytest.approx(saved)
@@ -157,10 +157,10 @@ def test_weights_without_masters() -> None:
 def test_what_offload_and_streaming_free() -> None:
     ds = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     here, there = (subject(SDXL_TOY, settings(), ranks=2, ds=d) for d in ({"zero_optimization": {"stage": 2}}, ds))
-    kept, moved = (memory.memory(s, s.choice()) for s in (here, there))
+    kept, moved = (memory.memory(s, s.variant()) for s in (here, there))
     assert moved.parts["masters"] == moved.parts["optimizer states"] == 0 and moved.host["offloaded states"] > 0
     assert moved.allocated < kept.allocated
-    streamed = memory.memory(here, replace(here.choice(), reference="streamed"))
+    streamed = memory.memory(here, replace(here.variant(), reference="streamed"))
     freed = kept.phases["policy"] - streamed.phases["policy"]
     assert freed == kept.parts["reference"] and streamed.host["streamed reference"] == 2 * freed
 
@@ -186,22 +186,22 @@ def test_modelled_seconds_shrink_with_ranks_and_speed() -> None:
 
     def seconds(gpu: str, ranks: int) -> float:
         s = subject(SDXL_TOY, c, ranks=ranks, ds={"zero_optimization": {"stage": 1}} if ranks > 1 else None)
-        return sum((speed.modelled_seconds(s, s.choice(), schedule(), GPUS[gpu]) or {}).values())
+        return sum((speed.modelled_seconds(s, s.variant(), schedule(), GPUS[gpu]) or {}).values())
 
     assert seconds("H100", 8) < seconds("H100", 1) < seconds("A100-80GB", 1) < seconds("RTX-3090", 1)
     s = subject(SDXL_TOY, settings(model={"precision": "fp32"}))
-    assert speed.modelled_seconds(s, s.choice(), schedule(), GPUS["H100"]) is None, "the table knows bf16 alone"
+    assert speed.modelled_seconds(s, s.variant(), schedule(), GPUS["H100"]) is None, "the table knows bf16 alone"
 
 
 def test_choices_fit_and_the_first_is_the_fastest_or_the_nearest() -> None:
     s = subject(SDXL_TOY, settings(batch={"pairs_per_step": 16}, inversion={"source": "inversion"}))
-    roomy = search.options(s, schedule(), GPUS["H100"], "")
+    roomy = search.fitting_variants(s, schedule(), GPUS["H100"], "")
     assert roomy[0].seconds <= 1.03 * min(o.seconds for o in roomy)
-    assert roomy[0].choice.optimizer == s.choice().optimizer, "what alters the arithmetic is not changed for nothing"
-    needed = memory.memory(s, s.choice()).needed
+    assert roomy[0].variant.optimizer == s.variant().optimizer, "what alters the arithmetic is not changed for nothing"
+    needed = memory.memory(s, s.variant()).needed
     tight = replace_gpu(needed - 5e6)
-    assert all(o.memory.needed <= tight.bytes for o in search.options(s, schedule(), tight, ""))
-    assert not search.options(s, schedule(), replace_gpu(memory.CONTEXT_BYTES), "")
+    assert all(o.memory.needed <= tight.bytes for o in search.fitting_variants(s, schedule(), tight, ""))
+    assert not search.fitting_variants(s, schedule(), replace_gpu(memory.CONTEXT_BYTES), "")
 
 
 def replace_gpu(size: float) -> Gpu:
@@ -220,7 +220,7 @@ def replace_gpu(size: float) -> Gpu:
     ],
 )
 def test_devices_as_torch_names_them(device: str, key: str | None) -> None:
-    found = gpus.known_as(device)
+    found = gpus.gpu_named(device)
     assert (found and found.name) == key
 
 
@@ -245,7 +245,15 @@ def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
 def test_the_command_tells_everything(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = command(capsys, "--gpu", "rtx 4090", "--gpus", "2", "--ds_config", str(CONFIGS / "ds_zero2.json"))
     assert status == 0
-    for word in ("ZeRO 2", "it fits", "host memory of a node", "cache", "TFLOP a pair", "modelled:", "best choice"):
+    for word in (
+        "ZeRO 2",
+        "it fits",
+        "host memory of a node",
+        "cache",
+        "TFLOP per pair",
+        "modelled:",
+        "best settings that fit",
+    ):
         assert word in text
     assert "measured" not in text
 
@@ -268,7 +276,7 @@ def test_measured_on_this_device(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpu", "GTX-999"], "known are B200"),
+        (["--gpu", "GTX-999"], "known GPUs are B200"),
         (["--gpu", "H100", "--measure"], "leave --gpu"),
         (["--gpus", "0"], "--gpus: Input should be greater than or equal to 1"),
         (["--gpus", "7", "--gpu", "H100"], "does not divide among 7 ranks"),
@@ -285,7 +293,7 @@ def test_pairs_that_memory_allows() -> None:
 
     def chosen(gigabytes: float) -> int:
         batch = {"inversion_pairs": 0, "inversion_gb": gigabytes, "pairs_per_step": 4096}
-        return subject(SDXL_TOY, settings(batch=batch)).choice().inversion_pairs
+        return subject(SDXL_TOY, settings(batch=batch)).variant().inversion_pairs
 
     assert 1 < chosen(0.1) < chosen(0.2)
     with pytest.raises(UserError, match="inversion_gb"):

@@ -1,1 +1,1 @@
-"""Builds the embedded assets from nothing: ``python -m smpo_fast.embedded.build --out DIR``."""
+"""Builds the embedded assets from scratch: ``python -m smpo_fast.embedded.build --out DIR``."""

@@ -1,4 +1,4 @@
-"""Builds the embedded assets from nothing: `python -m smpo_fast.embedded.build --out DIR [--stage ...] [--seed N]`.
+"""Builds the embedded assets from scratch: `python -m smpo_fast.embedded.build --out DIR [--stage ...] [--seed N]`.
 
 Three stages, each reading what the one before has written below DIR: `vae` (the autoencoder), `unet` (UNet, text
 encoders and tokenizer: the whole pipeline), `pairs` (the pair table).  `all` runs what is missing; naming a stage
@@ -33,7 +33,7 @@ class Sizes:
 
     vae_steps: int = 5000
     unet_steps: int = 6000
-    unet_pictures: int = 32_768
+    unet_images: int = 32_768
     unet_batch: int = 64
     pairs: int = 1280
     candidates: int = 4
@@ -43,30 +43,30 @@ class Sizes:
 def build_vae(out: Path, seed: int, sizes: Sizes) -> None:
     """Train the autoencoder and save it in fp16."""
     vae = train_vae(sizes.vae_steps, seed)
-    print(f"vae: {reconstruction_psnr(vae, seed):.1f} dB on pictures not trained on")
+    print(f"vae: {reconstruction_psnr(vae, seed):.1f} dB on images not trained on")
     vae.half().save_pretrained(out / PIPELINE / "vae")
 
 
 def build_unet(out: Path, seed: int, sizes: Sizes) -> None:
     """Train UNet and text encoders on the saved autoencoder's latents and save the pipeline in fp16."""
     vae = AutoencoderKL.from_pretrained(out / PIPELINE / "vae").float()
-    pipeline = train_unet(vae, sizes.unet_steps, seed, batch=sizes.unet_batch, n_pictures=sizes.unet_pictures)
+    pipeline = train_unet(vae, sizes.unet_steps, seed, batch=sizes.unet_batch, n_images=sizes.unet_images)
     save(pipeline, out / PIPELINE)
 
 
 def build_pairs(out: Path, seed: int, sizes: Sizes) -> None:
-    """Sample a few pictures per train prompt, write the table of best and worst, and say how good the base is."""
+    """Sample a few images per train prompt, write the table of best and worst, and say how good the base is."""
     pipeline = load(out / PIPELINE)
     captions = prompts("train", sizes.pairs, seed)
     seeds = range(seed * sizes.candidates, (seed + 1) * sizes.candidates)
-    pictures = np.stack([sample(pipeline, captions, number, label=f"pictures, seed {number}") for number in seeds])
-    table = pair_table(captions, extremes(captions, pictures, seed))
+    images = np.stack([sample(pipeline, captions, number, label=f"images, seed {number}") for number in seeds])
+    table = pair_table(captions, extremes(captions, images, seed))
     write(table, out / PAIRS)
     gap = np.abs(table["reward_0"].to_numpy() - table["reward_1"].to_numpy())
     print(f"pairs: {table.num_rows}, mean reward gap {gap.mean():.3f}")
     held_out = prompts("held-out", sizes.evaluated, seed)
-    pictures = sample(pipeline, held_out, HELD_OUT_SEED + seed, label="held-out")
-    print(f"base: {summary(score(pictures, held_out))}")
+    images = sample(pipeline, held_out, HELD_OUT_SEED + seed, label="held-out")
+    print(f"base: {summary(score(images, held_out))}")
 
 
 def summary(scores: Scores) -> str:

@@ -1,4 +1,4 @@
-"""The pair table: pictures sampled from the miniature, two kept per prompt, put in order by the reward."""
+"""The pair table: images sampled from the miniature, of which two are kept per prompt, ordered by the reward."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ def sample(
     batch: int = 64,
     label: str = "sample",
 ) -> np.ndarray:
-    """One picture per prompt, uint8 [N, 32, 32, 3]; the noise is drawn for all at once, whatever the batch size."""
+    """One image per prompt, uint8 [N, 32, 32, 3]; the noise is drawn for all at once, whatever the batch size."""
     latent = (
         pipeline.unet.config.in_channels,
         pipeline.unet.config.sample_size,
@@ -43,7 +43,7 @@ def sample(
     )
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(prompts), *latent, generator=generator)
-    pictures = []
+    images = []
     for start in tqdm(range(0, len(prompts), batch), desc=label, unit="batch"):
         result = pipeline(
             list(prompts[start : start + batch]),
@@ -54,14 +54,14 @@ def sample(
             num_inference_steps=SAMPLING_STEPS,
             output_type="np",
         )
-        pictures.append(np.round(result.images * 255).astype(np.uint8))
-    return np.concatenate(pictures)
+        images.append(np.round(result.images * 255).astype(np.uint8))
+    return np.concatenate(images)
 
 
-def encode(picture: np.ndarray) -> bytes:
-    """A picture as JPEG bytes, colour at full resolution."""
+def encode(image: np.ndarray) -> bytes:
+    """An image, uint8 [H, W, 3], as JPEG bytes with full colour resolution."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
@@ -70,24 +70,24 @@ def decode(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def extremes(prompts: Sequence[str], pictures: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best and the worst of K pictures uint8 [K, N, 32, 32, 3] of each prompt, in random order.
+def extremes(prompts: Sequence[str], images: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best and the worst of K images uint8 [K, N, 32, 32, 3] of each prompt, in random order.
 
-    Two pictures at random often score nearly alike; the two ends of a few differ enough to teach something.
+    Two images at random often score nearly alike; the best and the worst of a few differ enough to learn from.
     """
-    rewards = np.stack([score(candidates, prompts).reward for candidates in pictures])
+    rewards = np.stack([score(candidates, prompts).reward for candidates in images])
     ends = np.stack([rewards.argmax(0), rewards.argmin(0)])
     rows = np.arange(len(prompts))
     swap = np.random.default_rng(seed).integers(2, size=len(prompts))
-    return pictures[ends[swap, rows], rows], pictures[ends[1 - swap, rows], rows]
+    return images[ends[swap, rows], rows], images[ends[1 - swap, rows], rows]
 
 
-def pair_table(prompts: Sequence[str], pictures: tuple[np.ndarray, np.ndarray]) -> pa.Table:
-    """The table of pairs: pictures 0 and 1 [N, 32, 32, 3] of each prompt, in Pick-a-Pic v2 columns plus rewards.
+def pair_table(prompts: Sequence[str], images: tuple[np.ndarray, np.ndarray]) -> pa.Table:
+    """The table of pairs: images 0 and 1 [N, 32, 32, 3] of each prompt, in Pick-a-Pic v2 columns plus rewards.
 
-    The rewards are those of the encoded pictures, so whoever decodes and scores them again finds the same numbers.
+    The rewards are those of the encoded images, so whoever decodes and scores them again finds the same numbers.
     """
-    data = [[encode(picture) for picture in side] for side in pictures]
+    data = [[encode(image) for image in side] for side in images]
     rewards = [score(np.stack([decode(item) for item in side]), prompts).reward for side in data]
     uids = [[hashlib.sha256(item).hexdigest()[:16] for item in side] for side in data]
     gap = rewards[0] - rewards[1]
@@ -115,7 +115,7 @@ def pair_table(prompts: Sequence[str], pictures: tuple[np.ndarray, np.ndarray]) 
 
 
 def write(table: pa.Table, path: Path) -> None:
-    """Write compactly: JPEG headers are all alike, which compression over a whole column takes out."""
+    """Write compactly: all JPEG headers are alike, and compression over a whole column removes them."""
     pq.write_table(
         table,
         path,

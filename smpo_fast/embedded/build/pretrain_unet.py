@@ -1,4 +1,4 @@
-"""Pre-training of the UNet and its two text encoders, together, on latents of rendered pictures."""
+"""Pre-training of the UNet and its two text encoders, together, on latents of rendered images."""
 
 import math
 
@@ -9,19 +9,19 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from tqdm import tqdm, trange
 
 from smpo_fast.embedded.build.networks import assemble
-from smpo_fast.embedded.build.pretrain_vae import pictures, to_tensor
+from smpo_fast.embedded.build.pretrain_vae import faulty_images, to_tensor
 from smpo_fast.embedded.shapes import PIXELS
 
-CAPTION_DROPOUT = 0.1  # what classifier-free guidance needs
+CAPTION_DROPOUT = 0.1  # classifier-free guidance needs a prediction without caption
 
 
 def train_unet(
-    vae: AutoencoderKL, steps: int, seed: int, batch: int = 64, lr: float = 1.5e-3, n_pictures: int = 32_768
+    vae: AutoencoderKL, steps: int, seed: int, batch: int = 64, lr: float = 1.5e-3, n_images: int = 32_768
 ) -> StableDiffusionXLPipeline:
-    """Train UNet and text encoders from scratch on `n_pictures` faulty pictures; returns the whole pipeline."""
+    """Train UNet and text encoders from scratch on `n_images` faulty images; returns the whole pipeline."""
     torch.manual_seed(seed)
     pipeline = assemble(vae)
-    latents, captions = encode_pictures(vae, n_pictures, np.random.default_rng(seed))
+    latents, captions = encode_images(vae, n_images, np.random.default_rng(seed))
     tokens = tokenize(pipeline, captions + [""])
     unet = pipeline.unet.train().to(memory_format=torch.channels_last)
     networks = torch.nn.ModuleList([unet, pipeline.text_encoder.train(), pipeline.text_encoder_2.train()])
@@ -31,8 +31,8 @@ def train_unet(
     recent = math.nan
     bar = tqdm(range(steps), desc="unet", unit="step", mininterval=2)
     for _ in bar:
-        rows = torch.randint(n_pictures, (batch,))
-        words = tokens[torch.where(torch.rand(batch) < CAPTION_DROPOUT, n_pictures, rows)]
+        rows = torch.randint(n_images, (batch,))
+        words = tokens[torch.where(torch.rand(batch) < CAPTION_DROPOUT, n_images, rows)]
         t = torch.randint(len(alphas), (batch,))
         noise = torch.randn(batch, *latents.shape[1:])
         abar = alphas[t].view(-1, 1, 1, 1)
@@ -57,13 +57,13 @@ def warm_cosine(step: int, steps: int, warm: int = 200) -> float:
 
 
 @torch.no_grad()
-def encode_pictures(
+def encode_images(
     vae: AutoencoderKL, n: int, rng: np.random.Generator, batch: int = 256
 ) -> tuple[torch.Tensor, list[str]]:
-    """Scaled latents [n, 4, 8, 8] of `n` faulty pictures, and their captions."""
+    """Scaled latents [n, 4, 8, 8] of `n` faulty images, and their captions."""
     latents, captions = [], []
     for start in trange(0, n, batch, desc="encode", unit="batch"):
-        x, words = pictures(min(batch, n - start), rng)
+        x, words = faulty_images(min(batch, n - start), rng)
         latents.append(vae.encode(to_tensor(x)).latent_dist.mean * vae.config.scaling_factor)
         captions += words
     return torch.cat(latents), captions

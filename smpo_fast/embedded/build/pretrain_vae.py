@@ -1,4 +1,4 @@
-"""Pre-training of the autoencoder on rendered pictures."""
+"""Pre-training of the autoencoder on rendered images."""
 
 import numpy as np
 import torch
@@ -8,16 +8,16 @@ from tqdm import tqdm
 from smpo_fast.embedded.build.networks import autoencoder
 from smpo_fast.embedded.shapes import render, scenes
 
-PALE, WRONG_COLOUR = 0.25, 0.08  # the faults of the pictures that the base learns from (see `shapes.render`)
+PALE, WRONG_COLOUR = 0.25, 0.08  # the faults of the images that the base learns from (see `shapes.render`)
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W, 3] to fp32 [N, 3, H, W] in -1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def pictures(n: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """`n` faulty pictures uint8 [N, 32, 32, 3] of random scenes, and their captions."""
+def faulty_images(n: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+    """`n` faulty images uint8 [N, 32, 32, 3] of random scenes, and their captions."""
     world = scenes()
     batch = [world[i] for i in rng.integers(len(world), size=n)]
     return render(batch, rng, pale=PALE, wrong_colour=WRONG_COLOUR), [scene.caption for scene in batch]
@@ -32,10 +32,10 @@ def train_vae(steps: int, seed: int, batch: int = 16, lr: float = 4e-3) -> Autoe
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     bar = tqdm(range(steps), desc="vae", unit="step", mininterval=2)
     for _ in bar:
-        x = to_tensor(pictures(batch, rng)[0]).contiguous(memory_format=torch.channels_last)
+        x = to_tensor(faulty_images(batch, rng)[0]).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             mean = vae.encode(x).latent_dist.mean
-            # Noise in the latents makes the decoder forgive the small errors of a sampled latent.
+            # Noise in the latents makes the decoder robust to the small errors of sampled latents.
             reconstruction = vae.decode(mean + 0.05 * torch.randn_like(mean)).sample
         error = reconstruction.float() - x
         loss = error.abs().mean() + error.square().mean() + 1e-4 * mean.float().square().mean()
@@ -51,19 +51,19 @@ def train_vae(steps: int, seed: int, batch: int = 16, lr: float = 4e-3) -> Autoe
 
 
 def psnr(error: torch.Tensor) -> float:
-    """Peak signal to noise ratio in dB of an error on the scale -1..1."""
+    """Peak signal-to-noise ratio in dB of errors of any shape, on the scale -1..1."""
     return float(10 * torch.log10(4 / error.square().mean()))
 
 
 @torch.no_grad()
 def latent_std(vae: AutoencoderKL, rng: np.random.Generator, n: int = 512) -> float:
-    """Standard deviation of the latents of `n` pictures before scaling."""
-    return float(vae.encode(to_tensor(pictures(n, rng)[0])).latent_dist.mean.std())
+    """Standard deviation of the latents of `n` images before scaling."""
+    return float(vae.encode(to_tensor(faulty_images(n, rng)[0])).latent_dist.mean.std())
 
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, seed: int, n: int = 256) -> float:
-    """Mean PSNR in dB of reconstructed pictures that the training has not seen."""
-    x = to_tensor(pictures(n, np.random.default_rng(seed + 1_000_003))[0])
+    """Mean PSNR in dB of reconstructed images that were not in the training."""
+    x = to_tensor(faulty_images(n, np.random.default_rng(seed + 1_000_003))[0])
     y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
     return float(np.mean([psnr(a - b) for a, b in zip(x, y, strict=True)]))
