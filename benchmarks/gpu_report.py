@@ -39,7 +39,7 @@ from harness import say
 
 from smpo_fast.models.network_spec import NetworkSpec
 from smpo_fast.planning import memory
-from smpo_fast.planning.memory import Subject
+from smpo_fast.planning.planned_run import PlannedRun
 
 TOTAL_SECONDS = 505.0  # for all parts together
 CANNOT_FORK = 77  # exit status of a part that found the GPU unusable in a forked process
@@ -415,8 +415,8 @@ def _predicted_peak(architecture: Architecture, overrides: ours.Overrides, preci
     latent = (4, architecture.latent, architecture.latent)
     text = (architecture.tokens, architecture.prompt_width)
     network = NetworkSpec.make(architecture.unet, architecture.kind, latent, text)
-    subject = Subject(settings, network, precision)
-    return memory.memory(subject, subject.choice()).allocated
+    run = PlannedRun(settings, network, precision)
+    return memory.memory(run, run.variant()).allocated
 
 
 def _lora_memory(report: Report, name: str, architecture: Architecture, checkpointing: bool) -> None:

@@ -18,17 +18,21 @@ EMBEDDED = "embedded"
 
 
 class Run(Section):
-    """Where a run lives and how long it is."""
+    """The run's folder, length and seed."""
 
     dir: str = Field("runs/embedded", description="folder of the run: checkpoints, logs, export, evaluation")
-    seed: int = Field(0, ge=0, description="all randomness is a function of (seed, purpose, step, pair)")
+    seed: int = Field(
+        0, ge=0, description="seed of all random numbers, which depend only on it, their purpose, the step and the pair"
+    )
     steps: int = Field(200, ge=0, description="optimizer steps in the whole run")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="checkpoints kept; older ones are removed after a good save")
+    keep: int = Field(
+        2, ge=1, description="number of checkpoints to keep; older ones are removed after a new one is complete"
+    )
     max_nonfinite_steps: int = Field(
         10, ge=0, description="steps with a non-finite loss or gradient that are skipped before the run stops"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one, else cpu")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is a GPU, else cpu")
 
 
 class Model(Section):
@@ -37,53 +41,74 @@ class Model(Section):
     path: str = Field(EMBEDDED, description="'embedded', a diffusers pipeline folder, or a hub id")
     revision: str = Field("", description="hub revision (branch, tag or commit)")
     variant: str = Field("", description="file variant of the weights, e.g. 'fp16'")
-    vae: str = Field("", description="another VAE (folder or hub id) in place of the pipeline's own")
-    unet: str = Field("", description="another UNet (folder or hub id) as the start of policy and reference")
+    vae: str = Field("", description="VAE (folder or hub id) to use instead of the pipeline's")
+    unet: str = Field(
+        "", description="UNet (folder or hub id) that policy and reference start from, instead of the pipeline's"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16", "bf16-autocast"] = Field(
         "auto",
-        description="dtype in which policy and reference compute; fp32 master weights (optim.master); "
-        "'bf16-autocast' keeps fp32 weights; auto: what the DeepSpeed file says, else bf16 on cuda, fp32 on cpu",
+        description="dtype in which policy and reference compute, with fp32 master weights "
+        "(optim.master); "
+        "'bf16-autocast' computes with fp32 weights; auto: as in the DeepSpeed file, else bf16 on cuda and fp32 on cpu",
     )
     attention: Literal["sdpa", "flash", "cudnn", "efficient", "xformers", "eager"] = Field(
         "sdpa",
-        description="attention; sdpa: PyTorch's choice of kernel; flash, cudnn, efficient: that kernel first; "
-        "what cannot run on the device gives way to sdpa, with one notice",
+        description="attention implementation; sdpa: PyTorch chooses the kernel; flash, cudnn, efficient: "
+        "that kernel is preferred; "
+        "what the device does not support is replaced by sdpa, with one warning",
     )
     compile: Literal["off", "inversion", "all"] = Field(
         "off",
-        description="torch.compile of the transformer blocks: of the no-gradient calls of the inversion, or of the "
+        description="torch.compile of the transformer blocks: of the no-gradient calls of the inversion, "
+        "or of the "
         "policy's and the reference's predictions as well (docs/inference.md)",
     )
     cuda_graphs: bool = Field(False, description="replay the inversion's calls as CUDA graphs, at a few batch sizes")
-    channels_last: bool = Field(False, description="convolutions in channels-last memory; pays with group_norm_silu")
-    gradient_checkpointing: bool = Field(False, description="recompute UNet blocks in the backward pass")
-    export_dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of the export")
+    channels_last: bool = Field(
+        False,
+        description="convolutions in channels-last memory layout; faster together with the kernel group_norm_silu",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the activations of UNet blocks in the backward pass: less memory, more time"
+    )
+    export_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        "float16", description="dtype of the exported weights"
+    )
     reference: Literal["auto", "replicated", "streamed", "sharded", "adapters-off"] = Field(
         "auto",
-        description="where the frozen reference is kept: on every device, in host memory while no phase needs it, in "
+        description="where the frozen reference is kept: on every device, in host memory while no phase "
+        "needs it, in "
         "shards over the ranks, or as the policy without its adapters; auto: adapters-off with LoRA, else replicated. "
         "Where inversion.store has every remaining step, or the objective needs none, it is not loaded at all",
     )
 
 
 class Lora(Section):
-    """Low-rank adapters trained in place of all weights (docs/lora.md); needs peft."""
+    """Low-rank adapters, trained instead of all weights (docs/lora.md); needs the package peft."""
 
     rank: int = Field(0, ge=0, description="rank of the adapters; 0: no LoRA, all weights are trained")
     alpha: float = Field(
-        0.0, ge=0, description="the adapters' output is scaled by alpha/rank (use_rslora: alpha/sqrt(rank)); 0: rank"
+        0.0,
+        ge=0,
+        description="the adapters' output is scaled by alpha/rank (with use_rslora by alpha/sqrt(rank)); "
+        "0: alpha = rank",
     )
     targets: list[str] = Field(
         ["attention"],
-        description="layers with adapters: 'attention' (to_q, to_k, to_v, to_out.0), 'ff', 'all-linear', or ends of "
+        description="layers with adapters: 'attention' (to_q, to_k, to_v, to_out.0), 'ff', 'all-linear', "
+        "or ends of "
         "module names",
     )
     init: Literal["gaussian", "kaiming"] = Field(
-        "gaussian", description="how A is drawn (diffusers' scripts: gaussian; peft: kaiming); B is zero"
+        "gaussian", description="initial values of A (diffusers' scripts: gaussian; peft: kaiming); B starts at zero"
     )
-    use_dora: bool = Field(False, description="DoRA: the size of each weight row is trained apart from its direction")
-    use_rslora: bool = Field(False, description="rank-stabilised scale, alpha/sqrt(rank)")
-    merge: bool = Field(False, description="also write <run.dir>/merged, a pipeline with the adapters in its weights")
+    use_dora: bool = Field(
+        False, description="DoRA: the magnitude of each weight row is trained separately from its direction"
+    )
+    use_rslora: bool = Field(False, description="rank-stabilised scaling by alpha/sqrt(rank)")
+    merge: bool = Field(
+        False, description="also write <run.dir>/merged, a pipeline with the adapters merged into its weights"
+    )
 
 
 class Data(Section):
@@ -92,32 +117,39 @@ class Data(Section):
     pairs: str = Field(EMBEDDED, description="'embedded', a parquet file in Pick-a-Pic columns, or a folder of them")
     cache: str = Field(
         "",
-        description="folder of the prepared cache, or a URL (s3://.., gs://..) that it is sent to and read from via "
+        description="folder of the prepared cache, or a URL (s3://.., gs://..) that it is sent to and "
+        "read from via "
         "<run.dir>/cache; empty: <run.dir>/cache",
     )
-    resolution: int = Field(1024, ge=8, description="side in px of the centre-cropped square")
+    resolution: int = Field(
+        1024, ge=8, description="side length in px of the square that images are resized and centre-cropped to"
+    )
     buckets: bool = Field(
         False,
-        description="keep aspect ratios: crop both pictures of a pair to the nearest shape of about resolution^2 px",
+        description="keep aspect ratios: crop both images of a pair to the nearest shape of about resolution^2 px",
     )
     conditioning: Literal["uncropped", "original"] = Field(
         "uncropped",
-        description="SDXL's size conditioning; uncropped: as if each picture were made in the size trained on (the "
+        description="SDXL's size conditioning; uncropped: as if each image had been made in the training "
+        "size (the "
         "released recipe); original: its own size before resizing and the corner of the crop",
     )
-    strict: bool = Field(False, description="stop at the first row that cannot be used, where others are left out")
+    strict: bool = Field(
+        False, description="stop at the first row that cannot be used; otherwise such rows are left out and counted"
+    )
     only_visited: bool = Field(
         False, description="encode only the pairs that run.seed, run.steps and the labels' settings make the run visit"
     )
-    flip: bool = Field(True, description="horizontal flips, drawn apart for winner and loser")
-    prompt_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs trained with the empty prompt")
-    max_pairs: int = Field(0, ge=0, description="use only the first so many rows; 0: all")
+    flip: bool = Field(True, description="random horizontal flips, independent for winner and loser")
+    prompt_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that are trained with an empty prompt")
+    max_pairs: int = Field(0, ge=0, description="use only this many rows from the start of the table; 0: all")
     scores: str = Field(
-        "", description="folder that smpo score made: its scores are the rewards, whatever the table holds; empty: none"
+        "", description="folder written by smpo score; its scores replace the rewards of the table; empty: none"
     )
     scorer: str = Field(
         "",
-        description="scores pictures without rewards: 'embedded', 'pickscore', 'hpsv2.1', 'hpsv2', 'imagereward', "
+        description="reward model for pairs without rewards: 'embedded', 'pickscore', 'hpsv2.1', 'hpsv2', "
+        "'imagereward', "
         "'aesthetic', 'clip', any with ':FOLDER_OR_HUB_ID' behind it, or 'module:function'; empty: none",
     )
 
@@ -129,14 +161,14 @@ class Data(Section):
 
 
 class Labels(Section):
-    """From rewards or human labels to the weight 2*alpha - gamma of a pair."""
+    """How rewards or human labels become the weight 2*alpha - gamma of a pair (docs/labels.md)."""
 
     source: Literal["auto", "reward", "human"] = Field(
-        "auto", description="auto: rewards where a pair has them, else its human label"
+        "auto", description="auto: a pair's rewards if it has them, else its human label"
     )
     gamma: float = Field(10.0, gt=0, description="sensitivity: weight = gamma * tanh((r_w - r_l) / (2 * temperature))")
     temperature: float = Field(
-        1.0, gt=0, description="alpha/gamma = sigmoid((r_w - r_l) / temperature); the paper has none, which is 1"
+        1.0, gt=0, description="alpha/gamma = sigmoid((r_w - r_l) / temperature); the paper's formula has temperature 1"
     )
     low: float | Literal["data", "quantile", "pickscore"] = Field(
         "data",
@@ -147,71 +179,101 @@ class Labels(Section):
         description="reward mapped to 1: maximum or quantile of the data, the authors' for PickScore, or a number",
     )
     quantile: float = Field(
-        0.01, ge=0, lt=0.5, description="share of the rewards beyond each end where low or high is 'quantile'"
+        0.01, ge=0, lt=0.5, description="share of the rewards below low and above high, if these are 'quantile'"
     )
-    human_weight: float = Field(1.0, gt=0, description="weight of a pair that has only a human label (1: plain DPO)")
-    drop_ties: bool = Field(True, description="leave out pairs whose human label is a tie")
+    human_weight: float = Field(
+        1.0, gt=0, description="weight of a pair that has only a human label (1: as in Diffusion-DPO)"
+    )
+    drop_ties: bool = Field(True, description="leave out pairs that are labelled as a tie")
 
 
 class Batch(Section):
-    """How many pairs at a time."""
+    """How many pairs are processed at a time."""
 
-    pairs_per_step: int = Field(1024, ge=1, description="pairs in one optimizer step, over all ranks")
-    micro_pairs: int = Field(1, ge=1, description="pairs in one forward and backward pass of a rank")
+    pairs_per_step: int = Field(1024, ge=1, description="pairs in one optimizer step, all ranks together")
+    micro_pairs: int = Field(
+        1,
+        ge=1,
+        description="pairs in one forward and backward pass on a rank; a step accumulates gradients over "
+        "such micro-batches",
+    )
     inversion_pairs: int = Field(
         4, ge=0, description="pairs in one no-gradient call of the inversion; 0: as many as inversion_gb allows"
     )
     inversion_gb: float = Field(
-        8.0, ge=0.1, description="memory for that call's activations where inversion_pairs = 0, in GB (1e9 bytes)"
+        8.0, ge=0.1, description="memory for that call's activations if inversion_pairs = 0, in GB (1e9 bytes)"
     )
 
 
 class Inversion(Section):
-    """Where x_t and its target come from (docs/method.md)."""
+    """How the noisy latent x_t and its target are computed (docs/method.md)."""
 
-    fidelity: Literal["paper", "release"] = Field("paper", description="preset for the keys below")
-    source: Literal["inversion", "noise"] = Field("inversion", description="invert x_0, or add Gaussian noise to it")
-    network: Literal["policy", "reference"] = Field("policy", description="network that inverts")
+    fidelity: Literal["paper", "release"] = Field(
+        "paper", description="preset for the keys below: as in the paper, or as in the released code"
+    )
+    source: Literal["inversion", "noise"] = Field(
+        "inversion", description="x_t by inversion of x_0, or by adding Gaussian noise to it"
+    )
+    network: Literal["policy", "reference"] = Field("policy", description="network that computes the inversion")
     steps: int = Field(10, ge=1, le=1000, description="inversion steps over the whole schedule")
     solver: Literal["renoise", "ddim", "heun", "ab2", "pec"] = Field(
         "renoise",
-        description="renoise: as the five keys from renoise_steps on say; ddim, heun: presets for them; ab2: two-step "
+        description="renoise: as the five keys from renoise_steps on say; ddim, heun: presets for them; "
+        "ab2: two-step "
         "Adams-Bashforth, one call a step; pec: predict with the last estimate, correct with one call (docs/method.md)",
     )
     grid: Literal["anchored", "release"] = Field(
         "anchored", description="anchored: t, t-D, t-2D, ... > 0; release: 1, 1+D, 1+2D, ... (D = 1000/steps)"
     )
     spacing: Literal["uniform", "sigma"] = Field(
-        "uniform", description="of an anchored grid's ceil(t/D) steps: equal in t, or in sigma^(1/rho)"
+        "uniform", description="spacing of the ceil(t/D) steps of an anchored grid: equal in t, or in sigma^(1/rho)"
     )
-    rho: float = Field(3.0, gt=0, description="spacing = 'sigma': a greater rho puts more steps at low noise")
+    rho: float = Field(3.0, gt=0, description="with spacing = 'sigma': a larger rho puts more steps at low noise")
     per_trajectory: int = Field(
         1,
         ge=1,
-        description="timesteps trained per inverted pair; above 1 an approximation: examples of a pair correlate",
+        description="timesteps trained per inverted pair; values above 1 are an approximation, as a "
+        "pair's examples are correlated",
     )
     landing: Literal["exact", "mismatch", "on-grid"] = Field(
-        "exact", description="exact: shorten a step to land on t; mismatch: as released; on-grid: draw t from the grid"
+        "exact",
+        description="how the landing timestep t is reached; exact: a shortened step; mismatch: as in the "
+        "released code; on-grid: t is drawn from the grid",
     )
-    first_step: Literal["skip", "keep"] = Field("skip", description="the released grid's first entry at t = 1 - D")
+    first_step: Literal["skip", "keep"] = Field(
+        "skip", description="whether the entry t = 1 - D at the start of the released grid is used"
+    )
     renoise_steps: int = Field(1, ge=0, description="fixed-point corrections per step; 0 is DDIM inversion")
-    first_time: Literal["source", "destination"] = Field("source", description="time given to the first evaluation")
-    renoise_time: Literal["source", "destination"] = Field("destination", description="time given to the corrections")
-    average: Literal["mean", "last", "renoise"] = Field(
-        "renoise", description="which estimate moves the latent; renoise: mean below average_below, last above"
+    first_time: Literal["source", "destination"] = Field(
+        "source", description="timestep given to the network in the first evaluation of a step"
     )
-    average_below: int = Field(250, ge=0, description="timestep below which 'renoise' averages")
-    noise: float = Field(0.0, ge=0, description="noise per step, in units of the DDIM standard deviation (InPO: 0.1)")
-    timesteps: Literal["stratified", "independent"] = Field("stratified", description="how t is drawn within a step")
+    renoise_time: Literal["source", "destination"] = Field(
+        "destination", description="timestep given to the network in the corrections"
+    )
+    average: Literal["mean", "last", "renoise"] = Field(
+        "renoise",
+        description="which noise estimate moves the latent; renoise: the mean below timestep "
+        "average_below, the last one above",
+    )
+    average_below: int = Field(250, ge=0, description="timestep below which average = 'renoise' takes the mean")
+    noise: float = Field(
+        0.0, ge=0, description="noise added in each step, in units of the DDIM standard deviation (InPO: 0.1)"
+    )
+    timesteps: Literal["stratified", "independent"] = Field(
+        "stratified", description="how the timesteps of a step batch are drawn"
+    )
     fp8: bool = Field(
-        False, description="approximation: the inversion's linears in float8, weights rounded anew for each window"
+        False,
+        description="approximation: linear layers of the inversion in float8, with weights quantised "
+        "again for each step",
     )
     reuse_deep: bool = Field(
         False, description="approximation: the second of two calls of a step reuses the first one's deep features"
     )
     store: str = Field(
         "",
-        description="folder that keeps tau and the reference's errors for other runs on the same pairs (another beta, "
+        description="folder that keeps tau and the reference's errors for other runs on the same pairs "
+        "(another beta, "
         "gamma or learning rate); needs network = 'reference' or source = 'noise'; empty: none",
     )
     schedule_dtype: Literal["float64", "float16"] = Field(
@@ -246,10 +308,12 @@ class Inversion(Section):
 
 
 class Objective(Section):
-    """What is minimised."""
+    """The loss (docs/method.md)."""
 
     name: Literal["smpo", "dpo", "inpo", "sft"] = Field("smpo", description="loss and preset for the inversion")
-    beta: float = Field(5000.0, gt=0, description="strength of the pull to the reference; logit = -(beta/2) w D")
+    beta: float = Field(
+        5000.0, gt=0, description="strength of the regularisation towards the reference; logit = -(beta/2) w D"
+    )
 
 
 class Optim(Section):
@@ -257,25 +321,31 @@ class Optim(Section):
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adamw8bit_aligned", "adafactor"] = Field(
         "adamw",
-        description="adamw, adafactor; from bitsandbytes: adamw8bit, paged_adamw8bit (states move to the host when the "
+        description="adamw, adafactor; from bitsandbytes: adamw8bit, paged_adamw8bit (states move to the "
+        "host when the "
         "GPU is full), lion8bit; adamw8bit_aligned: our own, the same result however it is sharded (docs/engine.md)",
     )
     master: Literal["fp32", "none"] = Field(
         "fp32",
-        description="what half-precision weights are a copy of; none: model.precision = 'bf16' has no other weights, "
-        "and steps are rounded by chance (adamw8bit_aligned in one process without DeepSpeed)",
+        description="master weights of half-precision training; none: model.precision = 'bf16' has no "
+        "other weights, "
+        "and updates are rounded stochastically (adamw8bit_aligned in one process without DeepSpeed)",
     )
     accumulate: Literal["fp32", "bf16-sr"] = Field(
         "fp32",
-        description="what gradients are summed in; bf16-sr: bf16, rounded by chance (where master = 'none' can be)",
+        description="dtype in which gradients are accumulated; bf16-sr: bf16 with stochastic rounding "
+        "(under the same conditions as master = 'none')",
     )
     offload: Literal["none", "states", "states+gradients"] = Field(
         "none",
-        description="what adamw8bit_aligned keeps in host memory, in one process without DeepSpeed; with DeepSpeed its "
+        description="what adamw8bit_aligned keeps in host memory, in one process without DeepSpeed; with "
+        "DeepSpeed its "
         "file says so (configs/ds_zero3_offload.json)",
     )
-    lr: float = Field(1.024e-5, ge=0, lt=1, description="learning rate as applied (never scaled behind your back)")
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    lr: float = Field(
+        1.024e-5, ge=0, lt=1, description="learning rate, applied as given: it is never scaled by the batch size"
+    )
+    warmup_steps: int = Field(100, ge=0, description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW and Lion")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW and Lion (Lion's authors take 0.99)")
@@ -295,7 +365,7 @@ class Kernels(Section):
 
 
 class Log(Section):
-    """Who is told."""
+    """Where metrics are logged."""
 
     tensorboard: bool = Field(True, description="event files in <run.dir>/tensorboard")
     wandb: str = Field("", description="Weights & Biases project; empty: off")
@@ -303,15 +373,21 @@ class Log(Section):
 
 
 class Eval(Section):
-    """What is sampled and scored after training."""
+    """Images that are sampled and scored after training."""
 
-    prompts: str = Field("", description="'embedded', or a text file with a prompt a line; empty: no evaluation")
-    count: int = Field(256, ge=1, description="prompts used (the first ones of a file)")
+    prompts: str = Field("", description="'embedded', or a text file with one prompt per line; empty: no evaluation")
+    count: int = Field(256, ge=1, description="number of prompts (the first ones of a file)")
     steps: int = Field(30, ge=1, description="sampler steps")
     guidance: float = Field(5.0, ge=0, description="classifier-free guidance scale; 1 is off")
-    batch: int = Field(8, ge=1, description="pictures sampled at a time")
-    seed: int = Field(12345, ge=0, description="base and aligned pictures of a prompt start from the same noise")
-    scorer: str = Field("", description="scores the pictures, named as data.scorer; empty: pictures only")
+    batch: int = Field(8, ge=1, description="images sampled at a time")
+    seed: int = Field(
+        12345,
+        ge=0,
+        description="seed of the noise, which is the same for the base's and the aligned model's image of a prompt",
+    )
+    scorer: str = Field(
+        "", description="reward model that scores the images, named as in data.scorer; empty: no scores"
+    )
 
 
 class Config(Section):
