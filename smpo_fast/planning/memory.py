@@ -101,6 +101,7 @@ def memory(run: PlannedRun, variant: RunVariant) -> Memory:
 
 
 def zero_layout(variant: RunVariant) -> ZeroLayout:
+    """What the ranks keep under a variant's ZeRO stage."""
     if variant.stage is None:
         return ONE_PROCESS
     # stage 0 in half precision is refused by the engine; its bytes are those of one process
