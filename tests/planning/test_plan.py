@@ -18,7 +18,8 @@ from smpo_fast.common.errors import UserError  # noqa: E402
 from smpo_fast.common.runtime import World  # noqa: E402
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config, Model, Optim
-from smpo_fast.engine import create, ds_config, optimizers
+from smpo_fast.engine import create, ds_config
+from smpo_fast.engine.optimizer_states import STATE_BYTES
 from smpo_fast.method.schedule import NoiseSchedule  # noqa: E402
 from smpo_fast.models import footprint
 from smpo_fast.models.network_spec import NetworkSpec
@@ -127,7 +128,7 @@ def test_every_optimizer_and_precision_of_the_settings_has_its_bytes() -> None:
     names = get_args(Optim.model_fields["name"].annotation)
     precisions = set(get_args(Model.model_fields["precision"].annotation)) - {"auto"}
     sums = get_args(Optim.model_fields["accumulate"].annotation)
-    assert set(names) == set(optimizers.STATE_BYTES) and precisions == set(memory.MASTER_BYTES)
+    assert set(names) == set(STATE_BYTES) and precisions == set(memory.MASTER_BYTES)
     assert set(sums) == set(memory.GRADIENT_BYTES)
 
 
@@ -135,7 +136,7 @@ def test_states_by_optimizer() -> None:
     """Bytes for SDXL: two fp32 moments, two bytes, and row and column means (0.98 GB in transformers' Adafactor)."""
     network = subject(SDXL, settings()).network
     count = footprint.numel(footprint.parameter_shapes(network).trained)
-    found = {name: memory.state_bytes(name, network) for name in optimizers.STATE_BYTES}
+    found = {name: memory.state_bytes(name, network) for name in STATE_BYTES}
     assert found["adamw"] == 8 * count
     assert found["adamw8bit"] == pytest.approx(2.03 * count, rel=0.01)
     assert found["adafactor"] == pytest.approx(0.98e9, rel=0.01)
