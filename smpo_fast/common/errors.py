@@ -5,6 +5,8 @@ The programs catch ``UserError`` in one place and print its message; any other e
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(ValueError):
     """Something that the user can correct. The message says what was found, where, and what to do."""
@@ -28,3 +30,39 @@ class CheckpointError(UserError):
 
 class EnvironmentProblem(UserError):
     """The machine: a missing package or GPU, a full or read-only disk, no file locks, no network."""
+
+
+_ADVICE = {
+    errno.EMFILE: "this process has too many open files: raise its limit (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files",
+    errno.ENOMEM: "there is not enough memory or address space (see ulimit -v and vm.max_map_count)",
+    errno.EAGAIN: "no more threads or processes can be started: raise the limit (ulimit -u)",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is exhausted",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk reports an error",
+    errno.ESTALE: "the network file system has lost the file",
+}
+
+
+def environment_problem(error: BaseException, subject: object) -> EnvironmentProblem | None:
+    """The same error as an EnvironmentProblem, if the machine is its cause; None if it may be the data.
+
+    subject: what was being read or written.
+    """
+    number = _error_number(error)
+    return EnvironmentProblem(f"{subject}: {_ADVICE[number]} ({error})") if number in _ADVICE else None
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The error number of an exception; some libraries give it only in words."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "Cannot allocate memory" in text:
+        return errno.ENOMEM
+    if "can't start new thread" in text or "Resource temporarily unavailable" in text:
+        return errno.EAGAIN
+    if "Too many open files" in text:
+        return errno.EMFILE
+    return error.errno if isinstance(error, OSError) else None

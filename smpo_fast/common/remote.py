@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import fsspec
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from smpo_fast.common.errors import EnvironmentProblem
+from smpo_fast.common.errors import EnvironmentProblem, UserError
 
 
 def is_url(location: str) -> bool:
@@ -77,17 +77,23 @@ class RemoteFolder:
         except Exception as error:  # each service has its own exceptions
             raise self._unreachable(name, error) from error
 
-    def fetch(self, names: Iterable[str], folder: Path) -> None:
+    def fetch(
+        self, names: Iterable[str], folder: Path, *, accept: Callable[[str, Path], None] = lambda name, fetched: None
+    ) -> None:
         """Copy files into a local folder; each appears there complete or not at all.
 
-        Several processes may fetch the same file: each writes to a temporary file named after its process.
+        accept: raises an error if a file must not appear.  Several processes may fetch the same file: each writes to a
+        temporary file named after its process.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             draft = folder / f".{name}.{os.getpid()}.tmp"
             try:
                 self._system.get_file(f"{self._path}/{name}", str(draft))
+                accept(name, draft)
                 os.replace(draft, folder / name)
+            except UserError:
+                raise
             except Exception as error:
                 raise self._unreachable(name, error) from error
             finally:

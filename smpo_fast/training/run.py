@@ -95,6 +95,7 @@ def train_policy(job: Job) -> dict[str, Tensor]:
             log.close()
             stop.restore()
     check_weights(job, engine, progress)  # those of a finished run, too, before they are exported
+    loader.cache.finish_checks()
     return engine.full_state()
 
 

@@ -1,7 +1,11 @@
 """The cache: what goes in comes out bit for bit, half a cache never shows, damage and strangers are refused."""
 
+import errno
 import hashlib
 import json
+import subprocess
+import sys
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +18,9 @@ import torch
 from safetensors.numpy import load_file
 
 from smpo_fast.common import shared_work, storage
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import EnvironmentProblem, UserError
 from smpo_fast.common.shared_work import AlreadyFinished
-from smpo_fast.data.cache import index, location
+from smpo_fast.data.cache import index, integrity, location
 from smpo_fast.data.cache.format import LATENTS_PART, PROMPTS_PART, CacheError, Entry, Unstorable
 from smpo_fast.data.cache.identity import check_identity
 from smpo_fast.data.cache.reader import CachedPairs
@@ -303,7 +307,7 @@ def test_changed_content_is_found_by_verify(tmp_path: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[-3] ^= 1
     file.write_bytes(raw)
-    problems = verify(CachedPairs(tmp_path / "c"))
+    problems = verify(CachedPairs(tmp_path / "c", check=False))
     assert len(problems) == 1
     assert "latents-00001.safetensors: its content has changed" in problems[0]
     assert problems[0].endswith("it holds 3 pairs, rows 5 to 7")
@@ -326,7 +330,7 @@ def test_verify_names_the_pair_with_a_bad_number_and_the_prompt(tmp_path: Path) 
     spoil("latents-00002.safetensors", "std", 0, -1.0)
     spoil("prompts-00000.safetensors", "pooled", 1, np.inf)
     changed, numbers = [], []
-    for problem in verify(CachedPairs(tmp_path / "c")):
+    for problem in verify(CachedPairs(tmp_path / "c", check=False)):
         (changed if "sha256" in problem else numbers).append(problem.partition(": ")[2])
     assert len(changed) == 3
     assert numbers == [
@@ -343,7 +347,7 @@ def test_verify_compares_the_index_with_the_shards_and_the_counts(tmp_path: Path
     info = json.loads((tmp_path / "c" / "cache.json").read_text())
     info["files"]["pairs.parquet"] = storage.file_facts(tmp_path / "c" / "pairs.parquet")
     (tmp_path / "c" / "cache.json").write_text(json.dumps(info))
-    problems = "\n".join(verify(CachedPairs(tmp_path / "c")))
+    problems = "\n".join(verify(CachedPairs(tmp_path / "c", check=False)))
     assert "the index has 7 pairs, cache.json says 8" in problems
     assert "rows are not in ascending order" in problems
     assert (
@@ -393,8 +397,125 @@ def test_a_broken_shard_header_and_index_are_clear_errors(tmp_path: Path) -> Non
         whole = file.read_bytes()
         file.write_bytes(b"\xff" * len(whole))
         with pytest.raises(CacheError, match=f"{name}: cannot be read"):
-            CachedPairs(tmp_path / "c").moments([0], np.zeros((1, 2), bool))
+            CachedPairs(tmp_path / "c", check=False).moments([0], np.zeros((1, 2), bool))
         file.write_bytes(whole)
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "prompts.parquet", "rejected.parquet"])
+def test_a_changed_byte_of_the_index_is_found_at_opening(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "c")
+    flip_a_byte(tmp_path / "c" / name)
+    with pytest.raises(CacheError, match=f"{name}: its content has changed since it was written"):
+        CachedPairs(tmp_path / "c")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_changed_byte_of_a_shard_is_found_by_the_first_run_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    write(tmp_path / "c")
+    monkeypatch.setattr(integrity, "CHECK_AT_ONCE", (1 << 20) if at_once else 0)
+    flip_a_byte(tmp_path / "c" / "latents-00001.safetensors")
+    flip_a_byte(tmp_path / "c" / "prompts-00000.safetensors")
+    pairs, unflipped = CachedPairs(tmp_path / "c"), np.zeros((1, 2), bool)
+    pairs.moments([0], unflipped)  # of another shard
+    for _ in range(2):
+        with pytest.raises(CacheError, match="latents-00001.*its content has changed"):
+            pairs.moments([5], unflipped)
+            pairs.finish_checks()
+    with pytest.raises(CacheError, match="its content has changed"):
+        pairs.prompts([0])
+        pairs.finish_checks()
+
+
+def test_each_shard_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "c")
+    hashed: list[str] = []
+    monkeypatch.setattr(integrity, "sha256", lambda file: hashed.append(file.name) or storage.sha256(file))
+    pairs = CachedPairs(tmp_path / "c")
+    for _ in range(3):
+        pairs.moments(np.arange(8), np.zeros((8, 2), bool))
+        pairs.prompts([0, 1, 2])
+    assert sorted(hashed) == sorted(pairs.info.files)
+
+
+MANY_SHARDS = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import torch
+from smpo_fast.data.cache.reader import CachedPairs
+pairs = CachedPairs(Path(sys.argv[1]))
+pairs.moments([0], np.zeros((1, 2), bool))  # numpy imports more when it is first used
+limit = len(list(Path("/proc/self/fd").iterdir())) - 1 + int(sys.argv[2])  # less the one that lists them
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+try:
+    for _ in range(2):
+        for i in range(len(pairs)):
+            pairs.moments([i], np.zeros((1, 2), bool))
+except Exception as error:
+    print(type(error).__name__, error)
+print(pairs.moments([0], np.zeros((1, 2), bool))[0].shape) if int(sys.argv[2]) else None
+"""
+
+
+def read_all_pairs(root: Path, more_files: int) -> str:
+    words = [sys.executable, "-c", MANY_SHARDS, str(root), str(more_files)]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def test_more_shards_than_a_process_may_have_open_files(tmp_path: Path) -> None:
+    write(tmp_path / "c", rows=120)  # 30 shards
+    assert read_all_pairs(tmp_path / "c", 8) == "torch.Size([1, 2, 4, 6, 5])\n"
+    said = read_all_pairs(tmp_path / "c", 0)
+    assert said.startswith("EnvironmentProblem ") and "raise its limit (ulimit -n)" in said
+    assert "damaged" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
+        (MemoryError(), "not enough memory"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "too many open files"),
+        (RuntimeError("can't start new thread"), "no more threads"),
+        (OSError(errno.EIO, "Input/output error"), "the disk reports an error"),
+        (PermissionError(errno.EACCES, "Permission denied"), "permission denied"),
+    ],
+)
+def test_problems_of_the_machine_are_not_called_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    write(tmp_path / "c")
+    pairs = CachedPairs(tmp_path / "c")
+    monkeypatch.setattr(torch, "from_file", fail)
+    with pytest.raises(EnvironmentProblem, match=advice):
+        pairs.moments([0], np.zeros((1, 2), bool))
+    monkeypatch.setattr(pq, "read_table", fail)
+    with pytest.raises(EnvironmentProblem, match=advice):
+        CachedPairs(tmp_path / "c")
+
+
+def test_without_a_thread_shards_are_hashed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    write(tmp_path / "c")
+    flip_a_byte(tmp_path / "c" / "latents-00001.safetensors")
+    monkeypatch.setattr(integrity, "CHECK_AT_ONCE", 0)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    pairs = CachedPairs(tmp_path / "c")
+    with pytest.raises(CacheError, match="its content has changed"):
+        pairs.moments([5], np.zeros((1, 2), bool))
 
 
 @pytest.mark.parametrize(

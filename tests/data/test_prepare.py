@@ -607,7 +607,16 @@ def test_a_cache_at_a_url_is_sent_there_and_fetched_shard_by_shard(
     bucket._system.pipe_file(f"{bucket._path}/latents-00000.safetensors", b"x" * 100)
     with pytest.raises(CacheError, match=f"{url}/latents-00000.safetensors: its content is not what cache.json says"):
         cached.moments([0], np.zeros((1, 2), bool))
-    (root / "latents-00000.safetensors").unlink(missing_ok=True)
+    whole = (tmp_path / "one" / "cache" / "latents-00000.safetensors").read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    bucket._system.pipe_file(f"{bucket._path}/latents-00000.safetensors", flipped)
+    with pytest.raises(CacheError, match=f"{url}/latents-00000.safetensors: its content is not what cache.json says"):
+        cached.moments([0], np.zeros((1, 2), bool))
+    assert sorted(file.name for file in root.glob("*latents-00000*")) == []
+    (root / "latents-00000.safetensors").write_bytes(flipped)  # as fetched by a version that compared sizes only
+    with pytest.raises(CacheError, match="latents-00000.safetensors: its content has changed"):
+        cached.moments([0], np.zeros((1, 2), bool))
+    (root / "latents-00000.safetensors").unlink()
     with pytest.raises(UserError, match="needs the package s3fs"):
         location.locate(loading.from_dict({"data": {"cache": "s3://a/b"}, "run": {"dir": str(tmp_path / "three")}}))
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from smpo_fast.common.console import printable
-from smpo_fast.common.errors import DataError
+from smpo_fast.common.errors import DataError, environment_problem
 
 FORMAT = 2
 INFO, PAIRS, PROMPTS, REJECTED = "cache.json", "pairs.parquet", "prompts.parquet", "rejected.parquet"
@@ -88,7 +88,10 @@ class CacheInfo:
 
 
 def read_info(root: Path) -> CacheInfo:
-    """Read ``cache.json``. Raises CacheError if there is no cache, or its description cannot be read."""
+    """Read ``cache.json``. Raises CacheError if there is no cache, or its description is damaged.
+
+    Raises EnvironmentProblem if the machine is the reason why it cannot be read.
+    """
     file = root / INFO
     if not file.is_file():
         raise CacheError(
@@ -107,7 +110,8 @@ def read_info(root: Path) -> CacheInfo:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, CacheError):
             raise
-        raise damaged(file, f"cannot be read ({type(error).__name__}: {error})") from error
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+        raise environment_problem(error, file) or damaged(file, problem) from error
 
 
 def part_name(kind: str, number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from smpo_fast.common.errors import environment_problem
 from smpo_fast.common.remote import RemoteFolder
 from smpo_fast.common.storage import sha256
 from smpo_fast.data.cache.format import (
@@ -29,21 +31,35 @@ from smpo_fast.data.cache.format import (
     read_info,
     shard_name,
 )
+from smpo_fast.data.cache.integrity import HashChecks
 
-_OPEN_SHARDS = 128  # each memory map holds a file descriptor, of which a process has about 1000
+_MAPPED_SHARDS = 4096  # at a time; a process may have about 65,000 memory maps
 
 
 class CachedPairs:
     """A prepared cache, read through memory maps: N pairs by index 0 .. N-1, in the order of their rows.
 
-    Opening it checks that all files are there in their full length and raises CacheError otherwise; ``verify`` also
-    checks their content.  origin: URL of the same cache, from which missing shards are fetched when they are needed.
+    Content is compared with the hashes in ``cache.json``, and CacheError is raised where it differs:
+
+    - Opening the cache checks that all files have their full length, and hashes the index (the parquet files).
+    - A shard is hashed when it is first read: one of up to 32 MB before anything is read from it, a larger one in the
+      background. The result is awaited by ``finish_checks``, and noticed earlier by the next call that reads.
+    - A shard that is fetched is hashed before it gets its name.
+
+    EnvironmentProblem is raised if the machine is the reason why a file cannot be read.
+
+    origin: URL of the same cache, from which missing shards are fetched when they are needed.  check: False leaves
+    all hashes to ``verify``.
     """
 
-    def __init__(self, root: Path, origin: str = "") -> None:
+    def __init__(self, root: Path, origin: str = "", *, check: bool = True) -> None:
         self.root, self.info = root, read_info(root)
         self._origin = RemoteFolder(origin) if origin else None
-        self._check_files()
+        self._checks = HashChecks(self.info) if check else None
+        self._check_sizes()
+        if self._checks is not None:
+            for name in (PAIRS, PROMPTS, REJECTED):
+                self._checks.check(name)
         pairs, prompts = (_read_table(root / name) for name in (PAIRS, PROMPTS))
         self.rows: np.ndarray = pairs["row"]  # int64 [N], row in the source table
         self.uids: np.ndarray = pairs["uid"]  # object [N]
@@ -58,7 +74,7 @@ class CachedPairs:
         self.places = np.stack([pairs["shard"], pairs["position"]], axis=1)  # [N, 2], shard and position of the latents
         self.encoded: np.ndarray = self.places[:, 0] >= 0  # bool [N]; False: not visited by the run it was made for
         self.prompt_places = np.stack([prompts["shard"], prompts["position"]], axis=1)  # [P, 2]
-        self._mapped = lru_cache(maxsize=_OPEN_SHARDS)(self._map)
+        self._mapped = lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -107,18 +123,32 @@ class CachedPairs:
         return list(zip(table["row"].tolist(), table["uid"].tolist(), table["reason"].tolist(), strict=True))
 
     def shard(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays of a shard by name, memory-mapped. Raises CacheError if it cannot be read."""
+        """The arrays of a shard by name, memory-mapped. Raises CacheError if it is damaged.
+
+        Raises EnvironmentProblem if the machine is the reason why it cannot be read.
+        """
+        if self._checks is not None:
+            self._checks.raise_if_damaged()
         return self._mapped(name)
 
     def file(self, name: str) -> Path:
         """A file of the cache; a missing one is fetched from the origin. Raises CacheError if that one is damaged."""
         file = self.root / name
         if self._origin is not None and not file.is_file():
-            self._origin.fetch([name], self.root)
-            if sha256(file) != self.info.files[name]["sha256"]:
-                file.unlink(missing_ok=True)
-                raise CacheError(f"{self._origin.url}/{name}: its content is not what {INFO} says (sha256 differs)")
+            self._origin.fetch([name], self.root, accept=self._accept)
+            if self._checks is not None:
+                self._checks.mark_checked(name)
         return file
+
+    def finish_checks(self) -> None:
+        """Wait until all shards that were read have been hashed. Raises CacheError if one is damaged."""
+        if self._checks is not None:
+            self._checks.finish()
+
+    def _accept(self, name: str, fetched: Path) -> None:
+        if sha256(fetched) != self.info.files[name]["sha256"]:
+            url = self._origin.url if self._origin else ""
+            raise CacheError(f"{url}/{name}: its content is not what {INFO} says (sha256 differs)")
 
     def _check_encoded(self, index: np.ndarray) -> None:
         missing = index[~self.encoded[index]]
@@ -128,7 +158,7 @@ class CachedPairs:
                 "data.only_visited for a run that does not visit it; prepare one for this run"
             )
 
-    def _check_files(self) -> None:
+    def _check_sizes(self) -> None:
         for name, facts in self.info.files.items():
             file = self.root / name
             if not file.is_file():
@@ -141,8 +171,10 @@ class CachedPairs:
     def _map(self, name: str) -> dict[str, np.ndarray]:
         """Map the float16 arrays of a safetensors file, which is a length, a JSON header and the data."""
         file = self.file(name)
+        if self._checks is not None:
+            self._checks.check_soon(name)
         try:
-            data = np.memmap(file, np.uint8, mode="r")
+            data = _map_file(file)
             start = 8 + int.from_bytes(data[:8].tobytes(), "little")
             header = json.loads(data[8:start].tobytes())
             arrays = {}
@@ -152,13 +184,25 @@ class CachedPairs:
                 first, last = (start + offset for offset in item["data_offsets"])
                 arrays[key] = data[first:last].view(np.float16).reshape(item["shape"])
             return arrays
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise damaged(file, f"cannot be read ({type(error).__name__}: {error})") from error
+        except (OSError, MemoryError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            problem = f"cannot be read ({type(error).__name__}: {error})"
+            raise environment_problem(error, file) or damaged(file, problem) from error
+
+
+def _map_file(file: Path) -> np.ndarray:
+    """The bytes of a file, memory-mapped: uint8 [n]. Writing to them does not change the file.
+
+    Unlike maps of numpy and of Python's mmap, this one keeps no file descriptor: a cache may have more shards than a
+    process may have open files.
+    """
+    with file.open("rb") as stream:  # raises an OSError with its number, unlike torch
+        size = os.fstat(stream.fileno()).st_size
+    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
 
 
 def _read_table(file: Path) -> dict[str, np.ndarray]:
     try:
         table = pq.read_table(file)
         return {name: table[name].to_numpy() for name in table.column_names}
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(file, f"cannot be read ({error})") from error
+    except (pa.ArrowException, OSError, MemoryError, RuntimeError) as error:
+        raise environment_problem(error, file) or damaged(file, f"cannot be read ({error})") from error

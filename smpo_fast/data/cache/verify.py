@@ -36,7 +36,7 @@ def run(folder: Path, settings: Config | None) -> int:
     With ``settings``, a cache that was not made for them has a problem. Raises CacheError for a folder without a
     readable cache.
     """
-    cached = CachedPairs(folder)
+    cached = CachedPairs(folder, check=False)
     problems = verify(cached)
     if problems:
         problems.append(f"put back a good copy of these files, or remove {folder} and run 'smpo prepare' again")

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_fast.common import storage
-from smpo_fast.common.errors import DataError
+from smpo_fast.common.errors import DataError, environment_problem
 from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.pairs.rules import no_finite_score
 
@@ -77,7 +77,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = json.loads((folder / FACTS).read_text())
         size = (folder / SCORES).stat().st_size
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no finished scores ({error}): make them with smpo score") from error
+        raise environment_problem(error, folder) or DataError(
+            f"{folder} holds no finished scores ({error}): make them with smpo score"
+        ) from error
     if size != facts["bytes"]:
         raise DataError(f"{folder / SCORES} has {size} bytes, {FACTS} says {facts['bytes']}: score again")
     return facts
@@ -122,8 +124,8 @@ def write(
 def _read(file: Path, columns: list[str]) -> pa.Table:
     try:
         return pq.read_table(file, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read ({error}): score again") from error
+    except (pa.ArrowException, OSError, MemoryError, RuntimeError) as error:
+        raise environment_problem(error, file) or DataError(f"{file} cannot be read ({error}): score again") from error
 
 
 def _hashes(values: np.ndarray) -> pa.Array:
