@@ -183,7 +183,7 @@ class SharedWork:
         file = self.folder / WORK_FILE
         same = file.is_file() and file.read_text() == self._work
         for leftover in _files(self.folder):
-            keep = leftover.name == _ALL_LOCK or leftover.stem == _AGREED or (same and leftover.suffix != ".tmp")
+            keep = leftover.name == _ALL_LOCK or leftover.stem == _AGREED or (same and not _is_temporary(leftover))
             if not keep:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for manifest in filter(_is_manifest, _files(self.folder)):
@@ -320,9 +320,15 @@ def _is_manifest(file: Path) -> bool:
     return file.suffix == ".json" and "-" in file.stem
 
 
+def _is_temporary(file: Path) -> bool:
+    """Whether a file was being written: by ``atomic_write``, or by safetensors, which calls it .tmpXXXXXX."""
+    return file.suffix == ".tmp" or file.name.startswith(".tmp")
+
+
 def _serves_the_work(file: Path) -> bool:
     return (
         _is_manifest(file)
-        or file.suffix in (".lock", ".log", ".data", ".tmp")
+        or _is_temporary(file)
+        or file.suffix in (".lock", ".log", ".data")
         or (file.suffix == ".json" and file.stem == _AGREED)
     )

@@ -21,14 +21,18 @@ from smpo_fast.common.errors import EnvironmentProblem
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success it is synced and renamed to ``file``.
+    """Yield a temporary path to write to. On success it is synced and renamed to ``file``; on an error, removed.
 
     Its name is unique, so that processes that write the same file do not write into each other's.
     """
     draft = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    yield draft
-    sync(draft)
-    os.replace(draft, file)
+    try:
+        yield draft
+        sync(draft)
+        os.replace(draft, file)
+    except Exception:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_text(file: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from smpo_fast.common.captions import bounded
 from smpo_fast.models.identity import encoders_identity
 from smpo_fast.models.load import TEXT_ENCODERS, load_network
 from smpo_fast.models.locate import TEXT_PARTS, ModelSource
@@ -65,4 +66,6 @@ class Encoders:
 
     @staticmethod
     def _tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], **options: Any) -> Any:
-        return tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids
+        return tokenizer(
+            [bounded(prompt) for prompt in prompts], max_length=tokenizer.model_max_length, **options
+        ).input_ids

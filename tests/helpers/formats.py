@@ -22,7 +22,7 @@ from smpo_fast.data.pairs import reader
 from smpo_fast.data.pairs.pair import RawPair
 from smpo_fast.engine import create
 from smpo_fast.engine.protocol import Engine
-from smpo_fast.training.metrics import read_metrics
+from smpo_fast.training.run_log import read_metrics
 from smpo_fast.training.trajectories import TrajectoryStore
 
 FORMATS = Path(__file__).parents[1] / "fixtures" / "formats"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smpo_fast.common.captions import bounded
 from smpo_fast.data.rewards.published_weights import (
     below,
     blip_from_original,
@@ -130,7 +131,11 @@ class ImageReward(RewardModel):
         side = self.vision.config.image_size
         pixels = torch.stack([squared(image, side) for image in images]).to(self.device, self.dtype)
         words = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self.LENGTH, return_tensors="pt"
+            [bounded(prompt) for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.LENGTH,
+            return_tensors="pt",
         ).to(self.device)
         seen = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(
@@ -196,7 +201,8 @@ def _normalized(pixels: Tensor) -> Tensor:
 
 def _tokens(tokenizer: Any, model: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
     length = model.config.text_config.max_position_embeddings
-    return tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    texts = [bounded(prompt) for prompt in prompts]
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
 def _cosine(model: Any, pixels: Tensor, words: Mapping[str, Tensor], at: RewardModel) -> Tensor:
