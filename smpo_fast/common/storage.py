@@ -5,12 +5,14 @@ A file that is being written has the suffix ``.tmp``; cleaning up after a killed
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,10 +50,51 @@ def write_json(file: Path, value: Any, indent: int | None = None) -> None:
 
 def publish_folder(building: Path, target: Path) -> None:
     """Rename a finished folder to ``target``. Its files must have been synced; its folders are synced here."""
-    for folder in [p for p in building.rglob("*") if p.is_dir()] + [building]:
-        sync(folder)
+    _sync_folders(building)
     os.rename(building, target)
     sync(target.parent)
+
+
+def replace_folder(building: Path, target: Path) -> None:
+    """Like ``publish_folder`` for a name that may be taken: until the new folder is there, the earlier one is.
+
+    Linux exchanges the two folders in one operation, on file systems that support it. On others there is a moment in
+    which the earlier folder is called ``.<name>.old`` and nothing has the name.
+    """
+    earlier = target.with_name(f".{target.name}.old")
+    if target.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        _sync_folders(building)
+        if not _exchange(building, target):
+            os.rename(target, earlier)
+            os.rename(building, target)
+        sync(target.parent)
+    else:
+        publish_folder(building, target)
+    for replaced in (building, earlier):
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_folders(building: Path) -> None:
+    for folder in [p for p in building.rglob("*") if p.is_dir()] + [building]:
+        sync(folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders at once; False, and nothing done, where that is not possible."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def default_mode(folder: Path) -> int:
+    """The permissions that the umask gives to a new file in a folder."""
+    probe = folder / f".mode.{os.getpid()}.tmp"
+    probe.touch()
+    try:
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink()
 
 
 def sync(path: Path) -> None:

@@ -9,32 +9,59 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from smpo_fast.common import storage
 from smpo_fast.models.load import empty_unet
 from smpo_fast.models.locate import OPTIONAL_PARTS, PARTS, ModelSource
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
 
 def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
-    """Write the pipeline with the trained UNet as a folder that diffusers can load.
+    """Write the pipeline with the trained UNet as a folder that diffusers can load; it appears complete or not at all.
 
     state: all parameters of the UNet by name, with the shapes of the UNet's own; they are written as ``dtype``. The
     other parts are copied rather than loaded and saved: they are exactly the files used in training, and library
-    versions that could read those can read the export.
+    versions that could read those can read the export. An earlier export is replaced, except for files that no export
+    writes, such as a README.
     Raises RuntimeError when names or shapes differ from the UNet's.
     """
     unet = empty_unet(source)
     unet.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source.folder / "model_index.json", folder / "model_index.json")
+    folder = folder.resolve()
+    building = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    shutil.copyfile(source.folder / "model_index.json", building / "model_index.json")
     for part in (*PARTS[2:], *OPTIONAL_PARTS):
         if (source.folder / part).is_dir():
-            _copy_part(source.folder / part, folder / part, source.variant)
-    _copy_part(source.vae_folder, folder / "vae", source.variant)
-    unet.save_pretrained(folder / "unet", safe_serialization=True)
+            _copy_part(source.folder / part, building / part, source.variant)
+    _copy_part(source.vae_folder, building / "vae", source.variant)
+    unet.save_pretrained(building / "unet", safe_serialization=True)
+    _keep_other_files(folder, building)
+    finish_files(building)
+    storage.replace_folder(building, folder)
+
+
+def finish_files(folder: Path) -> None:
+    """Sync all files of a folder, and give weights the umask's permissions: safetensors makes them 0600."""
+    mode = storage.default_mode(folder)
+    for file in folder.rglob("*"):
+        if file.suffix == ".safetensors":
+            file.chmod(mode)
+        if file.is_file():
+            storage.sync(file)
+
+
+def _keep_other_files(earlier: Path, folder: Path) -> None:
+    ours = {"model_index.json", LORA_FILE, *PARTS, *OPTIONAL_PARTS}
+    for file in earlier.iterdir() if earlier.is_dir() else ():
+        if file.name not in ours:
+            copy = shutil.copytree if file.is_dir() else shutil.copy2
+            copy(file, folder / file.name)
 
 
 def _copy_part(here: Path, there: Path, variant: str | None) -> None:
     """Copy a part's configuration and weights; the chosen variant's weights get the plain name."""
-    shutil.rmtree(there, ignore_errors=True)
     there.mkdir()
     weights = [f for f in here.glob("*.safetensors") if not _variant_of(f)]
     if variant and (chosen := [f for f in here.glob("*.safetensors") if _variant_of(f) == variant]):

@@ -8,6 +8,8 @@ reference differ before the first step.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smpo_fast.common import storage
 from smpo_fast.common.errors import ConfigError, EnvironmentProblem, ModelError
 from smpo_fast.common.runtime import rng
 from smpo_fast.config.schema import Config, Lora
-from smpo_fast.models.export import export_pipeline
+from smpo_fast.models.export import LORA_FILE as FILE
+from smpo_fast.models.export import export_pipeline, finish_files
 from smpo_fast.models.load import empty_unet, load_unet, pipeline_class
 from smpo_fast.models.locate import ModelSource
 
-FILE = "pytorch_lora_weights.safetensors"
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "ff": ("ff.net.0.proj", "ff.net.2"),
@@ -106,7 +109,7 @@ def adapters_off(unet: Any) -> Iterator[None]:
 
 
 def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapters for ``pipe.load_lora_weights(folder)``.
+    """Write the adapters for ``pipe.load_lora_weights(folder)``, in a file that appears complete or not at all.
 
     state: the network's weights by name, of any shapes; only the adapters are used. The file's metadata has peft's
     settings, from which loaders take a scale other than 1, and DoRA.
@@ -118,11 +121,18 @@ def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folde
     adapters = {name: t for name, t in state.items() if ".lora_" in name}
     weights = get_peft_model_state_dict(unet, state_dict=adapters)
     dtype = getattr(torch, config.model.export_dtype)
+    building = folder / ".adapters.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
     pipeline_class(source).save_lora_weights(
-        folder,
+        building,
         unet_lora_layers={name: t.to(dtype).contiguous() for name, t in weights.items()},
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
     )
+    finish_files(building)
+    os.replace(building / FILE, folder / FILE)
+    storage.sync(folder)
+    shutil.rmtree(building)
 
 
 def merge(config: Config, source: ModelSource, adapters: Path, folder: Path) -> None:

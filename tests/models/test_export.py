@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +17,14 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers.pipelines import CPU, Maker, settings
 
 from smpo_fast import embedded
+from smpo_fast.common import storage
+from smpo_fast.config import loading
+from smpo_fast.config.schema import Config
+from smpo_fast.models import lora
 from smpo_fast.models.export import export_pipeline
 from smpo_fast.models.identity import encoders_identity
 from smpo_fast.models.load import load_unet
-from smpo_fast.models.locate import find
+from smpo_fast.models.locate import ModelSource, find
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
@@ -54,3 +63,85 @@ def test_export_copies_what_was_not_trained(tmp_path: Path) -> None:
 def test_export_refuses_foreign_weights(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="Missing key"):
         export_pipeline(find(settings("embedded")), {}, tmp_path / "export", "float32")
+
+
+def state_of(source: ModelSource, add: float = 0.0) -> dict[str, torch.Tensor]:
+    unet = load_unet(source, settings("embedded"), torch.float32, CPU)
+    return {name: value + add for name, value in unet.state_dict().items()}
+
+
+def adapted_state(run: Config) -> dict[str, torch.Tensor]:
+    unet = load_unet(find(run.model), run.model, torch.float32, CPU)
+    lora.add_adapters(unet, run.lora, seed=0)
+    return unet.state_dict()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+class Killed(BaseException):
+    """Stands for a process that is killed: nothing handles it."""
+
+
+@pytest.mark.parametrize("exchanged", [True, False], ids=["exchange", "two renames"])
+def test_an_export_that_is_killed_leaves_the_earlier_one(
+    exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = find(settings("embedded")), tmp_path / "export"
+    state = state_of(source)
+    export_pipeline(source, state, folder, "float32")
+    (folder / "README.md").write_text("my notes")
+    before = contents(folder)
+    shutil.copytree(folder, tmp_path / "first")
+    export_pipeline(source, {n: t + 1 for n, t in state.items()}, tmp_path / "other", "float32")
+    after = contents(tmp_path / "other") | {"README.md": b"my notes"}
+    if not exchanged:
+        monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+
+    def export(killed_at: float) -> int:
+        """Export once more; returns how many of the calls below were made."""
+        made = 0
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal made
+                made += 1
+                if made > killed_at:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch, suppress(Killed):
+            for owner, name in ((shutil, "copyfile"), (storage, "sync"), (storage, "_exchange"), (shutil, "rmtree")):
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            export_pipeline(source, {n: t + 1 for n, t in state.items()}, folder, "float32")
+        return made
+
+    total, seen = export(math.inf), []
+    assert total > 20 and contents(folder) == after
+    for point in (0, total // 2, *range(total - 7, total)):
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "first", folder)
+        export(point)
+        found = contents(folder)
+        assert found in (before, after), f"killed before call {point}"
+        seen.append(found == after)
+    assert seen == sorted(seen) and len(set(seen)) == 2
+    export(math.inf)
+    assert contents(folder) == after
+    assert {p.name for p in tmp_path.iterdir()} == {"export", "first", "other"}, "nothing hidden is left"
+
+
+def test_exported_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    source, before = find(settings("embedded")), os.umask(0o027)
+    try:
+        export_pipeline(source, state_of(source), tmp_path / "export", "float16")
+        run = loading.from_dict({"lora": {"rank": 2}})
+        lora.save(run, source, adapted_state(run), tmp_path / "adapters")
+    finally:
+        os.umask(before)
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o640}
+    assert [f.name for f in (tmp_path / "adapters").iterdir()] == [lora.FILE]
