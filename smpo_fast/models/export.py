@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from smpo_fast.common import storage
+from smpo_fast.common.errors import ModelError
 from smpo_fast.models.load import empty_unet
 from smpo_fast.models.locate import OPTIONAL_PARTS, PARTS, ModelSource
 
@@ -23,10 +24,11 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
     other parts are copied rather than loaded and saved: they are exactly the files used in training, and library
     versions that could read those can read the export. An earlier export is replaced, except for files that no export
     writes, such as a README.
-    Raises RuntimeError when names or shapes differ from the UNet's.
+    Raises RuntimeError when names or shapes differ from the UNet's, and ModelError for weights that are not finite or
+    do not fit the dtype.
     """
     unet = empty_unet(source)
-    unet.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
+    unet.load_state_dict(to_export_dtype(state, dtype), assign=True)
     folder = folder.resolve()
     building = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
@@ -40,6 +42,28 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
     _keep_other_files(folder, building)
     finish_files(building)
     storage.replace_folder(building, folder)
+
+
+def to_export_dtype(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Tensors of any shape by name, cast to ``model.export_dtype``.
+
+    Raises ModelError naming a tensor that has NaN or infinite values, or values beyond the dtype's range.
+    """
+    cast = {name: value.to(getattr(torch, dtype)) for name, value in state.items()}
+    for name, value in cast.items():
+        if value.isfinite().all():
+            continue
+        if not state[name].isfinite().all():
+            raise ModelError(
+                f"{name} has NaN or infinite values: the training has diverged, and nothing is exported; continue from "
+                "an earlier checkpoint with a smaller optim.lr"
+            )
+        largest = state[name].abs().max().item()
+        raise ModelError(
+            f"{name} has values up to {largest:.3g}, beyond the range of model.export_dtype = '{dtype}': export as "
+            "bfloat16 or float32, and check that the training has not diverged"
+        )
+    return cast
 
 
 def finish_files(folder: Path) -> None:

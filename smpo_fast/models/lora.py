@@ -23,7 +23,7 @@ from smpo_fast.common.errors import ConfigError, EnvironmentProblem, ModelError
 from smpo_fast.common.runtime import rng
 from smpo_fast.config.schema import Config, Lora
 from smpo_fast.models.export import LORA_FILE as FILE
-from smpo_fast.models.export import export_pipeline, finish_files
+from smpo_fast.models.export import export_pipeline, finish_files, to_export_dtype
 from smpo_fast.models.load import empty_unet, load_unet, pipeline_class
 from smpo_fast.models.locate import ModelSource
 
@@ -112,7 +112,8 @@ def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folde
     """Write the adapters for ``pipe.load_lora_weights(folder)``, in a file that appears complete or not at all.
 
     state: the network's weights by name, of any shapes; only the adapters are used. The file's metadata has peft's
-    settings, from which loaders take a scale other than 1, and DoRA.
+    settings, from which loaders take a scale other than 1, and DoRA. Raises ModelError for weights that are not finite
+    or do not fit ``model.export_dtype``.
     """
     from peft.utils import get_peft_model_state_dict
 
@@ -120,13 +121,13 @@ def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folde
     add_adapters(unet, config.lora, config.run.seed)
     adapters = {name: t for name, t in state.items() if ".lora_" in name}
     weights = get_peft_model_state_dict(unet, state_dict=adapters)
-    dtype = getattr(torch, config.model.export_dtype)
+    weights = to_export_dtype(weights, config.model.export_dtype)
     building = folder / ".adapters.tmp"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     pipeline_class(source).save_lora_weights(
         building,
-        unet_lora_layers={name: t.to(dtype).contiguous() for name, t in weights.items()},
+        unet_lora_layers={name: t.contiguous() for name, t in weights.items()},
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
     )
     finish_files(building)

@@ -18,6 +18,7 @@ from helpers.pipelines import CPU, Maker, settings
 
 from smpo_fast import embedded
 from smpo_fast.common import storage
+from smpo_fast.common.errors import ModelError
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.models import lora
@@ -145,3 +146,36 @@ def test_exported_files_have_the_permissions_of_the_umask(tmp_path: Path) -> Non
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
     assert {f.stat().st_mode & 0o777 for f in files} == {0o640}
     assert [f.name for f in (tmp_path / "adapters").iterdir()] == [lora.FILE]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (float("nan"), "float32", "conv_in.weight has NaN or infinite values"),
+        (float("-inf"), "float16", "conv_in.weight has NaN or infinite values"),
+        (7e4, "float16", "conv_in.weight has values up to 7e.04, beyond the range of model.export_dtype = 'float16'"),
+        (7e4, "bfloat16", ""),
+    ],
+)
+def test_weights_that_no_network_should_have_are_not_exported(
+    value: float, dtype: str, message: str, tmp_path: Path
+) -> None:
+    source = find(settings("embedded"))
+    state = state_of(source)
+    state["conv_in.weight"][0, 0, 0, 0] = value
+    if not message:
+        export_pipeline(source, state, tmp_path / "export", dtype)
+        return
+    with pytest.raises(ModelError, match=message):
+        export_pipeline(source, state, tmp_path / "export", dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_that_do_not_fit_the_export_are_not_written(tmp_path: Path) -> None:
+    run = loading.from_dict({"lora": {"rank": 2}})
+    state = adapted_state(run)
+    name = next(n for n in state if ".lora_B" in n)
+    state[name][0, 0] = 1e6
+    with pytest.raises(ModelError, match="lora_B.* beyond the range"):
+        lora.save(run, find(run.model), state, tmp_path / "adapters")
+    assert not list(tmp_path.iterdir())
