@@ -18,6 +18,8 @@ from smpo_fast.common.errors import ModelError
 from smpo_fast.common.runtime import rng, uniform
 from smpo_fast.config.schema import Inversion
 
+_MOST_TIMESTEPS = 100_000  # of a schedule; far more would exhaust the memory
+
 
 class Level(NamedTuple):
     """A noise level, and the timestep that the network is called with there."""
@@ -77,20 +79,34 @@ class NoiseSchedule:
         """The schedule of a ``scheduler_config.json``; ``dtype`` float16 rounds it as the released script does.
 
         Raises ModelError for beta schedules other than scaled_linear and linear, for trained betas, and for
-        zero-terminal-SNR rescaling: the inversion's target does not divide by the signal there, but the paths of
-        such schedules have not been verified.
+        zero-terminal-SNR rescaling (the inversion's target does not divide by the signal there, but the paths of
+        such schedules have not been verified); and for values that make no schedule.
         """
-        kind, steps = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
-        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+        kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+        start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
             raise ModelError("scheduler: trained_betas and rescale_betas_zero_snr are not supported")
+        if type(steps) is not int or not 1 <= steps <= _MOST_TIMESTEPS:
+            raise ModelError(
+                f"scheduler: num_train_timesteps = {steps!r:.40} is not a whole number from 1 to {_MOST_TIMESTEPS}"
+            )
+        for name, beta in (("beta_start", start), ("beta_end", end)):
+            if type(beta) not in (int, float) or not 0 < beta < 1:
+                raise ModelError(f"scheduler: {name} = {beta!r:.40}: a number between 0 and 1 is expected")
         if kind == "scaled_linear":
             betas = np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
         elif kind == "linear":
             betas = np.linspace(start, end, steps)
         else:
-            raise ModelError(f"scheduler: beta_schedule '{kind}' is not supported; supported: scaled_linear, linear")
-        return cls(np.cumprod(1.0 - betas).astype(dtype))
+            raise ModelError(
+                f"scheduler: beta_schedule {kind!r:.40} is not supported; supported: scaled_linear, linear"
+            )
+        alphas = np.cumprod(1.0 - betas).astype(dtype)
+        if not alphas[-1] > 0:
+            raise ModelError(
+                f"scheduler: beta_start = {start} to beta_end = {end} leave no signal after {steps} timesteps"
+            )
+        return cls(alphas)
 
     def level(self, timestep: int) -> Level:
         """The level of a timestep; negative timesteps have the level of 0, as with ``set_alpha_to_one=False``."""

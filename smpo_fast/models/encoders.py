@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from smpo_fast.common.captions import bounded
 from smpo_fast.models.identity import encoders_identity
-from smpo_fast.models.load import TEXT_ENCODERS, load_network
+from smpo_fast.models.load import TEXT_ENCODERS, load_network, load_tokenizer
 from smpo_fast.models.locate import TEXT_PARTS, ModelSource
 
 
@@ -25,13 +25,10 @@ class Encoders:
         self.vae = load_network(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # image pixels per latent pixel, each way
-        self.text = [
-            (
-                CLIPTokenizer.from_pretrained(source.folder / tokenizer),
-                load_network(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval(),
-            )
-            for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False)
-        ]
+        self.text = []
+        for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):
+            network = load_network(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval()
+            self.text.append((load_tokenizer(source.folder / tokenizer, network), network))
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import ModelError
 from smpo_fast.common.runtime import warn0
 from smpo_fast.config.schema import Model
 from smpo_fast.models.attention import set_attention
+from smpo_fast.models.config_files import check_weight_index, read_object, whole_number
 from smpo_fast.models.locate import TEXT_PARTS, ModelSource
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)  # in the order of TEXT_PARTS
@@ -32,9 +34,16 @@ def load_unet(source: ModelSource, model: Model, dtype: torch.dtype, device: tor
 
 
 def empty_unet(source: ModelSource) -> UNet2DConditionModel:
-    """The UNet on the meta device: modules, names and shapes, but no weights."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source.unet_folder))
+    """The UNet on the meta device: modules, names and shapes, but no weights.
+
+    Raises ModelError where its configuration describes no UNet.
+    """
+    config = read_object(source.unet_folder / "config.json", "model.unet")
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+    except Exception as error:  # wrong values make the library raise anything
+        raise ModelError(f"model.unet: {source.unet_folder}/config.json describes no UNet: {error}") from error
 
 
 def pipeline_class(source: ModelSource) -> Any:
@@ -51,8 +60,9 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
         "unet": load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype),
         "vae": load_network(AutoencoderKL, source.vae_folder, source.variant, dtype),
     }
-    for (_, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):
+    for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):
         parts[encoder] = load_network(cls, source.folder / encoder, source.variant, dtype)
+        parts[tokenizer] = load_tokenizer(source.folder / tokenizer, parts[encoder])
     return pipeline_class(source).from_pretrained(
         source.folder, dtype=dtype, variant=source.variant, use_safetensors=True, **parts
     )
@@ -68,12 +78,15 @@ def load_network(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype
     if variant and not list(folder.glob(f"*.{variant}*.safetensors")):
         warn0(f"{folder} has no '{variant}' weights: its plain ones are used")
         variant = None
+    check_weight_index(folder)
     try:
         network, info = cls.from_pretrained(
             folder, variant=variant, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # a damaged file makes the libraries raise anything
-        raise ModelError(f"{folder}: cannot be loaded as {cls.__name__} (safetensors only): {error}") from error
+        raise ModelError(
+            f"{folder}: cannot be loaded as {cls.__name__} (safetensors only): {printable(error)}"
+        ) from error
     # transformers 4 counts these constants among a network's tensors; transformers 5 no longer saves them
     missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith("position_ids"))
@@ -85,6 +98,24 @@ def load_network(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype
     if unexpected:
         warn0(f"{folder}: {_some(unexpected)} not used: {cls.__name__} has no such weights")
     return network
+
+
+def load_tokenizer(folder: Path, encoder: Any) -> CLIPTokenizer:
+    """A tokenizer for a loaded text encoder.
+
+    Raises ModelError for files that make no tokenizer, and for one with more tokens or longer prompts than the encoder.
+    """
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokens, longest = len(tokenizer), tokenizer.model_max_length
+        tokenizer(["a"], max_length=2, truncation=True)
+    except Exception as error:  # a damaged file makes the library raise anything
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {printable(error)}") from error
+    config = encoder.config
+    whole_number(longest, 1, config.max_position_embeddings, f"{folder}/tokenizer_config.json: model_max_length")
+    if not 2 < tokens <= config.vocab_size:
+        raise ModelError(f"{folder}: the vocabulary has {tokens} tokens, its text encoder {config.vocab_size}")
+    return tokenizer
 
 
 def _some(names: Sequence[str]) -> str:

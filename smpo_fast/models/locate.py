@@ -5,7 +5,6 @@ Weights are read from safetensors only, and no code of a repository is executed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from smpo_fast.common.errors import EnvironmentProblem, ModelError
 from smpo_fast.config import schema
 from smpo_fast.config.schema import Inversion, Model
 from smpo_fast.method.schedule import NoiseSchedule
+from smpo_fast.models.config_files import read_object, shown
 
 # Their progress bars count the shards of a weight file, which tells a user nothing about the run.
 diffusers_logging.disable_progress_bar()
@@ -57,14 +57,14 @@ def find(model: Model) -> ModelSource:
     cannot be reached.
     """
     folder = embedded.pipeline_path() if model.path == schema.EMBEDDED else _folder(model.path, "model.path", model)
-    pipeline = _read_json(folder / "model_index.json", "model.path").get("_class_name", "nothing")
-    if pipeline not in KINDS:
-        raise ModelError(f"model.path: {folder} holds a {pipeline}; supported are {', '.join(KINDS)}")
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "model.path")
+    pipeline = read_object(folder / "model_index.json", "model.path").get("_class_name")
+    if not isinstance(pipeline, str) or pipeline not in KINDS:
+        raise ModelError(f"model.path: {folder} holds the pipeline {shown(pipeline)}; supported are {', '.join(KINDS)}")
+    scheduler = read_object(folder / "scheduler" / "scheduler_config.json", "model.path")
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTIONS:
         raise ModelError(
-            f"model.path: {folder}/scheduler predicts '{prediction_type}'; supported are {', '.join(PREDICTIONS)}"
+            f"model.path: {folder}/scheduler predicts {shown(prediction_type)}; supported are {', '.join(PREDICTIONS)}"
         )
     vae = _folder(model.vae, "model.vae", model) if model.vae else folder
     unet = _folder(model.unet, "model.unet", model) if model.unet else folder
@@ -77,10 +77,10 @@ def find(model: Model) -> ModelSource:
         scheduler,
         model.variant or None,
     )
-    channels = _read_json(source.unet_folder / "config.json", "model.unet").get("in_channels")
+    channels = read_object(source.unet_folder / "config.json", "model.unet").get("in_channels")
     if channels != 4:
         raise ModelError(
-            f"model.path: {source.unet_folder} has {channels} input channels (inpainting?); 4 are supported"
+            f"model.path: {source.unet_folder} has {shown(channels)} input channels (inpainting?); 4 are supported"
         )
     return source
 
@@ -117,10 +117,3 @@ def _part(folder: Path, name: str) -> Path:
     if not (part / "config.json").is_file():
         raise ModelError(f"model.{name}: {folder} has neither {name}/config.json nor config.json")
     return part
-
-
-def _read_json(file: Path, key: str) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{key}: {file} cannot be read: is this a diffusers pipeline folder? ({error})") from error

@@ -12,7 +12,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from smpo_fast.common.errors import ModelError
 from smpo_fast.config.schema import Lora
+from smpo_fast.models.config_files import read_object, shown, whole_number
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.lora import add_adapters
 from smpo_fast.models.tracing import META
@@ -79,15 +81,20 @@ class NetworkSpec:
 def network_spec(
     source: ModelSource, resolution: int, attention: str = "sdpa", lora: Lora | None = None
 ) -> NetworkSpec:
-    """The UNet of a pipeline at a resolution in px, from its configuration files alone."""
+    """The UNet of a pipeline at a resolution in px, from its configuration files alone.
 
-    def read(file: str, default: str = "{}") -> dict[str, Any]:
-        path = source.folder / file
-        return json.loads(path.read_text() if path.is_file() else default)
+    Raises ModelError for a file that cannot be read or describes no such network.
+    """
 
-    unet = json.loads((source.unet_folder / "config.json").read_text())
-    vae = json.loads((source.vae_folder / "config.json").read_text())
-    side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-    tokens = read("text_encoder/config.json").get("max_position_embeddings", 77)
-    dim = unet["cross_attention_dim"]
-    return NetworkSpec.make(unet, source.kind, (unet["in_channels"], side, side), (tokens, dim), attention, lora)
+    unet = read_object(source.unet_folder / "config.json", "model.unet")
+    vae = read_object(source.vae_folder / "config.json", "model.vae")
+    encoder = source.folder / "text_encoder" / "config.json"
+    text = read_object(encoder) if encoder.is_file() else {}
+    levels, channels, dim = vae.get("block_out_channels"), unet.get("in_channels"), unet.get("cross_attention_dim")
+    if not isinstance(levels, list) or not 1 <= len(levels) <= 10:
+        raise ModelError(f"{source.vae_folder}/config.json: block_out_channels = {shown(levels)} describes no VAE")
+    whole_number(channels, 1, 10_000, f"{source.unet_folder}/config.json: in_channels")
+    whole_number(dim, 1, 1_000_000, f"{source.unet_folder}/config.json: cross_attention_dim")
+    tokens = whole_number(text.get("max_position_embeddings", 77), 1, 100_000, f"{encoder}: max_position_embeddings")
+    side = resolution // 2 ** (len(levels) - 1)
+    return NetworkSpec.make(unet, source.kind, (channels, side, side), (tokens, dim), attention, lora)
