@@ -100,12 +100,15 @@ def _step_of(path: NoisePath, k: int, settings: Inversion) -> tuple[float, ...]:
     averaged = {"mean": True, "last": False, "renoise": destination.timestep < settings.average_below}[settings.average]
     share = averaged / (settings.renoise_steps + 1)
     last = 1.0 - settings.renoise_steps * share
-    if settings.solver == "ab2" and 0 < k < path.depth:
+    renoise_time = settings.renoise_time
+    if settings.solver == "ab2" and k == 0:
+        share, last, renoise_time = 0.5, 0.5, "destination"  # a heun step
+    elif settings.solver == "ab2" and k < path.depth:
         share = -0.5 * h / (source.sigma - path.levels[k - 1].sigma)
         last = 1.0 - share
     noise = settings.noise * _ddim_deviation(source, destination) / destination.signal
     times = {"source": source.timestep, "destination": destination.timestep}
-    return h, destination.signal, last, share, noise, times[settings.first_time], times[settings.renoise_time]
+    return h, destination.signal, last, share, noise, times[settings.first_time], times[renoise_time]
 
 
 def _landing_of(path: NoisePath, m: int) -> tuple[float, ...]:

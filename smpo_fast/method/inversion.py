@@ -17,8 +17,9 @@ ddim     ``e_0 = eps(x, source)``: the DDIM step run upwards (arXiv 2010.02502) 
 renoise  ``e_0``, then K times ``e_k = eps(x + h e_{k-1}, destination)`` from the same x; below      1      1 + K
          ``average_below`` their mean, above it the last one (ReNoise, arXiv 2403.14602)
 heun     renoise with K = 1 and always the mean: the trapezoidal (Heun) step                        2      2
-ab2      Adams-Bashforth: ``(1 + r/2) e_0 - (r/2) e'_0`` with the previous step's ``e'_0`` and       1      1
-         ``r = h / h'``; the first step is ddim
+ab2      Adams-Bashforth: ``(1 + r/2) e_0 - (r/2) e'_0`` with the previous step's ``e'_0`` and       2      1
+         ``r = h / h'``; the first step is heun: near the clean latent sigma grows like the square
+         root of the timestep, and a first step of order 1 would leave the whole path at order 1
 pec      UniPC of order 1 run upwards (arXiv 2302.04867): predict with the previous step's last     2      1
          estimate (UniP-1), evaluate once at the destination, correct with the mean of the two
          (UniC-1); the first step is heun
@@ -114,10 +115,8 @@ def active_counts(paths: Sequence[NoisePath]) -> list[int]:
 
 def network_calls(depth: int, settings: Inversion) -> int:
     """Network calls that an image's path of ``depth`` solver steps takes."""
-    if settings.solver == "pec":
-        return depth + 1
-    if settings.solver == "ab2":
-        return depth
+    if settings.solver in ("ab2", "pec"):
+        return depth + 1  # the first step is heun
     return depth * (1 + settings.renoise_steps)
 
 
@@ -186,7 +185,7 @@ class _ChunkInversion:
         self.total = torch.zeros(x_0.shape, device=x_0.device)  # S
         self.x = torch.empty(x_0.shape, dtype=dtype, device=x_0.device)
         self.start = table.start(rows)
-        self._previous: Tensor | None = None  # the last estimate of the previous step, for ab2 and pec
+        self._previous: Tensor | None = None  # the previous step's first estimate for ab2, its last one for pec
         # S at all landing points but the last, which is self.total when the chunk is done
         self._landed = {m: torch.zeros_like(self.total) for m in range(table.landings - 1)}
         solver.predict(self.x, x_0, self.total, self.start.signal, self.start.inverse_signal)
@@ -202,18 +201,19 @@ class _ChunkInversion:
         reused = previous if self.settings.solver == "pec" else None
         estimate = self.eps(x, c.first_time) if reused is None else reused
         # further estimates, each at the point that the one before it leads to; all but the last are summed up
-        earlier = None
-        for i in range(self.settings.renoise_steps):
+        earlier, at_source = None, estimate
+        starts = self.settings.solver == "ab2" and previous is None
+        for i in range(1 if starts else self.settings.renoise_steps):
             self.solver.predict(*state, estimate, c.h, earlier)
             earlier = estimate if earlier is None else earlier
             estimate = self.eps(x, c.renoise_time, refinement=i > 0 or reused is None)
-        if self.settings.solver == "ab2":
+        if self.settings.solver == "ab2" and not starts:
             earlier = previous
 
         weighted = () if earlier is None else (earlier, (c.last, c.earlier))
         self.solver.correct(*state, estimate, c.h, *weighted)
         if self.settings.solver in ("ab2", "pec"):
-            self._previous = estimate
+            self._previous = at_source if self.settings.solver == "ab2" else estimate
         if noise is not None:
             total += c.noise * noise[:n]
             self.solver.predict(*state)
