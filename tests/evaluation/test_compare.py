@@ -73,6 +73,16 @@ def test_an_image_depends_on_its_prompt_and_noise_not_on_the_batch() -> None:
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
 
 
+def test_guidance_of_the_settings_is_used() -> None:
+    """Without guidance, with the sampler's default, and with more of it: three different images."""
+    pipe, images = load_pipeline(find(loading.from_dict({}).model), torch.float32), []
+    for guidance in (1.0, 5.0, 9.0):
+        settings = loading.from_dict({"eval": {**SMALL["eval"], "count": 1, "guidance": guidance}})
+        images.append(np.asarray(sample(pipe, read_prompts(settings), settings, "test")[0]).astype(int))
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert np.abs(images[a] - images[b]).max() > 1
+
+
 def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:
     settings = loading.from_dict({**SMALL, "run": {"dir": str(tmp_path)}})
     source = find(settings.model)

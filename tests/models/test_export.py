@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers.pipelines import CPU, Maker, settings
+from safetensors.torch import load_file, save_file
 
 from smpo_fast import embedded
 from smpo_fast.common import storage
@@ -59,6 +60,16 @@ def test_export_copies_what_was_not_trained(tmp_path: Path) -> None:
     assert here.read_bytes() == there.read_bytes()
     for file in (tmp_path / "export").rglob("*.json"):
         assert str(tmp_path) not in file.read_text(), file
+
+
+def test_export_has_the_vae_of_the_run(tmp_path: Path) -> None:
+    """``model.vae``, with which the latents were made, and not the base's own."""
+    shutil.copytree(embedded.pipeline_path() / "vae", tmp_path / "other")
+    (weights,) = (tmp_path / "other").glob("*.safetensors")
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    source = find(settings("embedded", vae=str(tmp_path / "other")))
+    export_pipeline(source, state_of(source), tmp_path / "export", "float16")
+    assert (tmp_path / "export" / "vae" / weights.name).read_bytes() == weights.read_bytes()
 
 
 def test_export_refuses_foreign_weights(tmp_path: Path) -> None:

@@ -119,6 +119,28 @@ def test_weights_updated_in_place_are_seen(denoiser: Denoiser) -> None:
     assert relative(made.predictor(cond)(x, time), wanted) < 0.5 * relative(before[0], wanted)
 
 
+@torch.no_grad()
+def test_float8_weights_are_rounded_again_when_the_weights_have_changed(denoiser: Denoiser) -> None:
+    """Bit for bit those of a new caller; until it is told, a caller keeps the ones it has."""
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    x, time, cond = inputs()
+    made = caller(mine, fp8=True)
+    before = made.predictor(cond)(x, time)
+    blocks = [m for m in mine.unet.modules() if type(m).__name__ == "FeedForward"]
+    for p in (p for block in blocks for p in block.parameters() if p.ndim == 2):
+        p.mul_(1.2)
+    assert torch.equal(made.predictor(cond)(x, time), before), "only float8 layers have changed, and they are stale"
+    made.weights_changed()
+    after = made.predictor(cond)(x, time)
+    assert not torch.equal(after, before)
+    fresh = copy.copy(mine)
+    fresh.unet = copy.deepcopy(mine.unet)
+    for module in fresh.unet.modules():
+        vars(module).pop("float8_weight", None)
+    assert torch.equal(after, caller(fresh, fp8=True).predictor(cond)(x, time))
+
+
 @pytest.mark.parametrize("kind", ["sd15", "velocity"])
 @torch.no_grad()
 def test_other_networks(kind: str) -> None:

@@ -21,6 +21,8 @@ from smpo_fast.common.errors import ConfigError, EnvironmentProblem
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.method import inversion, objective
+from smpo_fast.method.inversion import EAGER_OPS
+from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models import kernel_patch, step_ops
 from smpo_fast.training.run_log import read_metrics
 
@@ -376,3 +378,22 @@ def test_twenty_steps_of_training_stay_as_close_to_float64_as_eager_ones() -> No
     assert truth[-1]["loss"] < 0.9 * truth[0]["loss"], "the network learns nothing: the comparison is empty"
     for step, (t, e, f) in enumerate(zip(truth, eager, fused, strict=True)):
         assert error(f, t) <= 2 * error(e, t), f"step {step + 1}: {error(f, t):.2e}, eager {error(e, t):.2e}"
+
+
+def test_fused_solver_adds_up_estimates_in_channels_last_memory() -> None:
+    """A UNet's output may be channels-last while the state is not: the sum of estimates is addressed like them."""
+    chosen = loading.from_dict({"inversion": {"renoise_steps": 3, "average": "mean", "steps": 4}}).inversion
+    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear"})
+    paths = [schedule.path(t, chosen) for t in (999, 600)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x_0 = torch.randn(2, 2, 4, 6, 10, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def eps(x: Tensor, timesteps: Tensor, *, refinement: bool = False) -> Tensor:
+        out = torch.tanh(x + torch.roll(x, 1, dims=-1)).flatten(0, 1)
+        return out.contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+
+    fused = step_ops.select_ops(settings(kernels={"enabled": ["renoise_step"]})).solver
+    eager, found = (
+        inversion.invert(lambda rows: eps, x_0, paths, chosen, chunk=2, solver=s) for s in (EAGER_OPS, fused)
+    )
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(eager, found, strict=True))
