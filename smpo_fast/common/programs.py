@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.console import printable
+from smpo_fast.common.errors import EnvironmentProblem, UserError
 
 DONE, UNMET, MISTAKE, FAILED = 0, 1, 2, 3  # exit status; UNMET: a check that was asked for has a negative answer
+INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+# What libraries that lose the error number say of a full or read-only disk.
+_DISK_WORDS = ("No space left on device", "Read-only file system", "Disk quota exceeded")
 
 
 class Failure(Exception):
@@ -16,17 +20,49 @@ class Failure(Exception):
 
 
 def run(act: Callable[[], int]) -> int:
-    """The exit status of a program: that of ``act``, MISTAKE after a UserError, FAILED after a Failure."""
+    """The exit status of a program: that of ``act``, or of the way it failed.
+
+    A UserError and what the machine refuses (a full disk, a file that may not be written) give MISTAKE and one line,
+    a Failure FAILED, and Ctrl-C INTERRUPTED. Any other exception is a bug and keeps its traceback.
+    """
     try:
         return act()
     except UserError as error:
         return _report(error, MISTAKE)
     except Failure as error:
         return _report(error, FAILED)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted: start the same command again to continue", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except Exception as error:
+        problem = machine_problem(error)
+        if problem is None:
+            raise
+        return _report(problem, MISTAKE)
+
+
+def machine_problem(error: BaseException) -> EnvironmentProblem | None:
+    """What the operating system refused, if that is behind an exception; None for any other exception."""
+    for found in _chain(error):
+        if isinstance(found, OSError) and found.errno is not None:
+            names = [str(name) for name in (found.filename, found.filename2) if name is not None]
+            reason = os.strerror(found.errno)
+            return EnvironmentProblem(": ".join([*names, reason]) + ("" if names else f" ({found})"))
+        if any(words in str(found) for words in _DISK_WORDS):
+            return EnvironmentProblem(str(found))
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those that it was raised from or while handling."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _report(error: Exception, status: int) -> int:
     # every rank reports: a file may be missing on one node only
     rank = f" (rank {os.environ.get('RANK', 0)})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+    print(f"error{rank}: {printable(error, lines=True)}", file=sys.stderr, flush=True)
     return status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,13 +63,17 @@ def dump(config: Config) -> str:
 
 def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}): give --config a TOML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML, which is UTF-8 text: {error}") from error
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or an integer of more digits than Python reads
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: not valid TOML: nested too deeply") from error
     for section, table in values.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: '{section}' stands outside a section: keys belong below a [section] line")
@@ -80,8 +85,8 @@ def _parse_override(word: str) -> tuple[str, Any]:
     if not equals or "." not in name:
         raise ConfigError(f"command line: '{word}' is not of the form section.key=value")
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        value = text if "\n" in text else tomllib.loads(f"v = {text}")["v"]
+    except (ValueError, RecursionError):
         return name, text  # a bare word is a string
     field = dict(keys()).get(name)
     return name, text if field is not None and field.annotation is str and not isinstance(value, str) else value
@@ -99,7 +104,7 @@ def _validate(given: dict[str, dict[str, Any]], origin: dict[str, str], default_
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:2])
         where = origin.get(name, default_origin)
-        found = "" if name not in known else f" (found {first['input']!r}; meaning: {known[name].description})"
+        found = "" if name not in known else f" (found {_brief(first['input'])}; meaning: {known[name].description})"
         raise ConfigError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}{found}") from error
 
 
@@ -117,9 +122,23 @@ def _floats(given: dict[str, dict[str, Any]], known: Mapping[str, Any]) -> dict[
     def convert(name: str, value: Any) -> Any:
         annotation = known[name].annotation
         wants_float = float in (annotation, *get_args(annotation))
-        return float(value) if wants_float and type(value) is int else value
+        if not wants_float or type(value) is not int:
+            return value
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf  # which validation refuses
 
     return {s: {k: convert(f"{s}.{k}", v) for k, v in values.items()} for s, values in given.items()}
+
+
+def _brief(value: Any) -> str:
+    """A value as Python writes it, cut to a length that fits into a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}.."
 
 
 def toml_value(value: Any) -> str:

@@ -38,7 +38,12 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
 def apply_presets(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Settings by section, with the keys of ``[inversion]`` that the presets imply and ``given`` leaves out."""
     inversion = given.get("inversion", {})
-    objective = OBJECTIVE_PRESETS.get(given.get("objective", {}).get("name", "smpo"), {})
-    fidelity = FIDELITY_PRESETS.get(inversion.get("fidelity", "paper"), {})
-    solver = SOLVER_PRESETS.get(inversion.get("solver", "renoise"), {})
+    objective = _preset(OBJECTIVE_PRESETS, given.get("objective", {}).get("name", "smpo"))
+    fidelity = _preset(FIDELITY_PRESETS, inversion.get("fidelity", "paper"))
+    solver = _preset(SOLVER_PRESETS, inversion.get("solver", "renoise"))
     return {**given, "inversion": {**fidelity, **objective, **solver, **inversion}}
+
+
+def _preset(presets: dict[str, dict[str, Any]], name: Any) -> dict[str, Any]:
+    """The preset of a name; nothing for what is no name, which validation refuses afterwards."""
+    return presets.get(name, {}) if isinstance(name, str) else {}

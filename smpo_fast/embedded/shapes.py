@@ -143,6 +143,11 @@ def split_of(scene: Scene) -> str:
     return "held-out" if zlib.crc32(key.encode()) < HELD_OUT_SHARE * 2**32 else "train"
 
 
+def count_prompts(split: str) -> int:
+    """How many distinct captions a split has."""
+    return sum(split_of(scene) == split for scene in scenes())
+
+
 def prompts(split: str, n: int, seed: int = 0) -> list[str]:
     """`n` distinct captions of a split, drawn without replacement. Raises ValueError if the split has fewer."""
     if split not in SPLITS:

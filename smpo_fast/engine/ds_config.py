@@ -38,6 +38,11 @@ _REFUSED_VALUES: dict[str, tuple[Any, str]] = {
     "bf16.bf16_master_weights_and_grads": (True, "master weights and gradient sums are fp32"),
     "fp16.fp16_master_weights_and_grads": (True, "master weights and gradient sums are fp32"),
 }
+# Keys whose values are objects.
+_SECTIONS = (
+    "bf16", "bfloat16", "fp16", "data_types", "zero_optimization",
+    "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
+)  # fmt: skip
 # Sections of zero_optimization that change where parameters are stored, or which optimizer updates them.
 _ZERO_REFUSED = {
     "zenflow": "it comes with its own optimizer",
@@ -56,9 +61,20 @@ def read_ds_file(path: Path) -> dict[str, Any]:
         raise ConfigError(reason) from error
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not valid JSON: nested too deeply") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found a JSON {type(values).__name__}, a DeepSpeed file is an object: {{...}}")
+    _check_sections(values, path)
     return values
+
+
+def _check_sections(values: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError for a section that is no JSON object."""
+    for key in _SECTIONS:
+        found = get_key(values, key)
+        if found is not None and not isinstance(found, dict):
+            raise ConfigError(f"{path}: {key} = {json.dumps(found)[:200]}: it is a section, an object: {{...}}")
 
 
 def zero_stage(ds: dict[str, Any]) -> int:
@@ -170,7 +186,9 @@ def get_key(settings: dict[str, Any], dotted: str) -> Any:
 def _set_key(settings: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for key in parents:
-        settings = settings.setdefault(key, {})
+        if settings.get(key) is None:
+            settings[key] = {}
+        settings = settings[key]
     settings[last] = value
 
 

@@ -21,10 +21,13 @@ from smpo_fast.models.locate import ModelSource, find
 def read_prompts(config: Config) -> list[str]:
     """The prompts of ``[eval]``: held-out ones of the embedded world, or the non-empty lines of a text file.
 
-    Raises ConfigError for a file that cannot be read or has no prompt.
+    Raises ConfigError for a file that cannot be read or has no prompt, and if 'embedded' has too few.
     """
     count = config.eval.count
     if config.eval.prompts == EMBEDDED:
+        available = shapes.count_prompts("held-out")
+        if count > available:
+            raise ConfigError(f"eval.count = {count}: eval.prompts = 'embedded' has {available} prompts")
         return shapes.prompts("held-out", count, config.eval.seed)
     try:
         lines = [line.strip() for line in Path(config.eval.prompts).read_text().splitlines()]

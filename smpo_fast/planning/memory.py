@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from smpo_fast.common.runtime import COMPUTE_DTYPES
+from smpo_fast.engine import ds_config
 from smpo_fast.engine.optimizer_states import STATE_BYTES
 from smpo_fast.models import footprint
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
@@ -150,7 +151,7 @@ def _bucket_bytes(run: PlannedRun, variant: RunVariant) -> float:
     if not variant.stage:
         return 0.0
     size = COMPUTE_DTYPES[variant.precision].itemsize
-    overlap = (run.ds or {}).get("zero_optimization", {}).get("overlap_comm") is True
+    overlap = ds_config.get_key(dict(run.ds or {}), "zero_optimization.overlap_comm") is True
     return min(run.ds_number("reduce_bucket_size"), run.counts[0]) * (size + 4) * (1 + overlap)
 
 

@@ -48,7 +48,7 @@ def precision_of(settings: Config, ds: Mapping[str, Any] | None, gpu: Gpu) -> st
     """
     raw = dict(ds or {})
     here = combinations.resolve_precision(settings, None if ds is None else raw, torch.device("cpu"))
-    off = any(raw.get(name, {}).get("enabled") is False for name in ("bf16", "bfloat16"))
+    off = any(ds_config.get_key(raw, f"{name}.enabled") is False for name in ("bf16", "bfloat16"))
     if here != "fp32" or settings.model.precision == "fp32" or gpu.name == CPU or off:
         return here
     stage = ds_config.zero_stage(raw)

@@ -97,10 +97,10 @@ class PlannedRun:
 
     def ds_number(self, key: str) -> float:
         """A number of the DeepSpeed file's zero_optimization, or DeepSpeed's default."""
-        value = (self.ds or {}).get("zero_optimization", {}).get(key)
+        value = ds_config.get_key(dict(self.ds or {}), f"zero_optimization.{key}")
         return float(value) if isinstance(value, (int, float)) else _DS_DEFAULTS[key]
 
 
 def is_offloaded(ds: Mapping[str, Any], key: str) -> bool:
     """Whether a DeepSpeed file moves ``key`` ('offload_optimizer' or 'offload_param') off the GPU."""
-    return (ds.get("zero_optimization", {}).get(key) or {}).get("device", "none") != "none"
+    return ds_config.offloads(dict(ds), key.removeprefix("offload_"))

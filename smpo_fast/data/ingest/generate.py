@@ -77,9 +77,12 @@ def generate(prompts: str, out: Path, model: Model, options: GenerateOptions, wo
 def read_prompts(prompts: str, options: GenerateOptions) -> list[str]:
     """The distinct prompts of a text file with one prompt a line; 'embedded': prompts of the embedded data set.
 
-    Raises DataError for a file that cannot be read and one without a prompt.
+    Raises DataError for a file that cannot be read and one without a prompt, ConfigError if 'embedded' has too few.
     """
     if prompts == EMBEDDED:
+        available = shapes.count_prompts("train")
+        if options.count > available:
+            raise ConfigError(f"--count {options.count}: 'embedded' has {available} prompts")
         return shapes.prompts("train", options.count or EMBEDDED_PROMPTS, options.seed)
     try:
         lines = [line.strip() for line in Path(prompts).expanduser().read_text().splitlines()]

@@ -1,0 +1,54 @@
+"""How programs end: one line for what can be corrected, a traceback for our own mistakes, and the exit status."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from smpo_fast.common import programs
+from smpo_fast.common.errors import DataError
+
+
+def raising(error: BaseException) -> int:
+    raise error
+
+
+def wrapped() -> int:
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoint/weights")
+    except OSError:
+        raise RuntimeError("a library that hides the cause") from None
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (DataError("row 3 has no image"), 2, "error: row 3 has no image\n"),
+        (programs.Failure("too many bad steps"), 3, "error: too many bad steps\n"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/a.bin"),
+            2,
+            "error: out/a.bin: No space left on device\n",
+        ),
+        (OSError(errno.EROFS, "", "out"), 2, "error: out: Read-only file system\n"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted: start the same command again to continue\n"),
+        (DataError("a \x1b[2J caption"), 2, "error: a \\x1b[2J caption\n"),
+    ],
+)
+def test_one_line(error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert programs.run(lambda: raising(error)) == status
+    printed = capsys.readouterr().err
+    assert message in printed and len(printed.strip().splitlines()) == 1
+
+
+def test_a_full_disk_behind_another_exception(capsys: pytest.CaptureFixture[str]) -> None:
+    assert programs.run(wrapped) == 2
+    assert "run/checkpoint/weights: No space left on device" in capsys.readouterr().err
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        programs.run(lambda: 1 // 0)
