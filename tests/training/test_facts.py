@@ -32,7 +32,7 @@ def facts_of(given: dict[str, Any] | None = None, *, unrewarded: int = 1, **iden
     [
         ({"data": {"conditioning": "original"}}, "conditioning"),
         ({"data": {"prompt_dropout": 0.5}}, "prompt_dropout"),
-        ({"data": {"flip": True}}, "flip"),
+        ({"data": {"flip": False}}, "flip"),
         ({"run": {"seed": 1}}, "seed"),
         ({"batch": {"pairs_per_step": 2}}, "pairs_per_step"),
         ({"objective": {"beta": 1.0}}, "objective.beta"),
@@ -60,8 +60,9 @@ def test_a_scorer_that_scored_nothing_is_no_fact() -> None:
 
 
 def test_settings_that_change_no_number_are_no_facts() -> None:
-    given = {"run": {"steps": 7, "save_every": 3}, "inversion": {"store": "store"}, "batch": {"micro_pairs": 1}}
-    assert facts_of(given) == facts_of()
+    inversion = {"network": "reference"}
+    given = {"run": {"steps": 7, "save_every": 3}, "inversion": inversion | {"store": "s"}, "batch": {"micro_pairs": 1}}
+    assert facts_of(given) == facts_of({"inversion": inversion})
 
 
 @pytest.mark.parametrize("section", ["objective", "inversion", "labels", "optim", "lora"])
