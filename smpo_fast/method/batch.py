@@ -26,7 +26,7 @@ class Conditioning:
         return self.map(lambda t: t[rows])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        """A copy with ``change`` applied to every tensor."""
+        """A copy with ``change`` applied to every tensor, of any shape."""
         pooled, time_ids = (None if x is None else change(x) for x in (self.pooled, self.time_ids))
         return Conditioning(change(self.prompt), pooled, time_ids)
 
@@ -49,7 +49,7 @@ class Pairs:
         return Pairs(self.ids[rows], self.latents[rows], self.cond.take(rows), self.weight[rows], self.places[rows])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pairs:
-        """A copy with ``change`` applied to every tensor, e.g. to move them."""
+        """A copy with ``change`` applied to every tensor, of any shape, e.g. to move them."""
         return Pairs(self.ids, change(self.latents), self.cond.map(change), change(self.weight), self.places)
 
     def tensors(self) -> list[Tensor]:

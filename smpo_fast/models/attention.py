@@ -64,10 +64,7 @@ def set_attention(unets: Sequence[UNet2DConditionModel], name: str, device: torc
     """
     try:
         if name == "xformers":
-            if device.type != "cuda":
-                raise ModuleNotFoundError("xformers has no attention for the CPU")
-            for unet in unets:
-                unet.enable_xformers_memory_efficient_attention()
+            _enable_xformers(unets, device)
             return name
         kernel = _SDPA_KERNELS.get(name)
         if kernel is not None:
@@ -79,6 +76,13 @@ def set_attention(unets: Sequence[UNet2DConditionModel], name: str, device: torc
     for unet in unets:
         unet.set_attn_processor(AttnProcessor() if name == "eager" else Attention(kernel))
     return name
+
+
+def _enable_xformers(unets: Sequence[UNet2DConditionModel], device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ModuleNotFoundError("xformers has no attention for the CPU")
+    for unet in unets:
+        unet.enable_xformers_memory_efficient_attention()
 
 
 def _try_attention(kernel: SDPBackend, device: torch.device) -> None:

@@ -20,7 +20,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
     """Write the pipeline with the trained UNet as a folder that diffusers can load; it appears complete or not at all.
 
-    state: all parameters of the UNet by name, with the shapes of the UNet's own; they are written as ``dtype``. The
+    state: all parameters of the UNet by name, of the same shapes as there; they are written as ``dtype``. The
     other parts are copied rather than loaded and saved: they are exactly the files used in training, and library
     versions that could read those can read the export. An earlier export is replaced, except for files that no export
     writes, such as a README.

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smpo_fast.common.errors import UserError
+from smpo_fast.common.errors import ConfigError, UserError
+from smpo_fast.config import loading
 from smpo_fast.config.schema import Labels
 from smpo_fast.method.label_report import calibration, fitting_temperature
 from smpo_fast.method.labels import PICKSCORE_RANGE, smoothed_weight, weigh
@@ -122,12 +123,16 @@ def test_range_by_number_and_by_data_together() -> None:
         (Labels(), rewards((1, 1), (1, 1)), [1, 1], "all 2 pairs have weight 0"),
         (Labels(low=3.0), rewards((0, 1)), [1], "low must be below high"),
         (Labels(low=1.0, high=1.0), rewards((0, 1)), [1], "low must be below high"),
-        (Labels(low=NAN), rewards((0, 1)), [1], "low must be below high"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(labels: Labels, values: np.ndarray, human: list, message: str) -> None:
     with pytest.raises(UserError, match=message):
         weigh(labels, values, np.array(human, dtype=np.float64))
+
+
+def test_an_end_of_the_range_that_is_not_a_number_is_refused_with_the_settings() -> None:
+    with pytest.raises(ConfigError, match="labels.low"):
+        loading.from_dict({"labels": {"low": NAN}})
 
 
 def test_source_reward_accepts_ties_without_rewards_that_are_dropped() -> None:
