@@ -11,7 +11,7 @@ import pytest
 from smpo_fast import cli, train
 from smpo_fast.config import arguments, commands
 from smpo_fast.config.commands import GenerateOptions, ImportOptions
-from smpo_fast.data.ingest import columns, generate, pairing, sources
+from smpo_fast.data.ingest import columns, containers, generate, ranking
 
 
 def parse(command: str, *words: str) -> argparse.Namespace:
@@ -64,8 +64,8 @@ def test_the_names_of_the_options_are_those_that_the_packages_know() -> None:
         return set(get_args(section.model_fields[name].annotation)) - {""}  # type: ignore[attr-defined]
 
     assert words(ImportOptions, "format") == set(columns.FORMATS)
-    assert words(ImportOptions, "container") == set(sources.CONTAINERS)
-    assert words(ImportOptions, "pairs") == words(GenerateOptions, "pairs") == set(pairing.PAIRINGS)
+    assert words(ImportOptions, "container") == set(containers.CONTAINERS)
+    assert words(ImportOptions, "pairs") == words(GenerateOptions, "pairs") == set(ranking.PAIRINGS)
     assert words(GenerateOptions, "encoding") == set(generate.ENCODINGS)
 
 
