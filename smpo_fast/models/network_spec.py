@@ -90,11 +90,12 @@ def network_spec(
     vae = read_object(source.vae_folder / "config.json", "model.vae")
     encoder = source.folder / "text_encoder" / "config.json"
     text = read_object(encoder) if encoder.is_file() else {}
-    levels, channels, dim = vae.get("block_out_channels"), unet.get("in_channels"), unet.get("cross_attention_dim")
+    levels = vae.get("block_out_channels")
     if not isinstance(levels, list) or not 1 <= len(levels) <= 10:
         raise ModelError(f"{source.vae_folder}/config.json: block_out_channels = {shown(levels)} describes no VAE")
-    whole_number(channels, 1, 10_000, f"{source.unet_folder}/config.json: in_channels")
-    whole_number(dim, 1, 1_000_000, f"{source.unet_folder}/config.json: cross_attention_dim")
+    here = f"{source.unet_folder}/config.json"
+    channels = whole_number(unet.get("in_channels"), 1, 10_000, f"{here}: in_channels")
+    dim = whole_number(unet.get("cross_attention_dim"), 1, 1_000_000, f"{here}: cross_attention_dim")
     tokens = whole_number(text.get("max_position_embeddings", 77), 1, 100_000, f"{encoder}: max_position_embeddings")
     side = resolution // 2 ** (len(levels) - 1)
     return NetworkSpec.make(unet, source.kind, (channels, side, side), (tokens, dim), attention, lora)

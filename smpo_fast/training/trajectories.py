@@ -145,7 +145,7 @@ class TrajectoryStore:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def _open(path: Path) -> Any:
