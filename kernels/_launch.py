@@ -28,7 +28,10 @@ _LIBRARY = torch.library.Library("smpo_fast", "FRAGMENT")
 
 
 def on_kernel(x: Tensor) -> bool:
-    """Whether an op on ``x`` runs its kernel; otherwise (and always in float64) it runs its eager reference."""
+    """Whether an op on ``x``, of any shape, runs its kernel.
+
+    Otherwise, and always in float64, it runs its eager reference.
+    """
     return (x.is_cuda or INTERPRET) and x.dtype in FLOATS
 
 
@@ -95,12 +98,12 @@ def is_packed(images: Tensor) -> bool:
 
 
 def packed(images: Tensor) -> Tensor:
-    """``images`` if it is packed (see ``is_packed``), else a contiguous copy."""
+    """``images``, [N, C, *], if they are packed (see ``is_packed``), else a contiguous copy."""
     return images if is_packed(images) else images.contiguous()
 
 
 def packed_like(images: Tensor, like: Tensor) -> Tensor:
-    """``images`` in the memory order of ``like``, which must be packed; copied only if its order differs."""
+    """``images``, [N, C, *], in the memory order of ``like``, which must be packed; copied only if that differs."""
     if channels_last(like):
         return images.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     return images.contiguous()

@@ -154,7 +154,10 @@ def geglu(x: Tensor) -> Tensor:
 
 
 class FusedGEGLU(nn.Module):
-    """A mixin for diffusers' GEGLU that runs the op; ``proj`` is its linear layer, possibly wrapped by LoRA."""
+    """A mixin for diffusers' GEGLU that runs the op; ``proj`` is its linear layer, possibly wrapped by LoRA.
+
+    Takes [..., K] and returns [..., F]; ``proj`` maps K features to 2F.
+    """
 
     proj: nn.Module
 

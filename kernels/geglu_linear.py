@@ -166,8 +166,9 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 class FusedGEGLULinear(nn.Module):
     """A mixin for diffusers' GEGLU that runs the op if no gradient is needed and ``proj`` is a plain linear layer.
 
-    Otherwise the next class in the method resolution order runs. LoRA, quantised or sharded weights, and hooks are
-    looked for in every call, since they may be added later.
+    Takes [..., K] and returns [..., F]; ``proj`` maps K features to 2F. Otherwise the next class in the method
+    resolution order runs. LoRA, quantised or sharded weights, and hooks are looked for in every call, since they may
+    be added later.
     """
 
     proj: nn.Module

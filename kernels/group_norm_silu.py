@@ -395,14 +395,14 @@ def group_norm_silu(
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that runs the op, without SiLU."""
+    """nn.GroupNorm of [N, C, *] that runs the op, without SiLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm_silu(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, silu=False)
 
 
 class FusedGroupNormSiLU(nn.GroupNorm):
-    """nn.GroupNorm that runs the op together with the SiLU that follows it."""
+    """nn.GroupNorm of [N, C, *] that runs the op together with the SiLU that follows it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm_silu(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, silu=True)

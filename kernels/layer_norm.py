@@ -274,7 +274,7 @@ def layer_norm(
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over one dimension that runs the op; given a residual it returns (sum, norm of the sum)."""
+    """nn.LayerNorm of [..., C] that runs the op; given a residual of that shape it returns (sum, norm of the sum)."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         if residual is not None and residual.dtype != x.dtype:  # possible under autocast: add in the wider dtype

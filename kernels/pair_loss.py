@@ -77,7 +77,7 @@ class PairLoss(NamedTuple):
 
 
 def pair_errors_reference(prediction: Tensor, target: Tensor) -> Tensor:
-    """``pair_errors`` in eager PyTorch, differentiable; float64 inputs are computed in float64."""
+    """``pair_errors`` in eager PyTorch, same arguments, differentiable; float64 inputs are computed in float64."""
     return (_upcast(prediction) - _upcast(target)).square().mean(dim=(2, 3, 4))
 
 
@@ -90,7 +90,7 @@ def pair_loss_reference(
     beta: float,
     link: str = "sigmoid",
 ) -> PairLoss:
-    """``pair_loss`` in eager PyTorch; float64 inputs are computed in float64."""
+    """``pair_loss`` in eager PyTorch, with the same arguments; float64 inputs are computed in float64."""
     policy = pair_errors_reference(prediction, target)
     frozen = reference if reference.ndim == 2 else pair_errors_reference(reference, target).detach()
     difference = (policy[:, 0] - policy[:, 1]) - (frozen[:, 0] - frozen[:, 1])

@@ -13,7 +13,9 @@ from helpers.paths import ROOT
 
 FILES = sorted([*(ROOT / "smpo_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
 METHOD = [*(ROOT / "smpo_fast" / "method").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
-SHAPE = re.compile(r"\[[\w\s,.*+/()'-]*\]|scalar|shapes? as|any shape|same shape|shaped like|like ``?\w")
+SHAPE = re.compile(
+    r"\[[\w\s,.*+/()'-]*\]|scalar|shapes? (as|of)|any shape|same arguments|same shape|shaped like|like ``?\w"
+)
 SOURCE = re.compile(r"arXiv|eq\.|equation|released script|paper|ECCV|ICML|UniPC|DDIM", re.IGNORECASE)
 # Not the function's own errors: a stub, a guard against our own mistakes, a signal, or control flow of Python.
 NOT_DOCUMENTED = {"NotImplementedError", "AssertionError", "KeyboardInterrupt", "StopIteration", "SystemExit"}
@@ -42,18 +44,24 @@ FUNCTIONS = [
 def takes_tensors(function: ast.FunctionDef) -> bool:
     """Whether an annotation of a parameter names a tensor or an array."""
     arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-    notes = [ast.unparse(a.annotation) for a in arguments if a.annotation]
+    notes = [re.sub(r"Callable\[.*\]", "", ast.unparse(a.annotation)) for a in arguments if a.annotation]
     return any(re.search(r"\b(Tensor|ndarray)\b", note) for note in notes)
 
 
 def raised(function: ast.FunctionDef) -> set[str]:
-    """Names of the exceptions that a function's own body raises; not those of functions inside it."""
+    """Names of the exceptions that leave a function's own body; not those of functions inside it."""
     found: set[str] = set()
     queue: list[ast.AST] = list(function.body)
     while queue:
         node = queue.pop()
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
             continue
+        if isinstance(node, ast.Try):  # what it raises and catches itself
+            caught = {n.id for h in node.handlers if h.type for n in ast.walk(h.type) if isinstance(n, ast.Name)}
+            raises = [n for part in node.body for n in ast.walk(part) if isinstance(n, ast.Raise)]
+            for inner in raises:
+                if isinstance(inner.exc, ast.Call) and isinstance(inner.exc.func, ast.Name):
+                    inner.exc = None if inner.exc.func.id in caught else inner.exc
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
             found.add(node.exc.func.id)
         queue += ast.iter_child_nodes(node)

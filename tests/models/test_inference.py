@@ -259,6 +259,7 @@ def test_approximations_are_compiled_once(denoiser: Denoiser, monkeypatch: pytes
     assert relative(first[0], caller(mine, fp8=True).predictor(cond)(x, time)) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_equal_blocks_share_their_code_and_all_variants_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's 87 blocks are 15 at each batch size; with training and other shapes of pictures, far from the limit."""
