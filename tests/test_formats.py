@@ -42,6 +42,7 @@ from smpo_fast.config import loading
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.engine import checkpoint, create
 from smpo_fast.engine.checkpoint import Progress
+from smpo_fast.training.facts import fact_defaults
 from smpo_fast.training.job import Job
 from smpo_fast.training.policy import load_policy
 from smpo_fast.training.run import open_store
@@ -90,7 +91,7 @@ def test_the_adapters_in_a_checkpoint_are_what_was_trained(old: Path, expected: 
     job = Job(loading.load(old / "run/config.toml"), None)
     policy = load_policy(job.config, job.source, job.precision, job.world.device)
     trained = create.make_engine(policy, job.config, job.world, job.precision, None)
-    progress = checkpoint.restore_latest("run", trained, job.world, job.facts)
+    progress = checkpoint.restore_latest("run", trained, job.world, job.facts, fact_defaults(job.facts))
     assert progress is not None and (progress.step, progress.pairs_seen, progress.skipped) == (2, 8, 0)
     adapters = {name: t for name, t in trained.full_state().items() if ".lora_" in name}
     assert state_digest(adapters) == expected["run"]["adapters"]
@@ -150,7 +151,7 @@ def test_an_import_is_done_already(old: Path, capsys: pytest.CaptureFixture[str]
     assert "imported: imported already" in capsys.readouterr().out
     to_memory(source)
     assert cli.main(["import", MEMORY_TABLE, "imported"]) == 2
-    assert "imported holds another import (it differs in source): remove it" in capsys.readouterr().err
+    assert "imported holds another table (it differs in source): remove it" in capsys.readouterr().err
     assert contents(old / "imported") == before
 
 

@@ -124,6 +124,7 @@ PROBES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def installed_version(name: str) -> str:
+    """The version of a package, by the name that it is imported under."""
     try:
         return importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
     except importlib.metadata.PackageNotFoundError:
