@@ -40,7 +40,8 @@ import reference_trainer  # noqa: E402
 import report  # noqa: E402
 
 CPU = torch.device("cpu")
-NOT_INTERPRETED = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+# A pytest of its own, with nothing of the one that it runs in (a process of pytest-xdist disables benchmarks).
+NOT_INTERPRETED = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
 
 
 # --- baselines ------------------------------------------------------------------------------------------------
