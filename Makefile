@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 # make slow MINUTES=30 skips the tests that would start after 30 minutes, and counts them
 MINUTES ?=
+# make slow TESTS=tests/kernels: only these
+TESTS ?=
 # idle worker threads sleep instead of spinning, which on few cores takes time from the working ones
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -21,7 +23,7 @@ test: $(VENV)/.installed-dev
 	$(PYTEST)
 
 slow: $(VENV)/.installed-dev
-	$(PYTEST) -m slow $(if $(MINUTES),--minutes $(MINUTES))
+	$(PYTEST) -m slow $(if $(MINUTES),--minutes $(MINUTES)) $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/mypy

@@ -152,7 +152,10 @@ def test_values_of_any_type_in_manifests(tmp_path_factory: pytest.TempPathFactor
 def test_columns_of_any_type_in_tables(tmp_path_factory: pytest.TempPathFactory, case: Any) -> None:
     form, table = case
     folder = tmp_path_factory.mktemp("in")
-    pq.write_table(table, folder / "a.parquet")
+    try:
+        pq.write_table(table, folder / "a.parquet")
+    except pa.ArrowNotImplementedError:  # a type that parquet has no column for
+        return
     with pa.ipc.new_stream(folder / "a.arrow", table.schema) as writer:
         writer.write_table(table)
     try_import(folder / "a.parquet", form)

@@ -88,7 +88,7 @@ def test_where_a_run_keeps_it(given: dict[str, Any], ds: dict[str, Any] | None, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model.reference=adapters-off"], "give lora.rank"),
+        (["model.reference=adapters-off"], "set lora.rank"),
         (["model.reference=sharded"], "needs DeepSpeed: give --ds_config"),
         (["model.reference=nowhere"], "model.reference"),
         (

@@ -14,6 +14,7 @@ from helpers.paths import SAMPLES, needs_samples
 from helpers.small_run import assert_same_run, numbers, pair_table, run, weights
 from PIL import Image
 
+from smpo_fast.common.storage import sha256
 from smpo_fast.config import loading
 from smpo_fast.models import locate
 from smpo_fast.training import loop, step
@@ -129,7 +130,7 @@ def test_real_pairs_train_with_the_embedded_networks(tmp_path: Path) -> None:
 
 
 def poison(cache_dir: Path, index: int) -> None:
-    """Write NaN into the latents of one pair of a prepared cache, behind its back."""
+    """Write NaN into the latents of one pair of a prepared cache, as if they had been encoded to it."""
     shard = next(cache_dir.glob("latents-*.safetensors"))
     raw = bytearray(shard.read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
@@ -139,6 +140,9 @@ def poison(cache_dir: Path, index: int) -> None:
     place = start + first + index * size
     raw[place : place + size] = np.full(size // 2, np.nan, np.float16).tobytes()
     shard.write_bytes(raw)
+    info = json.loads((cache_dir / "cache.json").read_text())
+    info["files"][shard.name]["sha256"] = sha256(shard)
+    (cache_dir / "cache.json").write_text(json.dumps(info))
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
