@@ -186,7 +186,7 @@ def test_killed_at_twenty_points_nothing_is_lost_and_at_most_a_batch_repeated(
     for attempt in range(100):
         out, kills = tmp_path / f"out-{attempt}", 0
         monkeypatch.setenv("LOG", str(tmp_path / f"log-{attempt}"))
-        while not score_until_killed(table, out, int(rng.integers(30, 700))):
+        while not score_until_killed(table, out, int(rng.integers(30, 700 + 100 * kills))):
             kills += 1
         seen = (tmp_path / f"log-{attempt}").read_text().splitlines()
         assert set(seen) == {f"{i} p" for i in range(20)}
