@@ -6,6 +6,7 @@ The programs catch ``UserError`` in one place and print its message; any other e
 from __future__ import annotations
 
 import errno
+import os
 
 
 class UserError(ValueError):
@@ -44,6 +45,10 @@ _ADVICE = {
     errno.EPERM: "permission denied",
     errno.EIO: "the disk reports an error",
     errno.ESTALE: "the network file system has lost the file",
+    errno.ENOTDIR: "a file is where a folder is needed",
+    errno.EISDIR: "a folder is where a file is needed",
+    errno.EEXIST: "something else has this name",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 
 
@@ -63,6 +68,7 @@ def _error_number(error: BaseException) -> int | None:
         return errno.ENOMEM
     if "can't start new thread" in text or "Resource temporarily unavailable" in text:
         return errno.EAGAIN
-    if "Too many open files" in text:
-        return errno.EMFILE
+    for number in (errno.EMFILE, errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        if os.strerror(number) in text:
+            return number
     return error.errno if isinstance(error, OSError) else None

@@ -7,12 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 from smpo_fast.common.console import printable
-from smpo_fast.common.errors import EnvironmentProblem, UserError
+from smpo_fast.common.errors import EnvironmentProblem, UserError, environment_problem
 
 DONE, UNMET, MISTAKE, FAILED = 0, 1, 2, 3  # exit status; UNMET: a check that was asked for has a negative answer
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
-# What libraries that lose the error number say of a full or read-only disk.
-_DISK_WORDS = ("No space left on device", "Read-only file system", "Disk quota exceeded")
 
 
 class Failure(Exception):
@@ -43,14 +41,12 @@ def run(act: Callable[[], int]) -> int:
 
 
 def machine_problem(error: BaseException) -> EnvironmentProblem | None:
-    """What the operating system refused, if that is behind an exception; None for any other exception."""
+    """What the machine refused, if that is behind an exception; None for any other exception, which is a bug."""
     for found in _chain(error):
-        if isinstance(found, OSError) and found.errno is not None:
-            names = [str(name) for name in (found.filename, found.filename2) if name is not None]
-            reason = os.strerror(found.errno)
-            return EnvironmentProblem(": ".join([*names, reason]) + ("" if names else f" ({found})"))
-        if any(words in str(found) for words in _DISK_WORDS):
-            return EnvironmentProblem(str(found))
+        names = [str(name) for name in (getattr(found, "filename", None), getattr(found, "filename2", None)) if name]
+        problem = environment_problem(found, " and ".join(names) or "this machine")
+        if problem is not None:
+            return problem
     return None
 
 

@@ -30,9 +30,9 @@ def wrapped() -> int:
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/a.bin"),
             2,
-            "error: out/a.bin: No space left on device\n",
+            "error: out/a.bin: the disk is full",
         ),
-        (OSError(errno.EROFS, "", "out"), 2, "error: out: Read-only file system\n"),
+        (OSError(errno.EROFS, "", "out"), 2, "error: out: the file system is read-only"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted: start the same command again to continue\n"),
         (DataError("a \x1b[2J caption"), 2, "error: a \\x1b[2J caption\n"),
@@ -46,9 +46,11 @@ def test_one_line(error: BaseException, status: int, message: str, capsys: pytes
 
 def test_a_full_disk_behind_another_exception(capsys: pytest.CaptureFixture[str]) -> None:
     assert programs.run(wrapped) == 2
-    assert "run/checkpoint/weights: No space left on device" in capsys.readouterr().err
+    assert "run/checkpoint/weights: the disk is full" in capsys.readouterr().err
 
 
 def test_our_own_mistakes_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         programs.run(lambda: 1 // 0)
+    with pytest.raises(FileNotFoundError):  # a file that we should have made, or asked the user for
+        programs.run(lambda: raising(FileNotFoundError(errno.ENOENT, "No such file or directory", "parts.json")))
