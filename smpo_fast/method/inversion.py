@@ -46,7 +46,7 @@ from torch import Tensor
 
 from smpo_fast.config.schema import Inversion
 from smpo_fast.method.batch import to_device
-from smpo_fast.method.coefficients import CoefficientTable, column
+from smpo_fast.method.coefficients import CoefficientTable
 from smpo_fast.method.schedule import NoisePath
 
 
@@ -161,10 +161,11 @@ def invert(
 def forward_noise(x_0: Tensor, tau: Tensor, paths: Sequence[NoisePath]) -> Tensor:
     """``x_t = signal_t x_0 + noise_t tau`` for given noise, as in Diffusion-DPO (arXiv 2311.12908).
 
-    x_0: [B, 2, C, H, W]; tau: the same shape, or [M, B, 2, C, H, W] with the paths' last landing for M = 1.
+    x_0: [B, 2, C, H, W]; tau: [M, B, 2, C, H, W], for each landing point of the paths. Returns x_t, like tau.
     """
-    levels = np.array([[p.final_level.signal, p.final_level.noise] for p in paths], dtype=np.float32).T
-    signal, noise = (column(row) for row in to_device(torch.from_numpy(levels.copy()), x_0.device))
+    levels = np.array([[(landing.level.signal, landing.level.noise) for landing in p.landings] for p in paths])
+    table = to_device(torch.from_numpy(levels.T.astype(np.float32)), x_0.device)  # [2, M, B]
+    signal, noise = table[..., None, None, None, None]
     return signal * x_0 + noise * tau
 
 

@@ -87,7 +87,7 @@ def test_x_t_and_tau_are_consistent(fidelity: str) -> None:
     chosen = settings(fidelity=fidelity)
     x_0 = latents()
     x_t, tau = lift(network, x_0, paths(chosen), chosen, chunk=3)
-    assert torch.allclose(forward_noise(x_0, tau, paths(chosen)), x_t, atol=2e-5)
+    assert torch.allclose(forward_noise(x_0, tau[None], paths(chosen))[0], x_t, atol=2e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
@@ -187,7 +187,7 @@ def test_noise_source_is_diffusion_dpo() -> None:
     chosen = loading.from_dict({"objective": {"name": "dpo"}}).inversion
     assert chosen.source == "noise"
     x_0, tau = latents(), latents() + 1
-    x_t = forward_noise(x_0, tau, paths(chosen))
+    (x_t,) = forward_noise(x_0, tau[None], paths(chosen))
     for i, t in enumerate(TIMES):
         level = SCHEDULE.level(t)
         assert torch.allclose(x_t[i], level.signal * x_0[i] + level.noise * tau[i], atol=1e-5)
@@ -327,6 +327,7 @@ def test_landings_of_a_trajectory_are_its_states_on_the_way() -> None:
     x_0 = latents(3)
     x_t, tau = invert(lambda rows: network, x_0, mine, chosen, chunk=2)
     assert x_t.shape == (3, *x_0.shape)
+    assert torch.allclose(forward_noise(x_0, tau, mine), x_t, atol=2e-5)
     for i, path in enumerate(mine):
         for m, landing in enumerate(path.landings):
             short = NoisePath(path.levels[: landing.step + 1], (landing,))

@@ -62,8 +62,9 @@ def test_winner_and_loser_get_the_same_random_noise(cache: str, tmp_path: Path) 
     assert not torch.equal(noise[0], noise[1])
 
 
-def test_a_store_changes_a_run_by_the_rounding_of_tau_alone(cache: str, tmp_path: Path) -> None:
-    words = [cache, "inversion.network=reference", "inversion.steps=4"]
+@pytest.mark.parametrize("landings", [1, 3])
+def test_a_store_changes_a_run_by_the_rounding_of_tau_alone(landings: int, cache: str, tmp_path: Path) -> None:
+    words = [cache, "inversion.network=reference", "inversion.steps=4", f"inversion.per_trajectory={landings}"]
     assert run(tmp_path / "plain", *words) == 0
     assert run(tmp_path / "stored", *words, f"inversion.store={tmp_path / 'store'}") == 0
     plain, stored = (read_metrics(tmp_path / name) for name in ("plain", "stored"))
