@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
 
+from smpo_fast.common.storage import atomic_write  # noqa: E402
+
 PANELS = {
     "loss": ("train_loss",),
     "implicit accuracy": ("implicit_acc",),
@@ -37,8 +39,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=7)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    _save(figure, file)
 
 
 def draw_grid(
@@ -67,7 +68,8 @@ def draw_grid(
             sheet.paste(image.resize((CELL, CELL), resample), (left + j * CELL, top + TEXT_HEIGHT))
             label = name if scores is None else f"{name} {scores[name][i]:.2f}"
             pen.text((left + j * CELL + 2, top + TEXT_HEIGHT + CELL), label, "black", font=font)
-    sheet.save(file)
+    with atomic_write(file) as draft:
+        sheet.save(draft, "PNG")
 
 
 def draw_labels(weights: np.ndarray, bins: Sequence[tuple[float, float, float]], file: Path) -> None:
@@ -89,7 +91,12 @@ def draw_labels(weights: np.ndarray, bins: Sequence[tuple[float, float, float]],
     axes[1].set_ylabel("share of humans who prefer it", fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
+    with atomic_write(file) as draft:
+        figure.savefig(draft, dpi=110, format="png")
     plt.close(figure)
 
 

@@ -217,11 +217,16 @@ def publish(folder: Path, target: Path, proof: str) -> None:
                 if file.name not in (_ALL_LOCK, _PUBLISH_LOCK) and _serves_the_work(file):
                     file.unlink()
             os.replace(folder, target)
-            for name in (_ALL_LOCK, _PUBLISH_LOCK):
-                (target / name).unlink(missing_ok=True)
+            remove_locks(target)
             sync(target.parent)
     except FileNotFoundError:  # another process has published it
         return
+
+
+def remove_locks(target: Path) -> None:
+    """Remove the lock files from a published folder, which a kill just after publishing leaves there."""
+    for name in (_ALL_LOCK, _PUBLISH_LOCK):
+        (target / name).unlink(missing_ok=True)
 
 
 class Draft:

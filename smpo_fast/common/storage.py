@@ -37,6 +37,13 @@ def atomic_write(file: Path) -> Iterator[Path]:
         raise
 
 
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left of ``atomic_write`` in a folder in which nobody else writes."""
+    for draft in folder.glob("*.tmp"):
+        if draft.is_file():
+            draft.unlink()
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_write(file) as draft:

@@ -67,6 +67,7 @@ def save(
     root, name = checkpoints_dir(run_dir), f"step-{progress.step:06d}"
     final, building = root / name, root / f".saving-{name}"
     if on_rank_0(world, lambda: _complete(final)):
+        tidy(run_dir, world, keep)
         return final
     on_rank_0(world, lambda: _prepare(root, building))
     on_every_rank(world, lambda: engine.save(building / "engine"))  # all have written before any lists the files
@@ -120,8 +121,7 @@ def restore_latest(
 
 def _prepare(root: Path, building: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".*-step-*"):
-        shutil.rmtree(leftover)
+    _remove_unfinished(root)
     (building / "engine").mkdir(parents=True)
 
 
@@ -135,10 +135,29 @@ def _publish(root: Path, building: Path, final: Path, manifest: dict[str, Any], 
     _prune(root, keep)
 
 
+def tidy(run_dir: str | Path, world: World, keep: int) -> None:
+    """Finish what a kill during ``save`` left undone: remove unfinished checkpoints, and all but the last ``keep``.
+
+    Collective.
+    """
+    root = checkpoints_dir(run_dir)
+
+    def clean() -> None:
+        _remove_unfinished(root)
+        _prune(root, keep)
+
+    on_rank_0(world, clean)
+
+
+def _remove_unfinished(root: Path) -> None:
+    for leftover in root.glob(".*-step-*"):
+        shutil.rmtree(leftover)
+
+
 def _prune(root: Path, keep: int) -> None:
     folders = list_checkpoints(root.parent)
     good = [folder for folder in folders if _complete(folder)]
-    for folder in folders[: folders.index(good[-keep:][0])]:
+    for folder in folders[: folders.index(good[-keep:][0])] if good else ():
         _remove(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from smpo_fast.common import plots
+from smpo_fast.common.storage import atomic_write, write_json
 from smpo_fast.config.schema import Config
 from smpo_fast.evaluation.statistics import Comparison
 
@@ -32,7 +32,7 @@ def write_report(
     """Write all files of an evaluation; images by 'base' and 'aligned'."""
     write_scores(out / "scores.csv", prompts, scores)
     facts = {"eval": config.eval.model_dump(), "comparisons": [asdict(c) for c in comparisons]}
-    (out / "evaluation.json").write_text(json.dumps(facts, indent=2))
+    write_json(out / "evaluation.json", facts, indent=2)
     shown = next(iter(scores.values())) if scores else None
     plots.draw_grid(images["base"], images["aligned"], prompts, shown, out / "grid.png", rows=GRID_ROWS)
 
@@ -40,7 +40,7 @@ def write_report(
 def write_scores(file: Path, prompts: Sequence[str], scores: Scores) -> None:
     """A row per prompt with all scores of its base and aligned images."""
     columns = [(f"{name}_{which}", both[which]) for name, both in scores.items() for which in ("base", "aligned")]
-    with file.open("w", newline="") as stream:
+    with atomic_write(file) as draft, draft.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["prompt", *(name for name, _ in columns)])
         writer.writerows([prompt, *(f"{values[i]:.6g}" for _, values in columns)] for i, prompt in enumerate(prompts))

@@ -73,6 +73,7 @@ def train_policy(job: Job) -> dict[str, Tensor]:
     engine = create.make_engine(policy, c, world, job.precision, job.ds_settings)
     defaults = fact_defaults(job.facts)
     progress = checkpoint.restore_latest(job.run_dir, engine, world, job.facts, defaults) or Progress()
+    checkpoint.tidy(job.run_dir, world, c.run.keep)
     if world.rank == 0:
         describe_run(job)
     log = RunLog(job.run_dir, c, progress.step, world)

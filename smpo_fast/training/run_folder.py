@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import sys
 
 import torch
 
+from smpo_fast.common.storage import remove_drafts, write_json, write_text
 from smpo_fast.config import loading
 from smpo_fast.training.job import Job
 
 
 def describe_run(job: Job) -> None:
-    """Write config.toml, environment.json and, with DeepSpeed, ds_config.json."""
+    """Write config.toml, environment.json and, with DeepSpeed, ds_config.json. The process holds the run's lock."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    (job.run_dir / "config.toml").write_text(loading.dump(job.config))
+    remove_drafts(job.run_dir)
+    write_text(job.run_dir / "config.toml", loading.dump(job.config))
     if job.ds_settings is not None:
-        (job.run_dir / "ds_config.json").write_text(json.dumps(job.ds_settings, indent=2))
+        write_json(job.run_dir / "ds_config.json", job.ds_settings, indent=2)
     names = ["torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "smpo-fast"]
     names += ["peft"] if job.config.lora.rank else []
     facts = {
@@ -29,4 +30,4 @@ def describe_run(job: Job) -> None:
         "ranks": job.world.size,
         "precision": job.precision,
     }
-    (job.run_dir / "environment.json").write_text(json.dumps(facts, indent=2))
+    write_json(job.run_dir / "environment.json", facts, indent=2)

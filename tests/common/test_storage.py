@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from smpo_fast.common.storage import atomic_write, write_text
+from smpo_fast.common.storage import atomic_write, remove_drafts, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -17,3 +19,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         raise OSError("the disk is full")
     assert file.read_text() == "old"
     assert [f.name for f in tmp_path.iterdir()] == ["f.txt"]
+
+
+def test_the_draft_of_a_killed_process_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    if not os.fork():
+        with atomic_write(tmp_path / "f.txt") as draft:
+            draft.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
+    (tmp_path / ".export.tmp").mkdir()  # an export in the making
+    assert len(list(tmp_path.glob("f.txt.*.tmp"))) == 1
+    remove_drafts(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == [".export.tmp"]

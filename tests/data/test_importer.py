@@ -317,6 +317,16 @@ def test_a_kill_loses_and_repeats_nothing(tmp_path: Path, form: str, points: lis
     assert taken_up
 
 
+def test_a_kill_just_after_publishing_leaves_nothing_for_good(tmp_path: Path) -> None:
+    source = many(tmp_path, "pairs")
+    import_pairs(str(source), tmp_path / "out", ImportOptions())
+    table = sorted(tmp_path.glob("out/*"))
+    for leftover in ("lock", "identity.json", "pairs-00000.parquet.json", "rejected-pairs-00000.parquet"):
+        (tmp_path / "out" / leftover).touch()
+    import_pairs(str(source), tmp_path / "out", ImportOptions())
+    assert sorted(tmp_path.glob("out/*")) == table
+
+
 def test_a_leftover_of_another_import_is_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = many(tmp_path, "pairs")
     with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -414,6 +415,17 @@ def kill_one_of_three(table: str, out: str) -> None:
 
     children = [fork(lambda rank=rank: work(rank)) for rank in range(3)]
     print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+
+
+def test_a_kill_just_after_publishing_leaves_nothing_for_good(
+    tmp_path: Path, many: tuple[Path, Path, list[str]]
+) -> None:
+    out = tmp_path / "c"
+    shutil.copytree(many[1], out)
+    for leftover in ("all.lock", "last.lock"):
+        (out / leftover).touch()
+    location.publish(out)
+    assert digests(out) == digests(many[1])
 
 
 def test_what_a_dead_process_held_is_taken_over(tmp_path: Path, many: tuple[Path, Path, list[str]]) -> None:

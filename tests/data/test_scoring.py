@@ -200,6 +200,17 @@ def test_killed_at_twenty_points_nothing_is_lost_and_at_most_a_batch_repeated(
     raise AssertionError(f"{total} kills")
 
 
+def test_a_kill_just_after_publishing_leaves_nothing_for_good(tmp_path: Path, taste: Path) -> None:
+    table, out = write_table(tmp_path / "t.parquet", ring(4)), tmp_path / "out"
+    options = ScoreOptions(scorer="counting_taste:red")
+    score(str(table), out, options, ALONE, Labels())
+    files = sorted(out.iterdir())
+    for leftover in ("all.lock", "last.lock"):
+        (out / leftover).touch()
+    score(str(table), out, options, ALONE, Labels())
+    assert sorted(out.iterdir()) == files
+
+
 def test_scores_that_are_there_are_reported_on_again_and_others_refused(
     tmp_path: Path, taste: Path, monkeypatch: Any
 ) -> None:

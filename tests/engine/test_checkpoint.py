@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,18 @@ def test_the_same_step_again(tmp_path: Path) -> None:
     save(tmp_path, 1, fake=changed)
     assert (folder / "engine" / "a.pt").read_text() == "other", "an incomplete one is replaced"
     assert names(tmp_path) == ["step-000001"]
+
+
+def test_a_kill_while_the_last_save_prunes_is_made_up_for(tmp_path: Path) -> None:
+    """The run is at its end, so nothing will be saved again."""
+    tidied = partial(checkpoint.tidy, tmp_path, World(), keep=1)
+    tidied()  # there is nothing yet
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, toy.make(toy.settings()), Progress(step), World(), {}, keep=3)
+    first, second, third = checkpoint.list_checkpoints(tmp_path)
+    first.rename(first.with_name(f".removing-{first.name}"))
+    tidied()
+    assert list(third.parent.iterdir()) == [third]
 
 
 def test_leftovers_are_removed_and_never_loaded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 
 from smpo_fast import cli
-from smpo_fast.common import plots
+from smpo_fast.common import plots, storage
 from smpo_fast.common.errors import ConfigError
 from smpo_fast.config import loading
 from smpo_fast.embedded import pipeline_path, shapes
 from smpo_fast.evaluation.compare import evaluate
+from smpo_fast.evaluation.report import write_report
 from smpo_fast.evaluation.sampling import read_prompts, sample
 from smpo_fast.evaluation.statistics import compare
 from smpo_fast.models.load import load_pipeline
@@ -102,6 +104,30 @@ def test_without_a_scorer_there_are_images_only(tmp_path: Path) -> None:
     settings = loading.from_dict({"eval": {**SMALL["eval"], "scorer": "", "count": 2}})
     text = evaluate(settings, find(settings.model), pipeline_path(), tmp_path, torch.device("cpu"))
     assert text == "" and (tmp_path / "grid.png").is_file()
+
+
+def test_a_report_that_cannot_be_replaced_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = loading.from_dict({"eval": {**SMALL["eval"], "count": 2}})
+    prompts, pictures = ["a", "b"], [Image.new("RGB", (32, 32), "red")] * 2
+
+    def write(value: float) -> None:
+        scores = {"reward": {"base": np.array([value, 1.0]), "aligned": np.array([0.5, 1.0])}}
+        write_report(tmp_path, settings, prompts, {"base": pictures, "aligned": pictures}, scores, [])
+
+    write(0.25)
+    names = {"scores.csv", "evaluation.json", "grid.png"}
+    for number, name in enumerate(sorted(names)):
+        content = (tmp_path / name).read_bytes()
+
+        def full(path: Path, name: str = name) -> None:
+            if path.name.startswith(name):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(storage, "sync", full)
+            write(0.5 + number)
+        assert (tmp_path / name).read_bytes() == content
+    assert {file.name for file in tmp_path.iterdir()} == names
 
 
 def test_grid_shows_both_and_survives_long_prompts(tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ def publish(root: Path) -> None:
     """Rename a complete cache to its final name, or wait for the process that is doing so."""
     if exists(partial(root)):
         shared_work.publish(partial(root), root, INFO)
-    elif exists(root):  # left by a process that started when the cache was already complete
-        shutil.rmtree(partial(root), ignore_errors=True)
+    elif exists(root):
+        shared_work.remove_locks(root)
+        shutil.rmtree(partial(root), ignore_errors=True)  # of a process that started when the cache was complete
 
 
 def check_target(root: Path) -> None:

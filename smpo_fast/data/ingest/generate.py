@@ -27,7 +27,7 @@ from smpo_fast.data.ingest.generated_pairs import GeneratedImage, pairs_of
 from smpo_fast.data.pairs import summary as pairs_summary
 from smpo_fast.data.pairs.rules import no_finite_score
 from smpo_fast.data.pairs.schema import table_schema
-from smpo_fast.data.pairs.writer import PART_BYTES, TableWriter
+from smpo_fast.data.pairs.writer import PART_BYTES, TableWriter, remove_working_files
 from smpo_fast.data.rewards.scorers import Scorer, check_scorer, load_scorer, scorer_identity
 from smpo_fast.embedded import shapes
 from smpo_fast.models import lora
@@ -69,6 +69,7 @@ def generate(prompts: str, out: Path, model: Model, options: GenerateOptions, wo
     summary = pairs_summary.read(out)
     pairs_summary.check_identity(out, summary, identity)
     if world.rank == 0:
+        remove_working_files(out)
         shutil.rmtree(folder, ignore_errors=True)
     print0(f"{out}: {'generated already' if there else 'generated'}\n{pairs_summary.report(summary)}")
     return summary

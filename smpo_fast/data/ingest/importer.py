@@ -31,7 +31,7 @@ from smpo_fast.data.pairs import summary as pairs_summary
 from smpo_fast.data.pairs.pair import Rejected, UsablePair
 from smpo_fast.data.pairs.rules import reason_kind
 from smpo_fast.data.pairs.schema import table_schema
-from smpo_fast.data.pairs.writer import PART_BYTES, TableWriter
+from smpo_fast.data.pairs.writer import PART_BYTES, TableWriter, remove_working_files
 
 FORMAT = 1
 _DRY_RUN_RECORDS = 200
@@ -48,6 +48,7 @@ def import_pairs(given: str, out: Path, options: ImportOptions, *, part_bytes: i
     identity = _identity(source, mapping, pairing, options)
     if pairs_summary.exists(out):
         summary = _read_finished(out, identity)
+        remove_working_files(out)
         print(f"{out}: imported already\n{pairs_summary.report(summary)}", flush=True)
         return summary
     split = f", split {source.split}" if source.split else ""

@@ -126,9 +126,7 @@ class TableWriter:
         sync(self.folder / REJECTED_FILE)
         write_json(self.folder / SUMMARY_FILE, summary, indent=2)
         publish_folder(self.folder, self.out)
-        for leftovers in ("rejected-*", "pairs-*.json", _IDENTITY_FILE, "lock"):
-            for file in self.out.glob(leftovers):
-                file.unlink()
+        remove_working_files(self.out)
 
     @property
     def _name(self) -> str:
@@ -200,6 +198,13 @@ class TableWriter:
         ]
         pq.write_table(pa.Table.from_pylist(rows, REJECTED_SCHEMA), file)
         sync(file)
+
+
+def remove_working_files(out: Path) -> None:
+    """Remove from a finished table what only its writer needed, which a kill just after publishing leaves there."""
+    for pattern in ("rejected-*", "pairs-*.json", _IDENTITY_FILE, "lock"):
+        for file in out.glob(pattern):
+            file.unlink(missing_ok=True)  # two processes may find the table finished
 
 
 def _table_row(pair: UsablePair, store_paths: bool) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def score(pairs: str, out: Path, options: ScoreOptions, world: World, settings: 
         except AlreadyFinished:
             pass
         shared_work.publish(building, out, score_table.FACTS)
+    shared_work.remove_locks(out)
     facts = score_table.read_facts(out)
     _check_same(out, facts["made"], made_from)
     if world.rank == 0:
