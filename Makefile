@@ -4,14 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-# make slow MINUTES=30 skips the tests that would start after 30 minutes, and counts them
+# make slow MINUTES=30 skips the tests that would start after 30 minutes, and counts them; see also make faults
 MINUTES ?=
 # make slow TESTS=tests/kernels: only these
 TESTS ?=
 # idle worker threads sleep instead of spinning, which on few cores takes time from the working ones
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test slow lint clean
+# make faults SEED=1: another order of the faults; RESULTS=FILE: where their numbers are written
+SEED ?= 0
+RESULTS ?= build/faults.json
+
+.PHONY: quickstart test slow faults lint clean
 
 quickstart: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed smpo_fast/train.py --ds_config configs/ds_zero2.json
@@ -24,6 +28,12 @@ test: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow $(if $(MINUTES),--minutes $(MINUTES)) $(TESTS)
+
+# under half an hour; MINUTES=5 tries the first of each kind
+faults: $(VENV)/.installed-dev
+	mkdir -p $(dir $(RESULTS))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m faults tests/faults --timeout 1500 \
+	    --seed $(SEED) --results $(RESULTS) $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/mypy
