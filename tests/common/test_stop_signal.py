@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from smpo_fast.common import runtime
 from smpo_fast.common.runtime import STOP_SIGNALS, Stopped, StopSignal, World
 
 
@@ -30,6 +31,23 @@ def test_a_signal_stops_at_the_next_check(number: signal.Signals) -> None:
         for each in STOP_SIGNALS:
             signal.signal(each, before if each == number else signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_second_ctrl_c_ends_the_process_and_a_launchers_sigterm_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Ctrl-C a launcher makes a SIGTERM to each rank, and may repeat it while the rank is saving."""
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    monkeypatch.setattr(runtime, "FORCE_STOP_SECONDS", -1.0)
+    stop = StopSignal(World())
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped, match="SIGINT"):
+            stop.check()
+    finally:
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_handlers_are_restored_without_a_stop() -> None:

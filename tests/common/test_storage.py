@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smpo_fast.common.storage import atomic_write, remove_drafts, write_text
+from smpo_fast.common.storage import atomic_write, publish_folder, remove_drafts, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -31,3 +31,32 @@ def test_the_draft_of_a_killed_process_is_removed_and_nothing_else(tmp_path: Pat
     assert len(list(tmp_path.glob("f.txt.*.tmp"))) == 1
     remove_drafts(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == [".export.tmp"]
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is synced and renamed, in order, each with its name at that time."""
+    seen: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def synced(handle: int) -> None:
+        seen.append(("sync", Path(f"/proc/self/fd/{handle}").resolve().name))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for name, move in (("rename", rename), ("replace", replace)):
+        monkeypatch.setattr(os, name, lambda a, b, m=move: seen.append(("rename", Path(a).name)) or m(a, b))
+    return seen
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, events: list[tuple[str, str]]) -> None:
+    write_text(tmp_path / "f.txt", "content")
+    (synced, renamed) = events
+    assert synced == ("sync", renamed[1]) and renamed[0] == "rename" and renamed[1].endswith(".tmp")
+
+
+def test_a_published_folder_and_its_name_are_on_disk(tmp_path: Path, events: list[tuple[str, str]]) -> None:
+    (tmp_path / "building" / "inner").mkdir(parents=True)
+    publish_folder(tmp_path / "building", tmp_path / "target")
+    assert set(events[:2]) == {("sync", "inner"), ("sync", "building")}
+    assert events[2:] == [("rename", "building"), ("sync", tmp_path.name)]

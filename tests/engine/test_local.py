@@ -143,3 +143,13 @@ def test_step_needs_the_last_backward() -> None:
 def test_weights_of_any_dtype_train_in_the_requested_one() -> None:
     trained = create.make_engine(toy.network().half(), toy.settings(), World(), "fp32", None)
     assert {p.dtype for p in trained.unet.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_state_has_the_frozen_weights_too(precision: str) -> None:
+    """As of a base with adapters."""
+    unet = toy.network().to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    wanted = {name: value.float() for name, value in unet.state_dict().items()}
+    unet[0].requires_grad_(False)
+    trained = create.make_engine(unet, toy.settings(precision=precision), World(), precision, None)
+    assert toy.same(trained.full_state(), wanted)

@@ -227,6 +227,32 @@ def test_gradients_are_summed_without_masters(accumulate: str, tolerance: float)
     assert trained.step(0.0).grad_norm / math.sqrt(n) == pytest.approx(320.0, rel=max(tolerance, 1e-6))
 
 
+def test_sums_are_rounded_with_new_random_numbers_in_every_step() -> None:
+    settings = toy.settings(ALIGNED, "bf16", clip=0.0, master="none", accumulate="bf16-sr")
+
+    def norms() -> list[float]:
+        """Of two steps with the same gradients."""
+        trained, found = create.make_engine(nn.Linear(4096, 1, bias=False), settings, World(), "bf16", None), []
+        for _ in range(2):
+            for gradient in (256.0, 1.0, 1.0):
+                trained.backward(trained.unet(torch.full((1, 4096), gradient).bfloat16()).float().sum(), last=True)
+            found.append(trained.step(0.0).grad_norm)
+        return found
+
+    first, second = norms()
+    assert first != second and norms() == [first, second]
+
+
+@pytest.mark.parametrize("name", STATE_BYTES)
+def test_weights_decay_by_the_learning_rate_times_the_setting(name: str) -> None:
+    trained = create.make_engine(nn.Linear(64, 64), toy.settings(name, weight_decay=0.5), World(), "fp32", None)
+    before = {name: weight.detach().clone() for name, weight in trained.unet.named_parameters()}
+    trained.backward(0 * trained.unet(torch.ones(1, 64)).sum(), last=True)
+    trained.step(0.1)
+    for name, weight in trained.unet.named_parameters():
+        torch.testing.assert_close(weight.detach(), before[name] * (1 - 0.1 * 0.5))
+
+
 def test_a_weight_in_bf16_is_exported_as_it_is() -> None:
     settings = toy.settings(ALIGNED, "bf16", master="none")
     trained = toy.make(settings)

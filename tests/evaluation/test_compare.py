@@ -19,8 +19,9 @@ from smpo_fast.config import loading
 from smpo_fast.embedded import pipeline_path, shapes
 from smpo_fast.evaluation.compare import evaluate
 from smpo_fast.evaluation.report import write_report
-from smpo_fast.evaluation.sampling import read_prompts, sample
+from smpo_fast.evaluation.sampling import aligned_pipeline, read_prompts, sample
 from smpo_fast.evaluation.statistics import compare
+from smpo_fast.models.export import export_pipeline
 from smpo_fast.models.load import load_pipeline
 from smpo_fast.models.locate import find
 
@@ -83,6 +84,19 @@ def test_guidance_of_the_settings_is_used() -> None:
         images.append(np.asarray(sample(pipe, read_prompts(settings), settings, "test")[0]).astype(int))
     for a, b in ((0, 1), (1, 2), (0, 2)):
         assert np.abs(images[a] - images[b]).max() > 1
+
+
+def test_the_export_is_loaded_whatever_the_run_took_from_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """model.unet, model.vae and model.variant are those of the base."""
+    source = find(loading.from_dict({}).model)
+    trained = load_pipeline(source, torch.float32).unet.state_dict()
+    export_pipeline(source, {name: t + 0.01 for name, t in trained.items()}, tmp_path / "export", "float32")
+    elsewhere = {"unet": str(source.unet_folder), "vae": str(source.vae_folder), "variant": "fp16"}
+    pipe = aligned_pipeline(loading.from_dict({"model": elsewhere}), tmp_path / "export", source, torch.float32)
+    assert all(torch.equal(t, trained[name] + 0.01) for name, t in pipe.unet.state_dict().items())
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from helpers.pipelines import CPU, Maker, settings, unet_inputs
 
 from smpo_fast.common import runtime
 from smpo_fast.config import loading
+from smpo_fast.method.batch import Conditioning
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.load import load_unet
 from smpo_fast.models.locate import find, schedule_of
@@ -59,3 +60,17 @@ def test_v_prediction_is_converted(sd15_pipeline: Maker) -> None:
         target = denoise.target(x_0[i : i + 1], tau[None], torch.tensor([path.final_level.timestep]))[0]
         recovered = path.final_level.signal * target + path.final_level.noise * x[i]
         assert torch.allclose(recovered, tau, atol=1e-3 * max(1.0, tau.abs().max().item()))
+    below, first = (denoise.as_eps(v, x, torch.full((len(x),), time)) for time in (-99, 0))
+    assert torch.equal(below, first), "released paths start below 0, at the noise level of timestep 0"
+
+
+def test_sizes_of_images_are_not_rounded() -> None:
+    """bf16 has no numbers between 1016 and 1024."""
+    source = find(settings("embedded"))
+    policy = load_unet(source, settings("embedded"), torch.bfloat16, CPU)
+    denoise = Denoiser(policy, source, schedule_of(source, loading.from_dict({}).inversion), "bf16", CPU)
+    x, time, cond = unet_inputs(policy.config.cross_attention_dim, sdxl=True)
+    sizes = torch.tensor([[1019.0, 1021, 3, 5, 1017, 1023]] * 3)
+    given = denoise.unet_inputs(Conditioning(cond.prompt, cond.pooled, sizes))["added_cond_kwargs"]
+    assert given["text_embeds"].dtype is torch.bfloat16
+    assert torch.equal(given["time_ids"], sizes.repeat_interleave(2, 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,8 @@ def test_prompts_are_encoded_as_the_sd15_pipeline_does(sd15_pipeline: Maker) -> 
     ours, pooled = encoders.encode_prompts(["a cat", ""])
     assert pooled is None and torch.allclose(ours, theirs, atol=1e-6)
     assert encoders.truncated(["a cat", "a very long caption about a cat on a mat"]) == 1
+    # every letter is a token, and two of the 16 are the beginning and the end
+    assert [encoders.truncated(["a" * length]) for length in (14, 15)] == [0, 1]
 
 
 def test_latents_decode_back_to_the_picture() -> None:
@@ -44,6 +48,11 @@ def test_latents_decode_back_to_the_picture() -> None:
     assert (decoded - picture).square().mean() < 0.02, "the scaling factor is applied once"
 
 
-def test_images_that_overflow_are_refused() -> None:
+def test_images_that_overflow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders = Encoders(find(settings("embedded")), CPU)
     with pytest.raises(FloatingPointError):
-        Encoders(find(settings("embedded")), CPU).encode_images(torch.full((1, 3, 32, 32), float("nan")))
+        encoders.encode_images(torch.full((1, 3, 32, 32), float("nan")))
+    posterior = SimpleNamespace(mean=torch.zeros(1, 4, 8, 8), std=torch.full((1, 4, 8, 8), float("nan")))
+    monkeypatch.setattr(encoders.vae, "encode", lambda pixels: SimpleNamespace(latent_dist=posterior))
+    with pytest.raises(FloatingPointError):
+        encoders.encode_images(torch.zeros(1, 3, 32, 32))

@@ -92,6 +92,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
+def test_every_file_is_on_disk_before_the_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, synced = find(settings("embedded")), set[Path]()
+    sync, replace_folder = storage.sync, storage.replace_folder
+
+    def checked(building: Path, target: Path) -> None:
+        assert {f for f in building.rglob("*") if f.is_file()} <= synced
+        replace_folder(building, target)
+
+    monkeypatch.setattr(storage, "sync", lambda path: synced.add(path) or sync(path))
+    monkeypatch.setattr(storage, "replace_folder", checked)
+    export_pipeline(source, state_of(source), tmp_path / "export", "float32")
+    assert (tmp_path / "export" / "model_index.json").is_file()
+
+
 class Killed(BaseException):
     """Stands for a process that is killed: nothing handles it."""
 
