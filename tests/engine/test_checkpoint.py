@@ -286,13 +286,16 @@ def test_a_save_that_ends_anywhere_leaves_a_good_checkpoint(
     assert names(tmp_path) == ["step-000003"]
 
 
-def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["_prepare", "sync", "publish_folder"])
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "sync", full)
+    monkeypatch.setattr(checkpoint, moment, full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     monkeypatch.undo()

@@ -43,6 +43,7 @@ def test_summary_by_hand() -> None:
     assert values["avg_lose_diff_loss"] == pytest.approx(0.1 / 3)
     assert values["rewards/margins"] == pytest.approx(-50 * (0.0 - 0.1 / 3))
     assert values["model_mse"] == pytest.approx(0.2) and values["ref_mse"] == pytest.approx(1.1 / 6)
+    assert values["logit_max"] == 6.0 and values["weight_max"] == 2.0
     assert values["saturated"] == pytest.approx(1 / 3) and values["weight_zero"] == pytest.approx(1 / 3)
     assert (values["acc_t000-199"], values["acc_t200-399"], values["acc_t800-999"]) == (1.0, 0.0, 1.0)
     assert "acc_t400-599" not in values, "a bin without pairs has no accuracy"
@@ -63,7 +64,8 @@ def test_meter_collects_micro_batches_and_starts_anew() -> None:
     assert found.ids.tolist() == [4, 2, 9] and found.nonfinite_ids() == [2]
     assert found.columns["loss"][2] == 1.5 and set(seconds) == {"policy"} and seconds["policy"] > 0
     meter.add([1], [0], **{name: torch.zeros(1) for name in COLUMNS})
-    assert meter.flush()[0].ids.tolist() == [1]
+    again, seconds = meter.flush()
+    assert again.ids.tolist() == [1] and again.times.tolist() == [0] and not seconds
 
 
 def test_log_drops_what_a_restart_repeats_and_a_torn_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smpo_fast.common.runtime import Stopped
 from smpo_fast.config import schema
+from smpo_fast.engine.local import LocalEngine
 from smpo_fast.method.inversion import network_calls
 from smpo_fast.training.progress import CallHook
 from smpo_fast.training.run_log import read_metrics
@@ -79,6 +80,20 @@ def test_several_timesteps_of_one_trajectory(cache: str, tmp_path: Path) -> None
     assert three["policy"] == one["policy"] and three["inversion or reference"] < 0.75 * one["inversion or reference"]
     rows = read_metrics(tmp_path / "three")
     assert rows[0]["logit_max"] == 0 and rows[1]["logit_max"] > 0 and rows[-1]["pairs_seen"] == 4 * 6
+
+
+@pytest.mark.parametrize("how", [["batch.micro_pairs=4"], ["inversion.source=inversion", "inversion.per_trajectory=3"]])
+def test_micro_batches_add_up_to_the_mean_that_is_logged(how: list[str], cache: str, tmp_path: Path) -> None:
+    """Of every pair with the same share, also where the last micro-batch is smaller and with several landings."""
+    shares, inner = [], LocalEngine.backward
+
+    def noting(self: LocalEngine, loss: torch.Tensor, *, last: bool) -> None:
+        shares.append(loss.item())
+        inner(self, loss, last=last)
+
+    with mock.patch.object(LocalEngine, "backward", noting):
+        assert run(tmp_path / "run", cache, "run.steps=1", "objective.name=sft", "inversion.steps=4", *how) == 0
+    assert len(shares) > 1 and sum(shares) == pytest.approx(read_metrics(tmp_path / "run")[0]["train_loss"])
 
 
 @pytest.mark.parametrize("solver", ["pec", "ab2", "heun"])

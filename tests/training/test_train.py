@@ -82,7 +82,7 @@ def test_a_run_continued_from_a_checkpoint_is_bitwise_the_same(plain: Path, cach
                                    ["inversion.fidelity=release"], ["inversion.network=reference"],
                                    ["model.precision=bf16"], ["model.precision=bf16-autocast"],
                                    ["optim.name=adafactor"], ["model.gradient_checkpointing=true"],
-                                   ["data.prompt_dropout=1.0"]])  # fmt: skip
+                                   ["data.prompt_dropout=1.0"], ["inversion.fp8=true"]])  # fmt: skip
 def test_every_choice_trains(words: list[str], cache: str, tmp_path: Path) -> None:
     assert run(tmp_path / "run", cache, "run.steps=2", *words) == 0
     rows = read_metrics(tmp_path / "run")
@@ -152,7 +152,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
     words = [f"data.pairs={table}", "data.resolution=32", "run.steps=2"]
     assert run(tmp_path / "run", *words, "run.steps=0") == 0
     poison(tmp_path / "run" / "cache", 5)
-    assert run(tmp_path / "run", *words) == 0
+    assert run(tmp_path / "run", *words, "run.max_nonfinite_steps=1") == 0
     rows = read_metrics(tmp_path / "run")
     bad = [row for row in rows if not row["applied"]]
     assert len(bad) == 1 and bad[0]["nonfinite_pairs"] == [5] and rows[-1]["skipped_steps"] == 1
