@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,48 @@ def test_the_two_baselines_take_the_same_step(name: str) -> None:
     moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(fast.unet.parameters(), before, strict=True)])
     apart = [a.detach() - b.detach() for a, b in zip(slow.parameters, fast.unet.parameters(), strict=True)]
     assert torch.cat([d.flatten() for d in apart]).norm() < 1e-2 * moved.norm()
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e9], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize("which", ["reference", "best_eager", "best_eager in bf16"])
+def test_a_baselines_step_is_the_clipped_mean_of_the_pairs_gradients(
+    which: str, clip: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By plain gradient descent: Adafactor and AdamW hide a wrong scale, so sums would look like means."""
+    monkeypatch.setattr(reference_trainer, "make_optimizer", lambda weights, recipe: torch.optim.SGD(weights, lr=1.0))
+    toy, dtype = architectures.TOY_OF["sd15"], torch.bfloat16 if "bf16" in which else torch.float32
+    recipe = reference_trainer.Recipe.of(toy, beta=2.0, clip=clip)
+    cached = reference_trainer.make_cached_pairs(toy, (433, 120), CPU, dtype)
+    cached = [replace(pair, std=torch.zeros_like(pair.std)) for pair in cached]
+    trainer: Any
+    if which == "reference":
+        trainer = reference_trainer.ReferenceTrainer.build(toy, CPU, dtype, recipe)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # as in half precision
+        drawn = iter((pair.mean, pair.condition) for pair in cached)
+        trainer.encode = lambda pair: next(drawn)
+        given: Any = reference_trainer.make_raw_pairs(toy, (433, 120))
+        masters = trainer.parameters
+    else:
+        given, trainer = cached, reference_trainer.BestEager.build(toy, CPU, dtype, recipe)
+        masters = trainer.masters
+    weights, wanted = list(trainer.unet.parameters()), [torch.zeros_like(master) for master in masters]
+    for pair in cached:
+        time = torch.full((2,), pair.time) if which == "reference" else pair.time
+        with torch.no_grad():
+            x_t, tau = trainer.invert(pair.mean, pair.condition, time)
+        loss = trainer.losses(x_t, tau, pair.condition, time, pair.p).loss
+        for total, gradient in zip(wanted, torch.autograd.grad(loss, weights), strict=True):
+            total += gradient.float() / len(cached)
+    norm = torch.nn.utils.get_total_norm(wanted)
+    assert clip > norm or clip < 0.9 * norm
+    before = [master.detach().clone() for master in masters]
+    trainer.step(given)
+    for was, now, weight, gradient in zip(before, masters, weights, wanted, strict=True):
+        moved = was - now.detach()
+        torch.testing.assert_close(moved, gradient * min(1.0, clip / norm), rtol=1e-3, atol=1e-5 * min(1.0, clip))
+        assert torch.equal(weight, now.to(weight.dtype))
+    if which == "reference":
+        assert all(weight.grad is None or not weight.grad.any() for weight in weights)
 
 
 # --- the harness ----------------------------------------------------------------------------------------------
