@@ -8,6 +8,10 @@ JOBS ?= 2
 MINUTES ?=
 # make slow TESTS=tests/kernels: only these
 TESTS ?=
+# make mutants PACKAGE=data, or ONLY="ID ID"; WHOLE=1 gives survivors to all tests of their package
+PACKAGE ?=
+ONLY ?=
+WHOLE ?=
 # idle worker threads sleep instead of spinning, which on few cores takes time from the working ones
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -15,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 SEED ?= 0
 RESULTS ?= build/faults.json
 
-.PHONY: quickstart test slow faults lint clean
+.PHONY: quickstart test slow faults mutants lint clean
 
 quickstart: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed smpo_fast/train.py --ds_config configs/ds_zero2.json
@@ -34,6 +38,10 @@ faults: $(VENV)/.installed-dev
 	mkdir -p $(dir $(RESULTS))
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m faults tests/faults --timeout 1500 \
 	    --seed $(SEED) --results $(RESULTS) $(if $(MINUTES),--minutes $(MINUTES))
+
+mutants: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m mutants.run --jobs $(JOBS) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(PACKAGE),--package $(PACKAGE)) $(if $(WHOLE),--whole)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/mypy

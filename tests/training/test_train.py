@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +19,9 @@ from PIL import Image
 
 from smpo_fast.common.storage import sha256
 from smpo_fast.config import loading
+from smpo_fast.data.cache.format import CacheError
+from smpo_fast.data.cache.reader import CachedPairs
+from smpo_fast.engine.local import LocalEngine
 from smpo_fast.models import locate
 from smpo_fast.training import loop, step
 from smpo_fast.training.finish import totals
@@ -172,6 +178,16 @@ def test_learning_rate_by_hand() -> None:
     rates = [learning_rate(optim, step, 8) for step in range(9)]
     assert [2 * rate for rate in rates] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert learning_rate(optim.model_copy(update={"warmup_steps": 0, "schedule": "constant"}), 0, 8) == 0.5
+
+
+def test_a_finished_run_is_exported_after_its_weights_and_its_cache_were_checked(cache: str, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", cache, "run.steps=1") == 0
+    shutil.rmtree(tmp_path / "run" / "export")
+    with mock.patch.object(LocalEngine, "largest_weight", return_value=math.nan):
+        assert run(tmp_path / "run", cache, "run.steps=1") == 3
+    with mock.patch.object(CachedPairs, "finish_checks", side_effect=CacheError("a shard is damaged")):
+        assert run(tmp_path / "run", cache, "run.steps=1") == 2
+    assert not (tmp_path / "run" / "export").exists()
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e6"])
