@@ -35,7 +35,7 @@ from smpo_fast.common.storage import atomic_write, canonical_json, sync, take_lo
 
 WORK_FILE = "work.json"
 _ALL_LOCK, _PUBLISH_LOCK = "all.lock", "last.lock"
-_AGREED = "agreed"  # agreed.json and agreed.lock survive a change of the work
+_AGREED = "agreed"  # agreed.json and agreed.lock survive a change of the work, and are written before joining it
 
 
 class AlreadyFinished(Exception):
@@ -183,7 +183,7 @@ class SharedWork:
         file = self.folder / WORK_FILE
         same = file.is_file() and file.read_text() == self._work
         for leftover in _files(self.folder):
-            keep = leftover.name == _ALL_LOCK or leftover.stem == _AGREED or (same and not _is_temporary(leftover))
+            keep = leftover.name == _ALL_LOCK or _is_agreed(leftover) or (same and not _is_temporary(leftover))
             if not keep:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for manifest in filter(_is_manifest, _files(self.folder)):
@@ -325,15 +325,15 @@ def _is_manifest(file: Path) -> bool:
     return file.suffix == ".json" and "-" in file.stem
 
 
+def _is_agreed(file: Path) -> bool:
+    """Whether a file belongs to ``agreed_values``, which a process may be writing that has not joined the work yet."""
+    return file.name.partition(".")[0] == _AGREED
+
+
 def _is_temporary(file: Path) -> bool:
     """Whether a file was being written: by ``atomic_write``, or by safetensors, which calls it .tmpXXXXXX."""
     return file.suffix == ".tmp" or file.name.startswith(".tmp")
 
 
 def _serves_the_work(file: Path) -> bool:
-    return (
-        _is_manifest(file)
-        or _is_temporary(file)
-        or file.suffix in (".lock", ".log", ".data")
-        or (file.suffix == ".json" and file.stem == _AGREED)
-    )
+    return _is_manifest(file) or _is_temporary(file) or file.suffix in (".lock", ".log", ".data") or _is_agreed(file)

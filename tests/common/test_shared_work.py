@@ -143,6 +143,20 @@ def test_what_one_process_found_out_is_known_to_the_next(tmp_path: Path) -> None
     assert agreed_values(tmp_path / "w", lambda known: {"times": known.get("times", 0) + 1}) == {"times": 2}
 
 
+def test_joining_the_work_leaves_the_values_that_another_process_is_writing(tmp_path: Path) -> None:
+    """It has not joined yet, so the one that cleans up is alone in the work."""
+    folder = tmp_path / "w"
+    agreed_values(folder, lambda known: {"hash": "1"})
+    writing = folder / "agreed.json.4711-0b3a8e9f.tmp"
+    writing.write_text("{")
+    with work(folder) as shared:
+        assert writing.exists()
+        shared.do_parts(["p-0"], lambda name: {})
+        storage.write_json(folder / "proof", {})
+    publish(folder, tmp_path / "done", "proof")
+    assert [file.name for file in (tmp_path / "done").iterdir()] == ["proof"]
+
+
 def test_a_file_system_without_locks_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(file: object, how: int) -> None:
         raise OSError(38, "Function not implemented")

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from smpo_fast.common import storage
+from smpo_fast.common import shared_work, storage
 from smpo_fast.common.errors import UserError
 from smpo_fast.common.remote import RemoteFolder
 from smpo_fast.common.runtime import World
@@ -434,6 +434,21 @@ def test_what_a_dead_process_held_is_taken_over(tmp_path: Path, many: tuple[Path
     assert digests(tmp_path / "c") == digests(whole)
     lines = (tmp_path / "log").read_text().split("\n")[:-1]
     assert set(lines) == set(encoded) and len(lines) - len(encoded) <= 8
+
+
+def test_a_process_starts_over_when_the_one_it_joined_was_stopped_and_removed_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agreed_values, calls = shared_work.agreed_values, []
+
+    def first_time_without_a_folder(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise shared_work.AlreadyFinished
+        return agreed_values(*arguments)
+
+    monkeypatch.setattr(shared_work, "agreed_values", first_time_without_a_folder)
+    assert len(run(settings(write_table(tmp_path / "t.parquet")), tmp_path / "c")) == 20 and len(calls) == 2
 
 
 def test_an_interrupted_preparation_says_where_it_goes_on(

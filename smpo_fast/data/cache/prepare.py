@@ -56,7 +56,7 @@ def prepare(
     world, began = world or World(), time.monotonic()
     location.publish(out)
     existed = location.exists(out)
-    if not existed:
+    while not location.exists(out):  # again, if the process that this one joined was stopped and removed the folder
         _prepare(config, encoders, device, out, scorer, batch, world)
     cached = open_cache(config, out, encoders=encoders.identity, kind=encoders.kind)
     if existed:

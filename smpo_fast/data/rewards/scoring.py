@@ -36,7 +36,7 @@ def score(pairs: str, out: Path, options: ScoreOptions, world: World, settings: 
     made_from = _made_from(path, options)
     if (building / score_table.FACTS).is_file():
         shared_work.publish(building, out, score_table.FACTS)
-    if not (out / score_table.FACTS).is_file():
+    while not (out / score_table.FACTS).is_file():  # again, if the process that this one joined removed the folder
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(f"{out} exists and holds no scores: remove it, or choose another folder")
         try:
