@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in commands.COMMANDS.items():
         arguments.add_command(subparsers.add_parser(name, help=command.summary, description=command.summary), command)
-    args = parser.parse_args(argv)
+    args = arguments.parse(parser, argv)
     return programs.run(lambda: ACTIONS[args.command](args))
 
 

@@ -17,13 +17,9 @@ import argparse
 from collections.abc import Sequence
 
 from smpo_fast.common import programs
-from smpo_fast.common.runtime import Stopped, print0
 from smpo_fast.config import arguments, loading
 from smpo_fast.config.commands import TRAIN, TrainArguments
 from smpo_fast.config.schema import Config
-from smpo_fast.training.job import Job
-from smpo_fast.training.overview import overview
-from smpo_fast.training.run import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,17 +27,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=TRAIN.summary)
     arguments.add_command(parser, TRAIN)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
-    args = parser.parse_args(argv)
+    args = arguments.parse(parser, argv)
     return programs.run(lambda: _run(arguments.settings_of(args), arguments.arguments_of(TrainArguments, args)))
 
 
 def _run(settings: Config, options: TrainArguments) -> int:
     if options.print_config:
-        print0(loading.dump(settings))
+        print(loading.dump(settings))
         return programs.DONE
+    # Only now, with good settings: they import torch and diffusers, which takes seconds.
+    from smpo_fast.common.runtime import Stopped, print0
+    from smpo_fast.training.dry_run import survey
+    from smpo_fast.training.job import Job
+    from smpo_fast.training.overview import overview
+    from smpo_fast.training.run import train
+
     job = Job(settings, options.ds_config)
     print0(overview(job))
     if options.dry_run:
+        print0(survey(job))
         return programs.DONE
     try:
         train(job)

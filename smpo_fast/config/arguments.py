@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from smpo_fast.common.console import printable
 from smpo_fast.common.errors import ConfigError
 from smpo_fast.config import loading
 from smpo_fast.config.commands import Argument, Command
@@ -50,8 +51,22 @@ def add_command(parser: argparse.ArgumentParser, command: Command) -> None:
         parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar=f"{section}.key=value", help=text)
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; words ``section.key=value`` may be anywhere among the flags of a program that takes them.
+
+    Like argparse, ends the process with status 2 for a flag or word that the program does not have.
+    """
+    args, rest = parser.parse_known_args(argv)  # argparse alone takes the words of one place only
+    if rest and (not getattr(args, "takes_words", False) or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {printable(' '.join(rest))}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add ``--config``, ``section.key=value`` words and the sibling scripts' flags to a parser."""
+    parser.set_defaults(takes_words=True)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML settings (default: the embedded run)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     group = parser.add_argument_group("flags of sibling scripts")

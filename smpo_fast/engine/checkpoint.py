@@ -84,6 +84,30 @@ def save(
     return final
 
 
+def newest(run_dir: str | Path) -> tuple[Path, Progress] | None:
+    """The newest checkpoint and its progress, from its manifest alone; None where no checkpoint can be read."""
+    for folder in list_checkpoints(run_dir)[-1:]:
+        with contextlib.suppress(CheckpointError, KeyError, TypeError):
+            return folder, Progress(**_read_manifest(folder)["progress"])
+    return None
+
+
+def inspect(
+    run_dir: str | Path, facts: Mapping[str, Any] | None, defaults: Mapping[str, Any]
+) -> tuple[Path, Progress] | None:
+    """The newest checkpoint and its progress, after the checks of ``restore_latest`` that need no engine.
+
+    facts: None if they are not known, which leaves them unchecked. Raises CheckpointError like ``restore_latest``.
+    """
+    found = list_checkpoints(run_dir)
+    if not found:
+        return None
+    wanted = {"facts": None if facts is None else as_json(dict(facts)), "defaults": as_json(dict(defaults))}
+    if reason := _problem(found[-1], wanted, World()):
+        raise CheckpointError(f"checkpoint {found[-1]}: {reason}. {_advice(found, wanted)}")
+    return found[-1], Progress(**_read_manifest(found[-1])["progress"])
+
+
 def restore_latest(
     run_dir: str | Path,
     engine: Engine,
@@ -222,7 +246,7 @@ def _problem(folder: Path, wanted: Mapping[str, Any], world: World) -> str | Non
     try:
         manifest = _read_manifest(folder)
         return (
-            _layout_problem(manifest["layout"], wanted["layout"])
+            _layout_problem(manifest["layout"], wanted.get("layout", manifest["layout"]))
             or _facts_problem(manifest["facts"], wanted["facts"], wanted["defaults"])
             or _damage(folder, manifest["files"], world)
         )
@@ -258,8 +282,10 @@ def different_facts(
     return [(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
 
 
-def _facts_problem(found: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
-    different = different_facts(found, wanted, defaults)
+def _facts_problem(
+    found: Mapping[str, Any], wanted: Mapping[str, Any] | None, defaults: Mapping[str, Any]
+) -> str | None:
+    different = [] if wanted is None else different_facts(found, wanted, defaults)
     if not different:
         return None
     values = "; ".join(f"{key} was {there!r} and is {here!r} now" for key, there, here in different)

@@ -8,6 +8,7 @@ reference differ before the first step.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,12 +129,30 @@ def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folde
     pipeline_class(source).save_lora_weights(
         building,
         unet_lora_layers={name: t.contiguous() for name, t in weights.items()},
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        unet_lora_adapter_metadata={
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in unet.peft_config["default"].to_dict().items()
+        },
     )
+    _sort_header(building / FILE)
     finish_files(building)
     os.replace(building / FILE, folder / FILE)
     storage.sync(folder)
     shutil.rmtree(building)
+
+
+def _sort_header(file: Path) -> None:
+    """Put the entries of a safetensors file's header in order: safetensors writes metadata in a random one.
+
+    The same adapters thus give the same bytes.
+    """
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) == size:
+            stream.seek(8)
+            stream.write(ordered)
 
 
 def merge(config: Config, source: ModelSource, adapters: Path, folder: Path) -> None:

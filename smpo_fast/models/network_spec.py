@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from smpo_fast.common.errors import ModelError
+from smpo_fast.common.errors import ConfigError, ModelError
 from smpo_fast.config.schema import Lora
 from smpo_fast.models.config_files import read_object, shown, whole_number
 from smpo_fast.models.locate import ModelSource
@@ -20,6 +20,7 @@ from smpo_fast.models.lora import add_adapters
 from smpo_fast.models.tracing import META
 
 IMAGES_PER_PAIR = 2
+FARTHEST_RESOLUTION = 4  # times the UNet's own, or a fraction of it
 _TIME_IDS = 6  # SDXL's image sizes and crop, each embedded
 
 
@@ -78,6 +79,36 @@ class NetworkSpec:
         return (zeros(*self.latent), times, zeros(*self.prompt)), {"added_cond_kwargs": added, "return_dict": False}
 
 
+def vae_factor(source: ModelSource) -> int:
+    """Image pixels per latent pixel along a side, from the VAE's configuration. Raises ModelError if it has none."""
+    levels = read_object(source.vae_folder / "config.json", "model.vae").get("block_out_channels")
+    if not isinstance(levels, list) or not 1 <= len(levels) <= 10:
+        raise ModelError(f"{source.vae_folder}/config.json: block_out_channels = {shown(levels)} describes no VAE")
+    return 2 ** (len(levels) - 1)
+
+
+def check_resolution(source: ModelSource, resolution: int) -> None:
+    """Raise ConfigError for a ``data.resolution`` that the VAE cannot encode, or far from what the UNet was made for.
+
+    resolution: in px. The UNet's own is read from ``sample_size`` of its configuration, if it has one.
+    """
+    factor = vae_factor(source)
+    if resolution % factor:
+        raise ConfigError(
+            f"data.resolution = {resolution} is not a multiple of {factor}, the image pixels per latent pixel of this "
+            f"VAE: the nearest are {resolution // factor * factor} and {(resolution // factor + 1) * factor}"
+        )
+    size = read_object(source.unet_folder / "config.json", "model.unet").get("sample_size")
+    if not isinstance(size, int) or size < 1:
+        return
+    native = size * factor
+    if not native / FARTHEST_RESOLUTION <= resolution <= native * FARTHEST_RESOLUTION:
+        raise ConfigError(
+            f"data.resolution = {resolution}, but the UNet of {source.unet_folder} was made for {native} px "
+            f"(sample_size): beyond a factor of {FARTHEST_RESOLUTION} it cannot draw anything that training could align"
+        )
+
+
 def network_spec(
     source: ModelSource, resolution: int, attention: str = "sdpa", lora: Lora | None = None
 ) -> NetworkSpec:
@@ -87,15 +118,11 @@ def network_spec(
     """
 
     unet = read_object(source.unet_folder / "config.json", "model.unet")
-    vae = read_object(source.vae_folder / "config.json", "model.vae")
     encoder = source.folder / "text_encoder" / "config.json"
     text = read_object(encoder) if encoder.is_file() else {}
-    levels = vae.get("block_out_channels")
-    if not isinstance(levels, list) or not 1 <= len(levels) <= 10:
-        raise ModelError(f"{source.vae_folder}/config.json: block_out_channels = {shown(levels)} describes no VAE")
     here = f"{source.unet_folder}/config.json"
     channels = whole_number(unet.get("in_channels"), 1, 10_000, f"{here}: in_channels")
     dim = whole_number(unet.get("cross_attention_dim"), 1, 1_000_000, f"{here}: cross_attention_dim")
     tokens = whole_number(text.get("max_position_embeddings", 77), 1, 100_000, f"{encoder}: max_position_embeddings")
-    side = resolution // 2 ** (len(levels) - 1)
+    side = resolution // vae_factor(source)
     return NetworkSpec.make(unet, source.kind, (channels, side, side), (tokens, dim), attention, lora)

@@ -20,9 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from smpo_fast.common import programs
-from smpo_fast.planning.probes import BROKEN, MISSING, NEEDED, OK, OLDEST_PYTHON, PROBES, installed_version, run_probe
+from smpo_fast.planning.probes import (
+    BROKEN,
+    MISSING,
+    NEEDED,
+    OK,
+    OLDEST_PYTHON,
+    PROBES,
+    installed_version,
+    run_probe,
+    unreachable,
+)
 
 _REINSTALL = "pip install --force-reinstall {}"
+HUB_SECONDS = 2.0
 _CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
 
 
@@ -221,8 +232,14 @@ def _hub() -> Finding:
     files = (Path(os.environ.get("HF_TOKEN_PATH", home / "token")),)
     token = bool(os.environ.get("HF_TOKEN")) or any(file.is_file() for file in files)
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    mode = "offline (HF_HUB_OFFLINE): hub ids must be in the cache already" if offline else "online"
-    return Finding("hub", OK, f"{mode}; {'a token is set' if token else 'no token: public models only'}; cache {home}")
+    facts = f"{'a token is set' if token else 'no token: public models only'}; cache {home}"
+    if offline:
+        return Finding("hub", OK, f"offline (HF_HUB_OFFLINE): hub ids must be in the cache already; {facts}")
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if problem := unreachable(address, HUB_SECONDS):
+        text = f"{address} does not answer ({problem}): hub ids must be in the cache already; {facts}"
+        return Finding("hub", MISSING, text)
+    return Finding("hub", OK, f"{address} answers; {facts}")
 
 
 def _ds_file(file: Path) -> Finding:

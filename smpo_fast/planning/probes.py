@@ -1,12 +1,16 @@
-"""Probes of this machine, each of which runs in its own process."""
+"""Probes of this machine: of libraries, each in its own process, and of the network."""
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import subprocess
 import sys
+import threading
 import traceback
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +151,25 @@ def run_probe(name: str, seconds: float = PROBE_SECONDS) -> dict[str, Any]:
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"state": BROKEN, "why": f"importing it ended the process ({ended}): {said}"}
+
+
+def unreachable(address: str, seconds: float) -> str:
+    """Why a web server gives no answer within some seconds; empty if it answers, whatever it says."""
+    outcome: list[str] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds)
+            outcome.append("")
+        except urllib.error.HTTPError:  # an answer
+            outcome.append("")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            outcome.append(str(getattr(error, "reason", error)))
+
+    asking = threading.Thread(target=ask, daemon=True)  # resolving a name has no time limit of its own
+    asking.start()
+    asking.join(seconds)
+    return outcome[0] if outcome else f"no answer within {seconds:g} s"
 
 
 def _print_answer(name: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from smpo_fast.common import plots
-from smpo_fast.common.runtime import print0
+from smpo_fast.common import plots, storage
+from smpo_fast.common.runtime import print0, warn0
 from smpo_fast.evaluation import compare
 from smpo_fast.models import lora
 from smpo_fast.models.export import export_pipeline
@@ -22,12 +23,16 @@ def finish(job: Job, state: dict[str, Tensor]) -> None:
     state: the trained weights, of any shapes, by name.
     """
     c, export = job.config, job.run_dir / "export"
+    merged = job.run_dir / "merged"
     if c.lora.rank:
+        before = _hash(export / lora.FILE)
         lora.save(c, job.source, state, export)
+        if merged.exists() and not c.lora.merge and _hash(export / lora.FILE) != before:
+            warn0(f"{merged} has the adapters of an earlier export: smpo merge writes it again")
     else:
         export_pipeline(job.source, state, export, c.model.export_dtype)
     if c.lora.merge:
-        lora.merge(c, job.source, export, job.run_dir / "merged")
+        lora.merge(c, job.source, export, merged)
     plots.draw_curves(read_metrics(job.run_dir), job.run_dir / "curves.png")
     summary = ""
     if c.eval.prompts:
@@ -46,6 +51,11 @@ def finish(job: Job, state: dict[str, Tensor]) -> None:
         "  config.toml     the resolved settings; environment.json has versions and device\n"
         + ("  evaluation/     grid.png (base next to aligned), evaluation.json, scores.csv\n" if summary else "")
     )
+
+
+def _hash(file: Path) -> str:
+    """sha256 of a file; empty if there is none."""
+    return storage.sha256(file) if file.is_file() else ""
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> str:

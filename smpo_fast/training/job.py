@@ -14,12 +14,13 @@ from smpo_fast.data.cache import format as cache_format
 from smpo_fast.data.cache import identity, location
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.data.pairs import reader
-from smpo_fast.engine import batch_size, combinations, ds_config
+from smpo_fast.engine import batch_size, checkpoint, combinations, ds_config
 from smpo_fast.evaluation import compare
 from smpo_fast.models import kernel_patch, lora, step_ops
 from smpo_fast.models.identity import encoders_identity, weights_identity
 from smpo_fast.models.inference import checks
 from smpo_fast.models.locate import ModelSource, find
+from smpo_fast.models.network_spec import check_resolution
 from smpo_fast.training import reference
 from smpo_fast.training.facts import checkpoint_facts
 
@@ -35,6 +36,7 @@ class Job:
         self.reference = reference.resolve(settings, self.ds_settings)
         self.run_dir = Path(settings.run.dir)
         self._check()
+        _check_steps(settings)
         self.cache_dir = location.locate(settings)
         self.encoders = encoders_identity(self.source)
         if location.exists(self.cache_dir):
@@ -46,6 +48,7 @@ class Job:
         stage = -1 if self.ds_settings is None else ds_config.zero_stage(self.ds_settings)
         checks.check(self.config, self.world.device, stage)
         lora.check(self.config, self.source)
+        check_resolution(self.source, self.config.data.resolution)
         _check_batch(self.config, self.world)
         _check_trackers(self.config)
         compare.check(self.config)
@@ -84,6 +87,15 @@ def _check_batch(settings: Config, world: World) -> None:
             f"batch.pairs_per_step = {settings.batch.pairs_per_step} with inversion.per_trajectory = "
             f"{settings.inversion.per_trajectory} draws {settings.drawn_per_step} pairs per step, which do not divide "
             f"among {world.size} ranks"
+        )
+
+
+def _check_steps(settings: Config) -> None:
+    found = checkpoint.newest(settings.run.dir)
+    if found is not None and found[1].step > settings.run.steps:
+        raise ConfigError(
+            f"run.steps = {settings.run.steps}, but the run in {settings.run.dir} has made {found[1].step} steps: set "
+            f"run.steps = {found[1].step} to finish that run, or another run.dir to train fewer"
         )
 
 

@@ -74,6 +74,7 @@ def train_policy(job: Job) -> dict[str, Tensor]:
     defaults = fact_defaults(job.facts)
     progress = checkpoint.restore_latest(job.run_dir, engine, world, job.facts, defaults) or Progress()
     checkpoint.tidy(job.run_dir, world, c.run.keep)
+    announce_state(job, progress)
     if world.rank == 0:
         describe_run(job)
     log = RunLog(job.run_dir, c, progress.step, world)
@@ -98,6 +99,15 @@ def train_policy(job: Job) -> dict[str, Tensor]:
     check_weights(job, engine, progress)  # those of a finished run, too, before they are exported
     loader.cache.finish_checks()
     return engine.full_state()
+
+
+def announce_state(job: Job, progress: Progress) -> None:
+    """Say from where a run continues; nothing for one that starts."""
+    steps, folder = job.config.run.steps, job.run_dir
+    if progress.step == steps:
+        print0(f"{folder}: all {steps} steps are done; what follows the last step is done again")
+    elif progress.step:
+        print0(f"{folder}: the run continues from its checkpoint of step {progress.step} of {steps}")
 
 
 def open_store(job: Job) -> TrajectoryStore | None:

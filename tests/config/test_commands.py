@@ -83,3 +83,37 @@ def test_help_shows_flags_with_their_values(capsys: pytest.CaptureFixture[str]) 
         train.main(["--help"])
     printed = capsys.readouterr().out
     assert all(flag in printed for flag in ("--ds_config FILE", "--print-config", "--dry-run", "--config FILE"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run.seed=1", "--dry-run", "optim.lr=2", "--config", "f.toml", "data.flip=true"],
+        ["--dry-run", "run.seed=1", "optim.lr=2", "data.flip=true", "--config", "f.toml"],
+        ["--config", "f.toml", "--dry-run", "run.seed=1", "optim.lr=2", "data.flip=true"],
+    ],
+)
+def test_settings_may_be_anywhere_among_the_flags(words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    arguments.add_command(parser, commands.TRAIN)
+    found = arguments.parse(parser, words)
+    assert found.overrides == ["run.seed=1", "optim.lr=2", "data.flip=true"]
+    assert found.dry_run and str(found.config) == "f.toml"
+
+
+def test_settings_after_the_folder_and_the_flags_of_verify() -> None:
+    parser = argparse.ArgumentParser()
+    arguments.add_command(parser, commands.COMMANDS["verify"])
+    found = arguments.parse(parser, ["folder", "--config", "f.toml", "data.flip=true"])
+    assert found.overrides == ["data.flip=true"] and str(found.config) == "f.toml"
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "--gpu", "H100", "--gpuz", "3"], ["doctor", "a=b"], ["score", "in", "out", "more"]]
+)
+def test_unknown_flags_and_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "\x1b[31m"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed and ("unrecognized arguments" in printed or "required" in printed)

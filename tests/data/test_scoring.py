@@ -366,10 +366,11 @@ def test_memory_stays_flat(tmp_path: Path, taste: Path) -> None:
                 writer.write_table(pa.table(rows, schema=schema))
         code = (
             "import re, sys, time; from pathlib import Path; from smpo_fast.data.rewards import scoring;"
-            "from smpo_fast.config.schema import Labels; from smpo_fast.common.runtime import World;"
+            "from smpo_fast.config.commands import ScoreOptions; from smpo_fast.config.schema import Labels;"
+            "from smpo_fast.common.runtime import World;"
             "status = Path('/proc/self/status');"
             "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1]) / 1024; before = peak();"
-            "began = time.monotonic(); options = scoring.ScoreOptions('counting_taste:red');"
+            "began = time.monotonic(); options = ScoreOptions(scorer='counting_taste:red');"
             "scoring.score(sys.argv[1], Path(sys.argv[2]), options, World(), Labels());"
             "print(peak() - before, time.monotonic() - began)"
         )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     given["bitsandbytes"] |= {"device": "cpu", "moves": True}
     monkeypatch.setattr(doctor, "run_probe", lambda name: given[name])
     monkeypatch.setattr(doctor, "_driver", lambda: "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return given
 
 
@@ -122,3 +127,57 @@ def test_libraries_that_break_at_import(how: str, tmp_path: Path, monkeypatch: p
     monkeypatch.syspath_prepend(str(tmp_path))
     told = probes.run_probe("torchao", 2.0 if how == "hangs" else 30.0)
     assert told["state"] == BROKEN and message in told["why"]
+
+
+class _Server:
+    """A web server on the loopback that answers every request with a status, or never (None)."""
+
+    def __init__(self, status: int | None) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._status, self._open = status, []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                self._open.append(connection)  # kept open: a server that never answers
+                if self._status is not None:
+                    connection.recv(4096)
+                    connection.sendall(f"HTTP/1.1 {self._status} x\r\nContent-Length: 0\r\n\r\n".encode())
+                    connection.close()
+
+    def __enter__(self) -> _Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
+@pytest.mark.parametrize(("status", "state"), [(200, OK), (401, OK), (None, MISSING)])
+def test_the_hub_is_tried_for_a_limited_time(
+    status: int | None,
+    state: str,
+    answers: dict[str, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(doctor, "HUB_SECONDS", 0.3)
+    with _Server(status) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        began = time.monotonic()
+        hub = found()["hub"]
+        assert time.monotonic() - began < 1.5
+    assert hub.state == state and server.address in hub.text
+    if status is None:
+        assert "does not answer" in hub.text and "must be in the cache already" in hub.text
+        assert found()["hub"].state == MISSING, "a closed port"
+        assert doctor.can_train(list(found().values())), "training needs no hub"
+
+
+def test_an_offline_machine_does_not_try_the_hub(
+    answers: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "unreachable", lambda *_: pytest.fail("tried"))
+    assert found()["hub"].state == OK

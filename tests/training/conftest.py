@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.small_run import SMALL, run
 
+import smpo_fast.training.run  # noqa: F401  (train.py imports it late: perhaps after a test has replaced something)
 from smpo_fast import cli
 
 

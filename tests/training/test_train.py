@@ -100,7 +100,8 @@ def test_every_choice_trains(words: list[str], cache: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_sd15_trains(prediction: str, sd15_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
     table = pair_table(tmp_path / "pairs.parquet", [{"label_0": 1.0}, {"label_0": 0.0}, {"label_0": 1.0}])
-    words = [f"model.path={sd15_pipeline(prediction)}", f"data.pairs={table}", "data.resolution=16", "run.steps=2"]
+    words = [f"model.path={sd15_pipeline(prediction)}", f"data.pairs={table}", "data.resolution=16", "run.steps=2",
+             "batch.pairs_per_step=2"]  # fmt: skip
     assert run(tmp_path / "run", *words) == 0
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "export", safety_checker=None)
     assert read_metrics(tmp_path / "run")[0]["logit_max"] == 0.0
@@ -123,7 +124,8 @@ def test_labels_rewards_or_both_train_and_say_so(
     columns: tuple[str, ...], rows: list, reported: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = pair_table(tmp_path / "pairs.parquet", rows, columns)
-    assert run(tmp_path / "run", f"data.pairs={table}", "data.resolution=32", "run.steps=1") == 0
+    words = [f"data.pairs={table}", "data.resolution=32", "run.steps=1", "batch.pairs_per_step=2"]
+    assert run(tmp_path / "run", *words) == 0
     assert reported in capsys.readouterr().out
 
 

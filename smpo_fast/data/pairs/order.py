@@ -15,15 +15,24 @@ from functools import lru_cache
 
 import numpy as np
 
+from smpo_fast.common.errors import ConfigError
 from smpo_fast.common.runtime import rng
 
 LONGEST_RUN = 64
 
 
 class Order:
-    """The order in which a run visits N pairs. shapes: int [N], a number for the shape of each pair."""
+    """The order in which a run visits N pairs. shapes: int [N], a number for the shape of each pair.
+
+    Raises ConfigError if there are fewer pairs than a step draws.
+    """
 
     def __init__(self, seed: int, shapes: np.ndarray, pairs_per_step: int) -> None:
+        if len(shapes) < pairs_per_step:
+            raise ConfigError(
+                f"a step draws {pairs_per_step} pairs (batch.pairs_per_step), but only {len(shapes)} can be used: "
+                "lower it, or add pairs"
+            )
         self.seed, self.pairs = seed, len(shapes)
         kinds = np.unique(shapes)
         self.run = math.gcd(pairs_per_step, LONGEST_RUN) if len(kinds) > 1 else 1

@@ -7,10 +7,13 @@ and the reason, in its place among the others: it neither ends the reading nor c
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,10 +25,11 @@ from smpo_fast.data.cells import BadCell, cell_value
 from smpo_fast.data.images import BadImage, content_hash
 from smpo_fast.data.pairs import schema, summary
 from smpo_fast.data.pairs.pair import RawPair, Rejected
-from smpo_fast.data.pairs.rules import Unusable, label_of, rewards_of
+from smpo_fast.data.pairs.rules import Unusable, label_of, reason_kind, rewards_of
 from smpo_fast.data.restricted_files import read_below
 
 _BATCH_ROWS = 16
+_NO_CAPTION = "no caption: it is null (an empty one is allowed)"
 
 
 def source_path(pairs: str) -> Path:
@@ -83,6 +87,50 @@ def read_pairs(path: Path, *, max_pairs: int = 0, start: int = 0) -> Iterator[Ra
             first += rows
 
 
+class Preferences(NamedTuple):
+    """What the N rows of a table prefer, read without its images; a row that cannot be used has NaN in all three."""
+
+    rewards: np.ndarray  # float64 [N, 2], NaN where there are none
+    labels: np.ndarray  # float64 [N], 1: image 0 is preferred, NaN: no label
+    rejected: Mapping[str, int]  # rows that cannot be used, by kind of the reason; rows without a preference are not
+
+
+def read_preferences(path: Path, *, max_pairs: int = 0) -> Preferences:
+    """Labels and rewards of the rows that ``read_pairs`` gives. Raises DataError like it."""
+    columns(path)
+    labels: list[float | None] = []
+    rewards: list[tuple[float, float] | None] = []
+    rejected: Counter[str] = Counter()
+    for cells, i in _cells_without_images(path, max_pairs):
+        cell = _cell_reader(cells, i)
+        try:
+            if cell("caption") is None:
+                raise Unusable(_NO_CAPTION)
+            found = label_of(cell), rewards_of(cell, cells)
+        except Unusable as error:
+            rejected[reason_kind(str(error))] += 1
+            found = None, None
+        labels.append(found[0])
+        rewards.append(found[1])
+    known = [both or (math.nan, math.nan) for both in rewards]
+    return Preferences(np.array(known, float).reshape(-1, 2), np.array(labels, float), dict(rejected))
+
+
+def _cells_without_images(path: Path, max_pairs: int) -> Iterator[tuple[Mapping[str, pa.Array], int]]:
+    """The cells of a batch, and the place of a row in it, for one row after the other."""
+    left = count_rows(path, max_pairs=max_pairs)
+    for file in files(path):
+        table = _open(file)
+        wanted = [name for name in schema.columns_to_read(table.schema_arrow, file) if not name.startswith("jpg_")]
+        try:
+            for batch in table.iter_batches(columns=wanted):
+                cells = dict(zip(batch.schema.names, batch.columns, strict=True))
+                yield from ((cells, i) for i in range(min(left, batch.num_rows)))
+                left -= min(left, batch.num_rows)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(printable(f"data.pairs: {file} is damaged: {error}")) from error
+
+
 def _open(file: Path) -> pq.ParquetFile:
     try:
         # A buffered stream per column: without it a row group's images, gigabytes at times, are read at once.
@@ -112,24 +160,32 @@ def _read_group(
 
 
 def _read_row(cells: Mapping[str, pa.Array], i: int, row: int, folder: Path | None) -> RawPair | Rejected:
-    def cell(name: str) -> Any:
-        """The value in this row; None where it is null and where the table has no such column."""
-        try:
-            return cell_value(cells[name], i) if name in cells else None
-        except BadCell as error:
-            raise Unusable(f"{name} {error}") from error
-
-    uid = f"row-{row}"
+    cell, uid = _cell_reader(cells, i), f"row-{row}"
     try:
         uids = (cell("image_0_uid"), cell("image_1_uid"))
         uid = "/".join(uids) if all(uids) else uid
         prompt = cell("caption")
         if prompt is None:
-            raise Unusable("no caption: it is null (an empty one is allowed)")
+            raise Unusable(_NO_CAPTION)
         images = (_image(cell, "0", folder), _image(cell, "1", folder))
         return RawPair(row, uid, prompt, images, label_of(cell), rewards_of(cell, cells))
     except Unusable as error:
         return Rejected(row, uid, str(error))
+
+
+def _cell_reader(cells: Mapping[str, pa.Array], i: int) -> Callable[[str], Any]:
+    """A function from a column's name to the value in row ``i`` of a batch.
+
+    It gives None where the value is null and where the table has no such column, and raises Unusable.
+    """
+
+    def cell(name: str) -> Any:
+        try:
+            return cell_value(cells[name], i) if name in cells else None
+        except BadCell as error:
+            raise Unusable(f"{name} {error}") from error
+
+    return cell
 
 
 def _image(cell: Callable[[str], Any], side: str, folder: Path | None) -> bytes:
