@@ -35,7 +35,7 @@ class TrainArguments(Section):
         None, description="DeepSpeed JSON file: sharding, offload, precision"
     )
     print_config: bool = Field(False, description="print the resolved settings and stop")
-    dry_run: bool = Field(False, description="check settings, files and pairs, say what the run would do, load no networks")
+    dry_run: bool = Field(False, description="check settings, files and pairs, say what the run would do; no networks")
 
 
 class VerifyArguments(Section):
