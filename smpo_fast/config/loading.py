@@ -76,7 +76,7 @@ def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{file}: not valid TOML: nested too deeply") from error
     for section, table in values.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"{file}: '{section}' stands outside a section: keys belong below a [section] line")
+            raise ConfigError(f"{file}: '{section}' is outside any section: write keys below a [section] line")
     return values
 
 

@@ -13,7 +13,7 @@ from smpo_fast.engine.aligned_adamw8bit import ALIGNED, STATE_NAMES, AlignedAdam
 from smpo_fast.engine.shards import ParameterSlice, ShardReader
 from smpo_fast.kernels.adamw8bit import BLOCK
 
-STATE_BYTES: dict[str, float] = {  # bytes per parameter by optim.name, beside the weights
+STATE_BYTES: dict[str, float] = {  # bytes per parameter by optim.name, in addition to the weights
     "adamw": 8.0,
     "adamw8bit": 2 + 8 / 256,
     "paged_adamw8bit": 2 + 8 / 256,

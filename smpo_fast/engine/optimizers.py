@@ -5,7 +5,7 @@ ZeRO gives an optimizer flat tensors in which many parameters follow one another
 quantised states never reach from one parameter into the next, small parameters keep fp32 states as the library
 intends, and states are saved and loaded per parameter, for any other number of ranks or ZeRO stage.
 
-``optim.name``, and the bytes it keeps per parameter beside the weights (``STATE_BYTES``):
+``optim.name``, and the bytes it keeps per parameter in addition to the weights (``STATE_BYTES``):
 
     adamw               8       torch, fused on a GPU
     adamw8bit           2.03    bitsandbytes

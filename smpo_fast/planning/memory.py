@@ -68,7 +68,7 @@ class Memory:
 
     @property
     def allocated(self) -> float:
-        """The peak, as torch.cuda.max_memory_allocated tells it."""
+        """The peak, as torch.cuda.max_memory_allocated reports it."""
         return max(self.phases.values())
 
     @property
@@ -80,13 +80,13 @@ class Memory:
 def memory(run: PlannedRun, variant: RunVariant) -> Memory:
     """The memory plan of a run; counts by shape, so nothing is allocated."""
     parts, zero, phases = _parts(run, variant), zero_layout(variant), {}
-    p, share = run.counts[0], 1 / run.ranks
+    trained, share = run.counts[0], 1 / run.ranks
     stays = parts["weights"] + parts["masters"] + parts["optimizer states"] + parts["window"] + LIBRARY_BYTES
     if zero.gradients_stay:
         stays += parts["gradients"]
     resident = variant.reference in ("replicated", "sharded")
     frozen, gradients = parts["reference"], 0.0 if zero.gradients_stay else parts["gradients"]
-    gradients += p * COMPUTE_DTYPES[variant.precision].itemsize * zero.halves_stay
+    gradients += trained * COMPUTE_DTYPES[variant.precision].itemsize * zero.halves_stay
     inverts = run.config.inversion.source == "inversion"
     for phase, works, held in (
         ("inversion", inverts, 0.0 if run.config.inversion.network == "policy" and not resident else frozen),
@@ -96,7 +96,7 @@ def memory(run: PlannedRun, variant: RunVariant) -> Memory:
         if works:
             phases[phase] = stays + held + parts[f"activations, {phase}"] + parts["gathered weights"]
     phases["policy"] += gradients + parts["buckets"]
-    step = p * zero.step_bytes * share * (not variant.offload_optimizer)
+    step = trained * zero.step_bytes * share * (not variant.offload_optimizer)
     phases["optimizer"] = stays + gradients + step + (frozen if resident else 0.0)
     return Memory(parts, phases, _host(run, variant))
 
@@ -110,16 +110,16 @@ def zero_layout(variant: RunVariant) -> ZeroLayout:
 
 
 def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
-    zero, (p, frozen), share = zero_layout(variant), run.counts, 1 / run.ranks
+    zero, (trained, frozen), share = zero_layout(variant), run.counts, 1 / run.ranks
     size = COMPUTE_DTYPES[variant.precision].itemsize
-    whole = p + frozen
-    masters = _master_bytes(variant) * p * (share if zero.states_sharded else 1.0)
+    whole = trained + frozen
+    masters = _master_bytes(variant) * trained * (share if zero.states_sharded else 1.0)
     states = state_bytes(variant.optimizer, run.network) * (share if zero.states_sharded else 1.0)
-    gradients = GRADIENT_BYTES[variant.accumulate] * p * (share if zero.gradients_sharded else 1.0)
+    gradients = GRADIENT_BYTES[variant.accumulate] * trained * (share if zero.gradients_sharded else 1.0)
     spread = {"sharded": share, "replicated": 1.0, "streamed": 1.0}
     backward = max(
         footprint.training_cost(run.network, variant.precision, variant.checkpointing).peak.at(variant.micro_pairs),
-        p * size * (share if zero.gradients_sharded else 0.0),  # a micro-batch's gradients before they are added
+        trained * size * (share if zero.gradients_sharded else 0.0),  # a micro-batch's gradients before they are added
     )
     call = footprint.inference_cost(run.network, variant.precision).peak
     frozen_call = footprint.inference_cost(run.network, variant.precision, trained=False).peak
@@ -164,18 +164,18 @@ def _step_batch_bytes(run: PlannedRun) -> float:
 
 def _host(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
     """Host memory of the fullest node, the one of rank 0."""
-    zero, (p, frozen), here = zero_layout(variant), run.counts, min(run.ranks, run.per_node)
+    zero, (trained, frozen), here = zero_layout(variant), run.counts, min(run.ranks, run.per_node)
     size = COMPUTE_DTYPES[variant.precision].itemsize
     share = 1 / run.ranks if zero.states_sharded else 1.0
     states = state_bytes(variant.optimizer, run.network) * variant.states_on_host
-    sums = GRADIENT_BYTES[variant.accumulate] * p * variant.gradients_on_host
-    masters = max(_master_bytes(variant), 4) * p * variant.offload_optimizer
+    sums = GRADIENT_BYTES[variant.accumulate] * trained * variant.gradients_on_host
+    masters = max(_master_bytes(variant), 4) * trained * variant.offload_optimizer
     return {
         "processes": PROCESS_BYTES * here,
         "offloaded states": (states + masters + sums) * share * here,
-        "offloaded weights": (p + frozen) * size * here / run.ranks * variant.offload_weights,
-        "streamed reference": (p + frozen) * size * here * (variant.reference == "streamed"),
+        "offloaded weights": (trained + frozen) * size * here / run.ranks * variant.offload_weights,
+        "streamed reference": (trained + frozen) * size * here * (variant.reference == "streamed"),
         "prefetched pairs": _step_batch_bytes(run) / 2 * here,
         # every rank reads the weights at the start; rank 0 gathers them in fp32 for the export
-        "loading or export": max((p + frozen) * 4.0 * here, (p + frozen) * 8.0),
+        "loading or export": max((trained + frozen) * 4.0 * here, (trained + frozen) * 8.0),
     }

@@ -71,10 +71,10 @@ def modelled_seconds(
     if not gpu.tflops or variant.precision == "fp32":
         return None
     done = work(run, schedule, variant.checkpointing)
-    rate, n = gpu.tflops * 1e12 * UTILISATION, run.examples_of_rank
+    rate, examples = gpu.tflops * 1e12 * UTILISATION, run.examples_of_rank
     size = {"inversion": variant.inversion_pairs, "reference": variant.micro_pairs, "policy": variant.micro_pairs}
-    calls = {phase: math.ceil(n * done.calls[phase] / size[phase]) for phase in size}
-    seconds = {phase: n * done.flops[phase] / rate + calls[phase] * CALL_SECONDS for phase in size}
+    calls = {phase: math.ceil(examples * done.calls[phase] / size[phase]) for phase in size}
+    seconds = {phase: examples * done.flops[phase] / rate + calls[phase] * CALL_SECONDS for phase in size}
     link = link_gb(run, gpu)
     seconds |= {"exchange": _exchanged_gb(run, variant, calls) / link, "host": _host_gb(run, variant) / gpu.host_gb}
     return seconds
@@ -84,27 +84,27 @@ def _exchanged_gb(run: PlannedRun, variant: RunVariant, calls: Mapping[str, int]
     """GB that a rank sends to the others in a step, assuming that none of it overlaps with computing."""
     if run.ranks == 1:
         return 0.0
-    zero, (p, frozen), others = zero_layout(variant), run.counts, 1 - 1 / run.ranks
+    zero, (trained, frozen), others = zero_layout(variant), run.counts, 1 - 1 / run.ranks
     size = COMPUTE_DTYPES[variant.precision].itemsize
     reductions = calls["policy"] if zero.gradients_sharded else 2  # scattered each time, or all-reduced once
     gathers = (sum(calls.values()) + calls["policy"]) * zero.weights_sharded + (variant.reference == "sharded")
-    updated = p * size * (zero.states_sharded and not zero.weights_sharded)
-    return others * (4 * p * reductions + (p + frozen) * size * gathers + updated) / 1e9
+    updated = trained * size * (zero.states_sharded and not zero.weights_sharded)
+    return others * (4 * trained * reductions + (trained + frozen) * size * gathers + updated) / 1e9
 
 
 def _host_gb(run: PlannedRun, variant: RunVariant) -> float:
     """GB between the host and a GPU in a step."""
-    (p, frozen), size = run.counts, COMPUTE_DTYPES[variant.precision].itemsize
+    (trained, frozen), size = run.counts, COMPUTE_DTYPES[variant.precision].itemsize
     micro_steps = math.ceil(run.examples_of_rank / variant.micro_pairs)
     share = 1 / run.ranks if zero_layout(variant).states_sharded else 1.0
-    gradients = (size * p * micro_steps + size * p) * share * variant.gradients_on_host
+    gradients = (size * trained * micro_steps + size * trained) * share * variant.gradients_on_host
     gradients += 2 * state_bytes(variant.optimizer, run.network) * (variant.offload != "none")
     inverted = (
         math.ceil(run.pairs_of_rank / variant.inversion_pairs) if run.config.inversion.source == "inversion" else 0
     )
-    weights = (p + frozen) * size / run.ranks * (3 * micro_steps + inverted) * variant.offload_weights
+    weights = (trained + frozen) * size / run.ranks * (3 * micro_steps + inverted) * variant.offload_weights
     streams = 1 + (run.config.inversion.source == "inversion" and run.config.inversion.network == "reference")
-    return (gradients + weights + (p + frozen) * size * streams * (variant.reference == "streamed")) / 1e9
+    return (gradients + weights + (trained + frozen) * size * streams * (variant.reference == "streamed")) / 1e9
 
 
 def measure(run: PlannedRun, source: ModelSource, schedule: NoiseSchedule, device: torch.device) -> dict[str, float]:
@@ -133,11 +133,11 @@ def measure(run: PlannedRun, source: ModelSource, schedule: NoiseSchedule, devic
         raise EnvironmentProblem(
             f"--measure: {error}".partition(". ")[0] + ": use the settings that fit, or leave out --measure"
         ) from error
-    n = run.examples_of_rank
+    examples = run.examples_of_rank
     return {
-        "inversion": n * done.calls["inversion"] * inverted / variant.inversion_pairs,
-        "reference": n * done.calls["reference"] * frozen / variant.micro_pairs,
-        "policy": n * trained / variant.micro_pairs,
+        "inversion": examples * done.calls["inversion"] * inverted / variant.inversion_pairs,
+        "reference": examples * done.calls["reference"] * frozen / variant.micro_pairs,
+        "policy": examples * trained / variant.micro_pairs,
         "optimizer": stepped,
     }
 

@@ -116,7 +116,7 @@ def test_mistakes_are_named(words: list[str], message: str) -> None:
     [
         ("[run]\nstep = 3\n", r"bad\.toml: unknown key 'run\.step': did you mean 'run\.steps'"),
         ("[run\n", r"bad\.toml: not valid TOML"),
-        ("steps = 3\n", r"bad\.toml: 'steps' stands outside a section"),
+        ("steps = 3\n", r"bad\.toml: 'steps' is outside any section"),
         ("[run]\nsteps = true\n", r"bad\.toml: run\.steps"),
     ],
 )
