@@ -55,6 +55,14 @@ def test_every_property_of_the_pairs_is_a_fact(key: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("labels", "shared"),
+    [({"gamma": 2.0, "temperature": 3.0}, True), ({"source": "human"}, False), ({"drop_ties": False}, False)],
+)
+def test_trajectories_are_shared_by_runs_with_the_same_winners(labels: dict[str, Any], shared: bool) -> None:
+    assert (trajectory_facts(facts_of()) == trajectory_facts(facts_of({"labels": labels}))) is shared
+
+
 def test_a_scorer_that_scored_nothing_is_no_fact() -> None:
     assert facts_of(unrewarded=0) == facts_of(unrewarded=0, scorer="other")
 

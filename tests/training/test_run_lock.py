@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.small_run import run
 
 from smpo_fast.common import launcher
 from smpo_fast.common.errors import EnvironmentProblem
+from smpo_fast.common.storage import take_lock
 from smpo_fast.training import run_lock as module
 from smpo_fast.training.run_lock import LOCK_FILE, run_lock
 
@@ -46,6 +48,35 @@ def test_the_lock_of_a_killed_process_does_not_stay(tmp_path: Path) -> None:
     holder.wait()
     with run_lock(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_a_file_that_is_no_longer_the_lock_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between our opening and our locking it, its holder ended, and another run began and ended."""
+    later = [lambda: (tmp_path / LOCK_FILE).unlink(), lambda: (tmp_path / LOCK_FILE).write_text("")]
+
+    def take(file: Any, *, wait: bool) -> bool:
+        while later:
+            later.pop(0)()
+        return take_lock(file, wait=wait)
+
+    monkeypatch.setattr(module, "take_lock", take)
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_the_lock_is_held_until_its_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the file of the run that takes the lock next would be removed."""
+    unlink, removed = Path.unlink, []
+
+    def removing(path: Path, **how: bool) -> None:
+        with path.open("a") as other:
+            assert not take_lock(other, wait=False)
+        removed.append(path.name)
+        unlink(path, **how)
+
+    with run_lock(tmp_path):
+        monkeypatch.setattr(Path, "unlink", removing)
+    assert removed == [LOCK_FILE]
 
 
 def test_without_locks_there_is_a_warning(
