@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,52 @@ def test_a_finished_work_gets_its_name_without_what_served_it(tmp_path: Path) ->
     publish(folder, target, "proof")
     assert sorted(file.name for file in target.iterdir()) == ["proof", "result"]
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "left undone"])
+def test_a_part_of_another_process_is_waited_for_and_done_only_if_that_one_leaves_it(
+    finished: bool, tmp_path: Path
+) -> None:
+    """The other process is a thread here: locks belong to open files."""
+    done: list[str] = []
+
+    def second() -> None:
+        with work(tmp_path / "w") as shared:
+            shared.do_parts(["p-0", "p-1"], lambda name: done.append(name) or {})
+            done.append("end")
+
+    thread = threading.Thread(target=second, daemon=True)
+    with work(tmp_path / "w") as shared, shared.claim("p-0", wait=False) as claimed:
+        assert claimed
+        thread.start()
+        while done != ["p-1"]:  # both work at the same time
+            assert thread.is_alive()
+            time.sleep(0.01)
+        thread.join(0.2)
+        assert done == ["p-1"], "p-0 is waited for"
+        if finished:
+            storage.write_json(tmp_path / "w" / "p-0.json", {})
+    thread.join(20)
+    assert done == (["p-1", "end"] if finished else ["p-1", "p-0", "end"])
+
+
+def test_no_part_is_begun_while_the_folder_is_being_published(tmp_path: Path) -> None:
+    with work(tmp_path / "w") as shared:
+        (tmp_path / "w" / shared_work.WORK_FILE).unlink()  # with which publishing begins
+        with pytest.raises(AlreadyFinished):
+            shared.do_parts(["p-0"], lambda name: {})
+
+
+def test_a_finished_part_whose_kept_bytes_are_gone_is_done_again(tmp_path: Path) -> None:
+    done: list[str] = []
+    for content in (b"kept", b"cut"):
+        with SharedWork(tmp_path / "w", {}) as shared:
+            shared.do_parts(["p-0"], lambda name: done.append(name) or shared.keep(name, b"kept"))  # noqa: B023
+            shared.kept("p-0").write_bytes(content)
+    with SharedWork(tmp_path / "w", {}) as shared:
+        shared.do_parts(["p-0"], lambda name: done.append(name) or shared.keep(name, b"kept"))
+        assert shared.kept("p-0").read_bytes() == b"kept"
+    assert len(done) == 2
 
 
 def test_what_one_process_found_out_is_known_to_the_next(tmp_path: Path) -> None:

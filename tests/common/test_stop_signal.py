@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.ranks import run_ranks
 
 from smpo_fast.common import runtime
 from smpo_fast.common.runtime import STOP_SIGNALS, Stopped, StopSignal, World
+from smpo_fast.engine import collectives
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda s: s.name)
@@ -48,6 +50,29 @@ def test_a_second_ctrl_c_ends_the_process_and_a_launchers_sigterm_does_not(monke
     finally:
         for number, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)
+
+
+def stopped_on(rank: int, size: int, signalled: int) -> str:
+    """The signal on which a rank stops of which one rank knows."""
+    world = World(rank, size)
+    collectives.join(world)
+    stop = StopSignal(world)
+    try:
+        stop.check()
+        if rank == signalled:
+            signal.raise_signal(signal.SIGTERM)
+        stop.check()
+    except Stopped as stopped:
+        return str(stopped)
+    finally:
+        stop.wanted = 0
+        stop.restore()
+    return "not stopped"
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_all_ranks_stop_when_one_is_signalled(signalled: int) -> None:
+    assert run_ranks(stopped_on, 2, signalled=signalled) == ["SIGTERM", "SIGTERM"]
 
 
 def test_handlers_are_restored_without_a_stop() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from smpo_fast.common.storage import atomic_write, publish_folder, remove_drafts, write_text
+from smpo_fast.common.storage import atomic_write, publish_folder, remove_drafts, replace_folder, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -60,3 +63,28 @@ def test_a_published_folder_and_its_name_are_on_disk(tmp_path: Path, events: lis
     publish_folder(tmp_path / "building", tmp_path / "target")
     assert set(events[:2]) == {("sync", "inner"), ("sync", "building")}
     assert events[2:] == [("rename", "building"), ("sync", tmp_path.name)]
+
+
+def test_while_a_folder_is_replaced_the_earlier_or_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building, target = tmp_path / ".target.tmp", tmp_path / "target"
+    for folder in (building, target):
+        folder.mkdir()
+        (folder / "f.txt").write_text(folder.name)
+    moments = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*words: Any, **more: Any) -> Any:
+            result = function(*words, **more)
+            moments.append((target / "f.txt").read_text())
+            return result
+
+        return call
+
+    monkeypatch.setattr(shutil, "rmtree", watched(shutil.rmtree))
+    for name in ("rename", "replace", "fsync"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    replace_folder(building, target)
+    assert moments[0] == "target" and moments[-1] == ".target.tmp"
+    assert [file.name for file in tmp_path.iterdir()] == ["target"]

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,26 @@ def test_the_export_is_loaded_whatever_the_run_took_from_elsewhere(
     pipe = aligned_pipeline(loading.from_dict({"model": elsewhere}), tmp_path / "export", source, torch.float32)
     assert all(torch.equal(t, trained[name] + 0.01) for name, t in pipe.unet.state_dict().items())
     assert "warning" not in capsys.readouterr().err
+
+
+def test_what_is_compared_is_the_base_and_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = loading.from_dict({"eval": {**SMALL["eval"], "count": 2}})
+    source, seen = find(settings.model), []
+    state = load_pipeline(source, torch.float32).unet.state_dict()
+    export_pipeline(source, {name: t + 0.01 for name, t in state.items()}, tmp_path / "export", "float32")
+
+    def sampled(pipe: Any, prompts: list[str], *_: Any) -> list[Image.Image]:
+        seen.append(pipe.unet.state_dict())
+        return pipe_images[len(seen) - 1]
+
+    drawn = shapes.render([shapes.parse(p) for p in read_prompts(settings)], np.random.default_rng(0))
+    pipe_images = [[Image.new("RGB", (32, 32), "gray")] * 2, [Image.fromarray(image) for image in drawn]]
+    monkeypatch.setattr("smpo_fast.evaluation.compare.sample", sampled)
+    evaluate(settings, source, tmp_path / "export", tmp_path / "out", torch.device("cpu"))
+    assert all(torch.equal(t, state[name]) for name, t in seen[0].items())
+    assert all(torch.equal(t, state[name] + 0.01) for name, t in seen[1].items())
+    with (tmp_path / "out" / "scores.csv").open() as stream:
+        assert all(float(row["reward_base"]) < float(row["reward_aligned"]) for row in csv.DictReader(stream))
 
 
 def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:

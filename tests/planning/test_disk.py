@@ -1,0 +1,43 @@
+"""Disk space of a run, counted by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smpo_fast.config import loading
+from smpo_fast.config.schema import Config
+from smpo_fast.models.locate import find
+from smpo_fast.models.network_spec import network_spec
+from smpo_fast.planning.disk import count_pairs, disk_bytes
+from smpo_fast.planning.planned_run import PlannedRun
+
+LATENT = 4 * 8 * 8  # of the embedded model: 32 px
+
+
+def planned(**sections: dict[str, Any]) -> dict[str, float]:
+    settings = loading.from_dict({"data": {"max_pairs": 10, **sections.pop("data", {})}, **sections})
+    source = find(settings.model)
+    return disk_bytes(PlannedRun(settings, network_spec(source, 32), "fp32"), source)
+
+
+def test_a_cache_has_mean_and_deviation_of_both_images_plain_and_mirrored() -> None:
+    plain, mirrored = (planned(data={"flip": flip})["cache"] for flip in (False, True))
+    assert mirrored - plain == 10 * 2 * 2 * LATENT * 2  # pairs, images, moments, numbers, bytes of float16
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_one_more_checkpoint_than_is_kept_is_on_the_disk(keep: int) -> None:
+    sizes = [planned(run={"keep": n})["checkpoints"] for n in (keep, keep + 1)]
+    assert sizes[0] == (sizes[1] - sizes[0]) * (keep + 1)
+
+
+def test_pairs_without_their_table_are_those_that_the_run_visits(tmp_path: Path) -> None:
+    def count(max_pairs: int) -> int:
+        values = {"data": {"pairs": str(tmp_path / "none"), "max_pairs": max_pairs}, "run": {"steps": 5}}
+        settings: Config = loading.from_dict(values | {"batch": {"pairs_per_step": 4}})
+        return count_pairs(settings)[0]
+
+    assert (count(0), count(7), count(100)) == (20, 7, 20)
