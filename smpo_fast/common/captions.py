@@ -18,7 +18,7 @@ def bounded(caption: str) -> str:
         return caption
     words, length = [], 0
     for match in re.finditer(r"\S+", caption):
-        words.append(match[0][:MAX_CHARACTERS])
+        words.append(match[0])
         length += len(words[-1]) + 1
         if length > MAX_CHARACTERS:
             break

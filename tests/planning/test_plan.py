@@ -142,6 +142,22 @@ def test_states_by_optimizer() -> None:
     assert found["adafactor"] == pytest.approx(0.98e9, rel=0.01)
 
 
+@pytest.mark.parametrize("per_node", [1, 4])
+def test_ranks_share_what_their_stage_shards(per_node: int) -> None:
+    """Of 4 ranks each has a quarter of the states, and a node as many quarters as ranks."""
+    to_host = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    plans = []
+    for zero in ({"stage": 2}, to_host):
+        c = settings(batch={"pairs_per_step": 4})
+        s = subject(SDXL_TOY, c, ranks=4, per_node=per_node, ds={"zero_optimization": zero})
+        plans.append(memory.memory(s, s.variant()))
+    states = memory.state_bytes("adamw", s.network)
+    masters, sums = 4 * s.counts[0], 4 * s.counts[0]
+    assert plans[0].parts["optimizer states"] == states / 4 and plans[0].host["offloaded states"] == 0
+    assert plans[1].parts["optimizer states"] == 0
+    assert plans[1].host["offloaded states"] == (states + masters + sums) / 4 * per_node
+
+
 def test_weights_without_masters() -> None:
     """optim.master, accumulate and offload of one process: each takes away what it says."""
     base = {"name": "adamw8bit_aligned"}
@@ -192,6 +208,12 @@ def test_modelled_seconds_shrink_with_ranks_and_speed() -> None:
     assert seconds("H100", 8) < seconds("H100", 1) < seconds("A100-80GB", 1) < seconds("RTX-3090", 1)
     s = subject(SDXL_TOY, settings(model={"precision": "fp32"}))
     assert speed.modelled_seconds(s, s.variant(), schedule(), GPUS["H100"]) is None, "the table knows bf16 alone"
+
+
+@pytest.mark.parametrize(("ranks", "gigabytes"), [(8, 450), (16, 25)])
+def test_nodes_are_linked_by_the_network(ranks: int, gigabytes: float) -> None:
+    run = subject(SDXL_TOY, settings(batch={"pairs_per_step": 16}), ranks=ranks, per_node=8)
+    assert gpus.link_gb(run, GPUS["H100"]) == gigabytes
 
 
 def test_choices_fit_and_the_first_is_the_fastest_or_the_nearest() -> None:
