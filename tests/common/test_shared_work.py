@@ -154,8 +154,9 @@ def test_a_part_of_another_process_is_waited_for_and_done_only_if_that_one_leave
     with work(tmp_path / "w") as shared, shared.claim("p-0", wait=False) as claimed:
         assert claimed
         thread.start()
+        deadline = time.monotonic() + 20
         while done != ["p-1"]:  # both work at the same time
-            assert thread.is_alive()
+            assert thread.is_alive() and time.monotonic() < deadline
             time.sleep(0.01)
         thread.join(0.2)
         assert done == ["p-1"], "p-0 is waited for"

@@ -216,6 +216,16 @@ def test_nodes_are_linked_by_the_network(ranks: int, gigabytes: float) -> None:
     assert gpus.link_gb(run, GPUS["H100"]) == gigabytes
 
 
+def test_the_words_of_a_choice_are_what_differs_from_the_settings() -> None:
+    run, file = subject(SDXL_TOY, settings()), "configs/ds_zero2.json"
+    option = search.FittingVariant(
+        replace(run.variant(), checkpointing=True), file, memory.memory(run, run.variant()), 1
+    )
+    words = ["model.gradient_checkpointing=true"]
+    assert search.changed_settings(option, run, file) == words
+    assert search.changed_settings(option, run, "") == [*words, f"--ds_config {file}"]
+
+
 def test_choices_fit_and_the_first_is_the_fastest_or_the_nearest() -> None:
     s = subject(SDXL_TOY, settings(batch={"pairs_per_step": 16}, inversion={"source": "inversion"}))
     roomy = search.fitting_variants(s, schedule(), GPUS["H100"], "")
