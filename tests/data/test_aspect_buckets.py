@@ -80,6 +80,11 @@ def test_what_is_left_and_what_was_cut_make_up_the_picture(height: int, width: i
     assert frame.top == 0 or frame.left == 0 or max(height, width) > 4 * min(height, width)
 
 
+def test_an_odd_rest_is_cut_more_on_one_side() -> None:
+    frame = fit(picture(32, 35), (32, 32))[1]
+    assert (frame.left, frame.right) == (2, 1)
+
+
 @pytest.mark.parametrize("shape", [(64, 128), (128, 64), (64, 512), (512, 64)])
 def test_the_corner_is_where_the_pixels_come_from(shape: tuple[int, int]) -> None:
     pixels, frame = fit(picture(*shape), (64, 64))

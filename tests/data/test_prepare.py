@@ -175,7 +175,62 @@ def test_a_pair_that_cannot_be_scored_is_left_out(tmp_path: Path) -> None:
     assert pairs.rejections() == [(2, "row-2", "the scorer gave no finite score: nan, nan")]
 
 
-def test_a_pair_the_vae_cannot_encode_is_left_out(tmp_path: Path) -> None:
+def test_a_pair_that_one_scorer_left_out_may_be_used_by_another(tmp_path: Path) -> None:
+    """So the cache is another with another scorer, although all of its pairs have stored rewards."""
+
+    class Blind(FakeScorer):
+        def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+            return np.full(len(images), np.nan, np.float32)
+
+    stored: list[float | None] = [1.0, None, 2.0]
+    table = write_table(tmp_path / "t.parquet", 3, reward_0=stored, reward_1=[r and 2 * r for r in stored])
+    pairs = run(settings(table, scorer="embedded"), tmp_path / "c", scorer=Blind())
+    assert pairs.rows.tolist() == [0, 2] and pairs.info.counts["unrewarded"] == 1
+    with pytest.raises(CacheError, match=r"scorer \(data\.scorer\)"):
+        run(settings(table, scorer="pickscore"), tmp_path / "c", scorer=FakeScorer())
+
+
+def test_rows_are_encoded_on_from_where_an_interruption_left_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of several shards, whose rows do not begin at 0."""
+    monkeypatch.setattr(pipeline, "PART_ROWS", 8)
+    given = settings(write_table(tmp_path / "t.parquet"))
+
+    class Failing(FakeEncoders):
+        def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            if pixels.max() > (50 + 2 * 11 - 0.5) / 127.5 - 1:  # from row 11 on
+                raise RuntimeError("no memory")
+            return super().encode_images(pixels)
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(given, tmp_path / "c", encoders=Failing(), batch=1)
+    run(given, tmp_path / "c", batch=1)
+    run(given, tmp_path / "whole", batch=1)
+    assert digests(tmp_path / "c") == digests(tmp_path / "whole")
+
+
+def test_prompts_are_encoded_on_from_where_an_interruption_left_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "PROMPT_BATCH", 2)
+    given = settings(write_table(tmp_path / "t.parquet"))
+
+    class Failing(FakeEncoders):
+        def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+            if "prompt 3" in prompts:
+                raise RuntimeError("no memory")
+            return super().encode_prompts(prompts)
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(given, tmp_path / "c", encoders=Failing())
+    run(given, tmp_path / "c")
+    run(given, tmp_path / "whole")
+    assert digests(tmp_path / "c") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_a_pair_the_vae_cannot_encode_is_left_out(batch: int, tmp_path: Path) -> None:
     class Fragile(FakeEncoders):
         def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
             if (pixels.amax(dim=(1, 2, 3)) == 54 / 127.5 - 1).any():
@@ -183,7 +238,7 @@ def test_a_pair_the_vae_cannot_encode_is_left_out(tmp_path: Path) -> None:
             mean, std = super().encode_images(pixels)
             return torch.where(mean == mean.max(), 1e6, mean) if (pixels == 59 / 127.5 - 1).any() else mean, std
 
-    pairs = run(settings(write_table(tmp_path / "t.parquet", 6)), tmp_path / "c", encoders=Fragile(), batch=1)
+    pairs = run(settings(write_table(tmp_path / "t.parquet", 6)), tmp_path / "c", encoders=Fragile(), batch=batch)
     assert pairs.rows.tolist() == [0, 1, 3, 5]
     found = pairs.rejections()
     assert [row for row, _, _ in found] == [2, 4]
@@ -503,6 +558,21 @@ def test_only_what_the_run_visits_is_encoded_and_the_run_is_the_same(tmp_path: P
         few.moments(np.flatnonzero(~few.encoded)[:1], np.zeros((1, 2), bool))
 
 
+def test_a_survey_scores_every_pair_and_nothing_scores_it_again(tmp_path: Path) -> None:
+    class Counting(FakeScorer):
+        scored = 0
+
+        def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+            Counting.scored += len(images)
+            return super().__call__(images, prompts)
+
+    table = write_table(tmp_path / "t.parquet", 40, label_0=None)
+    few = run(of_run(table, only_visited=True), tmp_path / "few", scorer=Counting())
+    assert few.encoded.sum() < 40 and Counting.scored == 2 * 40
+    whole = run(of_run(table), tmp_path / "whole", scorer=FakeScorer())
+    assert np.array_equal(few.rewards, whole.rewards)
+
+
 def test_a_visited_pair_that_cannot_be_encoded_is_replaced_as_a_whole_cache_would(tmp_path: Path) -> None:
     class Fragile(FakeEncoders):
         def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -599,6 +669,31 @@ def test_ten_thousand_pairs_take_no_more_memory_than_a_thousand(tmp_path: Path) 
 
 
 # --- in a bucket of another kind ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fetched", range(4))
+def test_a_fetch_that_is_interrupted_leaves_no_cache(
+    fetched: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the next start fetches the index again."""
+    run(settings(write_table(tmp_path / "t.parquet")), tmp_path / "c")
+    url = f"memory://{tmp_path.name}/interrupted"
+    location.send(tmp_path / "c", url)
+    left, fetch = [fetched], RemoteFolder.fetch
+
+    def limited(self: RemoteFolder, names: Sequence[str], folder: Path) -> None:
+        for name in names:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            fetch(self, [name], folder)
+
+    monkeypatch.setattr(RemoteFolder, "fetch", limited)
+    with pytest.raises(KeyboardInterrupt):
+        location.fetch_index(tmp_path / "here", url)
+    assert not location.exists(tmp_path / "here")
+    monkeypatch.undo()
+    assert location.fetch_index(tmp_path / "here", url) and location.exists(tmp_path / "here")
 
 
 def test_a_cache_at_a_url_is_sent_there_and_fetched_shard_by_shard(

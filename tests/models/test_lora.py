@@ -246,6 +246,13 @@ def test_the_file_names_its_settings(plain: Path) -> None:
     assert sum(p.stat().st_size for p in (plain / "export").iterdir()) < 2e6, "the base is not in the export"
 
 
+@pytest.mark.parametrize(("alpha", "scale"), [(0, 1.0), (8, 2.0)])
+def test_alpha_over_rank_scales_the_adapters(alpha: float, scale: float) -> None:
+    settings = loading.from_dict({"lora": {"rank": 4, "alpha": alpha}})
+    unet = load_policy(settings, find(settings.model), "fp32", CPU)
+    assert {m.scaling["default"] for m in unet.modules() if hasattr(m, "lora_A")} == {scale}
+
+
 def test_sd15_trains_and_loads(sd15_pipeline: Maker, tmp_path: Path) -> None:
     path = sd15_pipeline("epsilon")
     words = [f"model.path={path}", "data.resolution=16", "data.max_pairs=6", "run.steps=2", "optim.lr=1e-2"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Pipeline:
 
     def encode_all(self, writer: CacheWriter, rows: range) -> None:
         """Encode all rows. Raises DataError for a rejected row with ``data.strict``."""
-        self._encode(writer, chunked(rows, self._pairs_per_shard()), {})
+        self._encode(writer, chunked(rows, self._pairs_per_shard()), ())
 
     def survey_and_encode(self, writer: CacheWriter, rows: range) -> None:
         """Decode and score all rows, then encode those that the run will visit. Raises DataError with ``data.strict``.
@@ -69,7 +69,7 @@ class Pipeline:
         The run thus visits the same pairs as with a whole cache. A pair that turns out not to be encodable is
         rejected, which changes the order of visits, so this is repeated until all visited pairs are encoded.
         """
-        self._do_parts(writer, SURVEY_PART, chunked(rows, PART_ROWS), {})
+        self._do_parts(writer, SURVEY_PART, chunked(rows, PART_ROWS), ())
         chunks: list[Sequence[int]] = []
         while True:
             entries = [entry for entry, *_ in writer.entries()]
@@ -81,7 +81,7 @@ class Pipeline:
                 return
             print0(f"the run visits {len(wanted) + len(tried)} of {len(entries)} usable pairs")
             chunks += chunked(wanted, self._pairs_per_shard())
-            self._encode(writer, chunks, {entry.row: entry for entry in entries})
+            self._encode(writer, chunks, {entry.row for entry in entries})
 
     def encode_prompts(self, writer: CacheWriter) -> None:
         """Encode the distinct prompts of the pairs."""
@@ -101,17 +101,17 @@ class Pipeline:
             writer.do_parts(PROMPTS_PART, len(shards), do)
             bar.update(len(texts) - bar.n)
 
-    def _encode(self, writer: CacheWriter, chunks: Chunks, known: Mapping[int, Entry]) -> None:
+    def _encode(self, writer: CacheWriter, chunks: Chunks, surveyed: Collection[int]) -> None:
         finished = writer.finished(LATENTS_PART, len(chunks))
         left = sum(len(rows) for rows, done in zip(chunks, finished, strict=True) if not done)
         total, bound = sum(map(len, chunks)), len(self.sizes) > 1
         announce_size(writer.root, writer.folder, total=total, left=left, pair_bytes=self.pair_bytes, at_most=bound)
-        self._do_parts(writer, LATENTS_PART, chunks, known)
+        self._do_parts(writer, LATENTS_PART, chunks, surveyed)
 
-    def _do_parts(self, writer: CacheWriter, kind: str, chunks: Chunks, known: Mapping[int, Entry]) -> None:
-        """Do parts of one kind, one per chunk. known: entries of a survey of these rows."""
+    def _do_parts(self, writer: CacheWriter, kind: str, chunks: Chunks, surveyed: Collection[int]) -> None:
+        """Do parts of one kind, one per chunk. surveyed: rows that a survey has scored."""
         encode, total = kind == LATENTS_PART, sum(map(len, chunks))
-        decoder = Decoder(self.sizes, self.scorer is not None, known)
+        decoder = Decoder(self.sizes, self.scorer is not None, surveyed)
 
         def do(number: int) -> dict[str, Any]:
             rows, part = chunks[number], writer.pairs(number, kind)
@@ -124,7 +124,7 @@ class Pipeline:
             ) as decoded:
                 for group in _groups(decoded, self.batch):
                     scored = stages.score(group, self.scorer)
-                    done = self._encode_group(scored, known) if encode else stages.without_latents(scored)
+                    done = self._encode_group(scored) if encode else stages.without_latents(scored)
                     for rejected in stages.write(done, part):
                         if self.config.data.strict:
                             raise strict_error(rejected.row, rejected.uid, rejected.reason)
@@ -136,10 +136,8 @@ class Pipeline:
             writer.do_parts(kind, len(chunks), do)
             progress.move_to(total)
 
-    def _encode_group(
-        self, rows: Sequence[DecodedPair | Rejected], known: Mapping[int, Entry]
-    ) -> list[stages.EncodedPair | Rejected]:
-        return stages.encode(rows, self.encoders, flip=self.config.data.flip, batch=self.batch, known=known)
+    def _encode_group(self, rows: Sequence[DecodedPair | Rejected]) -> list[stages.EncodedPair | Rejected]:
+        return stages.encode(rows, self.encoders, flip=self.config.data.flip, batch=self.batch)
 
     def _pairs_per_shard(self) -> int:
         return max(1, min(PART_ROWS, SHARD_BYTES // self.pair_bytes))

@@ -6,7 +6,7 @@ So it stops nothing and shifts no other row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -119,13 +119,13 @@ class Reader:
 class Decoder:
     """Stage 2, decode: both images of a pair, resized and cropped to the aspect-ratio bucket that fits them best.
 
-    sizes: the buckets.  can_score: whether pairs without rewards will be scored.  known: entries of a survey, in
-    which rewards have been computed already.
+    sizes: the buckets.  can_score: whether pairs without rewards will be scored.  surveyed: rows that a survey has
+    scored already; the index takes their rewards from there.
     """
 
     sizes: Sequence[Size]
     can_score: bool
-    known: Mapping[int, Entry]
+    surveyed: Container[int]
 
     def __call__(self, row: RawPair | Rejected) -> DecodedPair | Rejected:
         """Decode one row. Pillow releases the interpreter lock, so that threads run in parallel."""
@@ -143,7 +143,7 @@ class Decoder:
         (pixels_0, frame_0), (pixels_1, frame_1) = (aspect_buckets.fit(image, size) for image in decoded)
         if reason := rules.same_image(pixels_0, pixels_1):
             return Rejected(row.row, row.uid, reason)
-        to_score = self.can_score and row.rewards is None and row.row not in self.known
+        to_score = self.can_score and row.rewards is None and row.row not in self.surveyed
         whole = (decoded[0], decoded[1]) if to_score else None
         return DecodedPair(row, size, np.stack([pixels_0, pixels_1]), (frame_0, frame_1), whole)
 
@@ -161,11 +161,11 @@ def score(rows: Sequence[DecodedPair | Rejected], scorer: Scorer | None) -> list
 
 
 def encode(
-    rows: Sequence[DecodedPair | Rejected], encoders: Encoders, *, flip: bool, batch: int, known: Mapping[int, Entry]
+    rows: Sequence[DecodedPair | Rejected], encoders: Encoders, *, flip: bool, batch: int
 ) -> list[EncodedPair | Rejected]:
     """Stage 4, encode: mean and standard deviation of the VAE's posterior for both images, also mirrored if ``flip``.
 
-    batch: images in a call of the VAE.  known: entries of a survey, which are used instead of the decoded pairs'.
+    batch: images in a call of the VAE.
     """
     done: dict[int, EncodedPair | Rejected] = {row.row: row for row in rows if isinstance(row, Rejected)}
     pairs = sorted((row for row in rows if isinstance(row, DecodedPair)), key=lambda pair: pair.size)
@@ -175,7 +175,7 @@ def encode(
             if moments is None:
                 done[pair.row] = pair.rejected("latents: the VAE gave NaN or infinity")
             else:
-                done[pair.row] = EncodedPair(known.get(pair.row) or pair.entry(), *moments)
+                done[pair.row] = EncodedPair(pair.entry(), *moments)
     return [done[row.row] for row in rows]
 
 
