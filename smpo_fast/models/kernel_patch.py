@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, cast
 
@@ -66,6 +68,17 @@ def unpatch(unet: nn.Module) -> int:
     for module in patched:
         module.__class__ = cast(Any, type(module)).stock_class
     return len(patched)
+
+
+def forward_only(unet: nn.Module) -> list[Callable[[], AbstractContextManager[None]]]:
+    """Contexts in which a patched UNet runs the kernels that have no gradient; for calls of the inversion.
+
+    Outside of them it computes as in training, so that equal weights give the reference and the policy equal errors.
+    """
+    loaded = sys.modules.get("smpo_fast.kernels.geglu_linear")  # ``patch`` imports it for a UNet that uses it
+    if loaded is None or not any(isinstance(module, loaded.FusedGEGLULinear) for module in unet.modules()):
+        return []
+    return [loaded.forward_only]
 
 
 def _swap(module: nn.Module, mixin: type) -> None:

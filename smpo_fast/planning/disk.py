@@ -20,20 +20,20 @@ FILE_BYTES = 2  # per number in the cache and in the trajectories: float16
 
 def disk_bytes(run: PlannedRun, source: ModelSource) -> dict[str, float]:
     """Bytes of the files that a run writes, as if no two pairs shared a prompt."""
-    settings, (p, frozen), variant = run.config, run.counts, run.variant()
+    settings, (trained, frozen), variant = run.config, run.counts, run.variant()
     latent, prompt = math.prod(run.network.latent), math.prod(run.network.prompt)
     pooled = run.network.pooled if run.network.kind == "sdxl" else 0
     pairs, _ = count_pairs(settings)
     flips, moments = 1 + settings.data.flip, 2
     stepped = 4 if variant.master == "fp32" else COMPUTE_DTYPES[variant.precision].itemsize
-    checkpoint = stepped * p + state_bytes(variant.optimizer, run.network)
+    checkpoint = stepped * trained + state_bytes(variant.optimizer, run.network)
     others = sum(f.stat().st_size for part in ("vae", "text_encoder", "text_encoder_2")
                  for f in (source.folder / part).glob("*.safetensors"))  # fmt: skip
     examples = settings.batch.pairs_per_step * FILE_BYTES * IMAGES_PER_PAIR * latent
     return {
         "cache": pairs * FILE_BYTES * (IMAGES_PER_PAIR * flips * moments * latent + prompt + pooled),
         "checkpoints": (settings.run.keep + 1) * checkpoint,  # one more while the next is written
-        "export": (p + frozen) * getattr(torch, settings.model.export_dtype).itemsize + others,
+        "export": (trained + frozen) * getattr(torch, settings.model.export_dtype).itemsize + others,
         "trajectories": examples * settings.run.steps if settings.inversion.store else 0.0,
     }
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from smpo_fast.kernels import geglu_linear as kernel_module
 from smpo_fast.kernels._launch import INTERPRET
-from smpo_fast.kernels.geglu_linear import FusedGEGLULinear, _op, geglu_linear, geglu_linear_reference, plain
+from smpo_fast.kernels.geglu_linear import (
+    FusedGEGLULinear,
+    _op,
+    forward_only,
+    geglu_linear,
+    geglu_linear_reference,
+    plain,
+)
 
 # leading dimensions, K, F; SDXL has K 640 and 1280 with F = 4 K, SD1.5 also 320
 SHAPES = [((2, 5), 128, 160), ((70,), 64, 33), ((1,), 1, 1), ((131,), 37, 11), ((3, 7), 97, 65), ((150,), 128, 70)]
@@ -154,18 +161,20 @@ class Module(FusedGEGLULinear, Stock):
     pass
 
 
-def test_runs_only_without_gradients(launches: list[str], device: torch.device) -> None:
+def test_runs_only_without_gradients_and_where_it_may(launches: list[str], device: torch.device) -> None:
     torch.manual_seed(0)
     module, x = Module(device), draw(3, 8, seed=0, device=device)
-    wanted = module(x)  # the weight needs a gradient
-    assert (module.calls, launches) == (1, [])
-    with torch.no_grad():
+    with forward_only():
+        wanted = module(x)  # the weight needs a gradient
+        assert (module.calls, launches) == (1, [])
+        with torch.no_grad():
+            assert torch.allclose(module(x), wanted, atol=1e-6)
+        module.requires_grad_(False)
         assert torch.allclose(module(x), wanted, atol=1e-6)
-    module.requires_grad_(False)
-    assert torch.allclose(module(x), wanted, atol=1e-6)
-    assert (module.calls, launches) == (1, ["_geglu_linear_kernel"] * 2)
-    module(x.clone().requires_grad_()).sum().backward()
-    assert (module.calls, len(launches)) == (2, 2)
+        assert (module.calls, launches) == (1, ["_geglu_linear_kernel"] * 2)
+        module(x.clone().requires_grad_()).sum().backward()
+        assert (module.calls, len(launches)) == (2, 2)
+    assert torch.equal(module(x), wanted) and (module.calls, len(launches)) == (3, 2), "outside: as in training"
 
 
 def test_a_projection_that_is_more_than_linear_is_left_alone(launches: list[str], device: torch.device) -> None:
@@ -192,13 +201,14 @@ def test_a_projection_that_is_more_than_linear_is_left_alone(launches: list[str]
     for number, change in enumerate(cases):
         module = changed(change)
         assert not plain(module.proj), number
-        module(x)
+        with forward_only():
+            module(x)
         assert (module.calls, launches) == (1, []), number
 
 
 def test_under_autocast(launches: list[str], device: torch.device) -> None:
     module, x = Module(device).requires_grad_(False), draw(30, 8, seed=0, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16), forward_only():
         found = module(x)
     assert found.dtype == torch.bfloat16 and launches == ["_geglu_linear_kernel"]
     assert (found.float() - Stock.forward(module, x)).abs().max() < 0.03

@@ -20,6 +20,7 @@ from torch import Tensor
 from smpo_fast.config.schema import Inversion, Model
 from smpo_fast.method.batch import Conditioning
 from smpo_fast.method.inversion import NoisePredictor
+from smpo_fast.models import kernel_patch
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference.compilation import compiled, compiled_blocks
 from smpo_fast.models.inference.cuda_graphs import CudaGraphs
@@ -49,7 +50,7 @@ class InferenceCaller:
         self.denoiser.unet = denoiser.unet if sharded else bare
         self.input_dtype = torch.float32 if denoiser.velocity else denoiser.dtype
         self._cross_attentions = [] if sharded else list(cacheable_cross_attentions(bare))
-        self._contexts: list[Callable[[], AbstractContextManager[None]]] = []
+        self._contexts: list[Callable[[], AbstractContextManager[None]]] = kernel_patch.forward_only(bare)
         if model.compile != "off":
             self._contexts.append(partial(compiled, compiled_blocks(bare)))
         self._float8 = Float8(bare) if inversion.fp8 else None
