@@ -11,7 +11,7 @@ from smpo_fast.config import arguments, commands, describe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a cache that does not verify or a plan that does not fit, 2 a mistake, 3 failed."""
+    """Exit status: 0 done, 1 something that does not verify or a plan that does not fit, 2 a mistake, 3 failed."""
     parser = argparse.ArgumentParser(prog="smpo", description=__doc__.partition(": ")[2])
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
     subparsers = parser.add_subparsers(dest="command", required=True)
@@ -49,11 +49,12 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from smpo_fast.data.cache import verify
+    from smpo_fast.common.runtime import world_from_environment
+    from smpo_fast.verification import report
 
-    folder = arguments.arguments_of(commands.VerifyArguments, args).cache
-    settings = arguments.settings_of(args)
-    return verify.run(folder, settings if args.config or args.overrides else None)
+    options, settings = arguments.arguments_of(commands.VerifyArguments, args), arguments.settings_of(args)
+    device = world_from_environment(settings.run.device).device
+    return report.run(options.path, settings if args.config or args.overrides else None, device, deep=options.deep)
 
 
 def _score(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 # Lowest first: a package may import those above it in this list, and nothing else. The programs come last.
 LAYERS = (
     "common", "embedded", "kernels", "config", "method", "models", "data", "engine", "evaluation", "training",
-    "planning", "train", "cli",
+    "verification", "planning", "train", "cli",
 )  # fmt: skip
 # What a package may use of the layers below it, where that is less than all of them.
 ONLY = {

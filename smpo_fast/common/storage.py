@@ -13,12 +13,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from smpo_fast.common.errors import EnvironmentProblem
+
+SEAL = "seal"  # key of the hash of all other values of a description
 
 
 @contextmanager
@@ -132,6 +134,29 @@ def file_facts(file: Path) -> dict[str, Any]:
 def canonical_json(value: Any) -> str:
     """JSON text that is equal for equal values: keys sorted, tuples as lists."""
     return json.dumps(value, sort_keys=True)
+
+
+def json_hash(value: Any) -> str:
+    """The SHA-256 hash of a JSON value, in hexadecimal: equal for equal values, however they are written."""
+    return sha256_of(canonical_json(as_json(value)).encode()).hex()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with their own hash under ``SEAL``, by which ``unsealed`` notices that one has changed."""
+    return {**values, SEAL: json_hash(values)}
+
+
+def unsealed(values: Any) -> dict[str, Any]:
+    """Sealed values without their seal. Values that were never sealed, by an earlier version, are taken as they are.
+
+    Raises ValueError for what is no JSON object, and where a value has changed since they were sealed.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("it holds no JSON object")
+    kept = {key: value for key, value in values.items() if key != SEAL}
+    if SEAL in values and values[SEAL] != json_hash(kept):
+        raise ValueError(f"a value in it has changed since it was written ({SEAL} differs)")
+    return kept
 
 
 def as_json(value: Any) -> Any:

@@ -41,7 +41,12 @@ class TrainArguments(Section):
 class VerifyArguments(Section):
     """Arguments of ``smpo verify``."""
 
-    cache: Annotated[Path, POSITIONAL] = Field(description="folder of the cache")
+    path: Annotated[Path, POSITIONAL] = Field(
+        description="folder of a cache, scores, a pair table, a checkpoint, an export, stored trajectories, or a run"
+    )
+    deep: bool = Field(
+        False, description="decode every image of a pair table; encode or score a sample again (docs/verification.md)"
+    )
 
 
 class ImportOptions(Section):
@@ -195,7 +200,8 @@ COMMANDS: dict[str, Command] = {
     "import": Command("import preference pairs of any format into one table", ImportArguments),
     "prepare": Command("encode the pairs of [data] with the networks of [model] into the cache", NoArguments, "run"),
     "verify": Command(
-        "check a cache: hashes, counts, finite numbers and, if settings are given, whether it was made for them",
+        "check anything that the programs write: hashes, counts, finite numbers and, if settings are given, whether a "
+        "cache or scores were made for them",
         VerifyArguments,
         "run",
     ),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,10 +25,11 @@ from typing import Any
 
 from smpo_fast.common.errors import CheckpointError
 from smpo_fast.common.runtime import World, print0
-from smpo_fast.common.storage import as_json, canonical_json, publish_folder, sha256, sync
+from smpo_fast.common.storage import as_json, json_hash, publish_folder, sha256, sync
 from smpo_fast.engine.collectives import gather, on_every_rank, on_rank_0
 from smpo_fast.engine.protocol import Engine
 
+MANIFEST = "manifest.json"
 FORMAT = 2  # 1 consisted of DeepSpeed's own files
 _LIBRARIES = ("smpo_fast", "torch", "deepspeed", "bitsandbytes")
 
@@ -88,7 +88,7 @@ def newest(run_dir: str | Path) -> tuple[Path, Progress] | None:
     """The newest checkpoint and its progress, from its manifest alone; None where no checkpoint can be read."""
     for folder in list_checkpoints(run_dir)[-1:]:
         with contextlib.suppress(CheckpointError, KeyError, TypeError):
-            return folder, Progress(**_read_manifest(folder)["progress"])
+            return folder, Progress(**read_manifest(folder)["progress"])
     return None
 
 
@@ -105,7 +105,7 @@ def inspect(
     wanted = {"facts": None if facts is None else as_json(dict(facts)), "defaults": as_json(dict(defaults))}
     if reason := _problem(found[-1], wanted, World()):
         raise CheckpointError(f"checkpoint {found[-1]}: {reason}. {_advice(found, wanted)}")
-    return found[-1], Progress(**_read_manifest(found[-1])["progress"])
+    return found[-1], Progress(**read_manifest(found[-1])["progress"])
 
 
 def restore_latest(
@@ -132,7 +132,7 @@ def restore_latest(
         reason = next(r for r in reasons if r)
         advice = on_rank_0(world, lambda: _advice([Path(f) for f in found], wanted))
         raise CheckpointError(f"checkpoint {newest}: {reason}. {advice}")
-    manifest = _read_manifest(newest)
+    manifest = read_manifest(newest)
     engine.load([newest / name for name in sorted(manifest["files"])])
     if world.rank == 0 and manifest["layout"] != engine.layout:
         there, here = _layout_text(manifest["layout"]), _layout_text(engine.layout)
@@ -150,8 +150,8 @@ def _prepare(root: Path, building: Path) -> None:
 
 
 def _publish(root: Path, building: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
-    path = building / "manifest.json"
-    path.write_text(json.dumps(manifest | {"sha256": _manifest_hash(manifest)}, indent=1, sort_keys=True))
+    path = building / MANIFEST
+    path.write_text(json.dumps(manifest | {"sha256": json_hash(manifest)}, indent=1, sort_keys=True))
     sync(path)
     if final.exists():  # it is incomplete
         _remove(final)
@@ -213,29 +213,27 @@ def _versions() -> dict[str, str]:
 # --- reading --------------------------------------------------------------------------------------------------
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError, without the name of the folder, when it cannot be read or has another format."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, with its own hash where one was written.
+
+    Raises CheckpointError, without the name of the folder, when it cannot be read or has another format."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"damaged: manifest.json cannot be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise CheckpointError(f"written by another version of the program: format {found}, this one reads {FORMAT}")
-    recorded = manifest.pop("sha256", None)  # absent from manifests of earlier versions
-    if recorded is not None and recorded != _manifest_hash(manifest):
+    hashed = {key: value for key, value in manifest.items() if key != "sha256"}
+    if manifest.get("sha256", json_hash(hashed)) != json_hash(hashed):  # earlier versions wrote none
         raise CheckpointError("damaged: manifest.json has changed (sha256 differs)")
     return manifest
-
-
-def _manifest_hash(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
 
 
 def _complete(folder: Path) -> bool:
     """Whether the manifest can be read and all files have the right size; contents are not verified."""
     try:
-        files = _read_manifest(folder)["files"]
+        files = read_manifest(folder)["files"]
         return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
     except (OSError, KeyError, CheckpointError):
         return False
@@ -244,7 +242,7 @@ def _complete(folder: Path) -> bool:
 def _problem(folder: Path, wanted: Mapping[str, Any], world: World) -> str | None:
     """Why ``folder`` cannot be used, judging by this rank's share of its files; None when it can."""
     try:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         return (
             _layout_problem(manifest["layout"], wanted.get("layout", manifest["layout"]))
             or _facts_problem(manifest["facts"], wanted["facts"], wanted["defaults"])

@@ -37,6 +37,14 @@ class ParameterSlice(NamedTuple):
         return self.offset + self.numel
 
 
+def parse_key(key: str) -> tuple[ParameterSlice, str]:
+    """The slice that a tensor belongs to, and its kind, from its name in a file."""
+    location, _, name = key.partition("/")
+    kind, _, numbers = location.partition("@")
+    offset, _, numel = numbers.partition("+")
+    return ParameterSlice(name, int(offset), int(numel)), kind
+
+
 class ShardWriter:
     """Writes the slices of one rank; call ``close`` at the end. Add each kind of a slice at most once."""
 
@@ -72,10 +80,8 @@ class ShardReader:
         for path in sorted(path for path in files if path.match("rank*.safetensors")):
             file = safe_open(path, "pt")
             for key in file.keys():
-                location, _, name = key.partition("/")
-                kind, _, numbers = location.partition("@")
-                offset, _, numel = numbers.partition("+")
-                self._stored[name, kind].append((ParameterSlice(name, int(offset), int(numel)), key, file))
+                param_slice, kind = parse_key(key)
+                self._stored[param_slice.name, kind].append((param_slice, key, file))
 
     def slices(self, name: str, kind: str) -> list[ParameterSlice]:
         """The stored slices of one kind of a parameter, by ascending offset."""

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from smpo_fast.common import plots
-from smpo_fast.common.storage import atomic_write, write_json
+from smpo_fast.common import plots, storage
+from smpo_fast.common.storage import atomic_write
 from smpo_fast.config.schema import Config
 from smpo_fast.evaluation.statistics import Comparison
 
+REPORT, SCORES, GRID = "evaluation.json", "scores.csv", "grid.png"  # the report has the hashes of the others
 GRID_ROWS = 12
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]
@@ -29,12 +30,13 @@ def write_report(
     scores: Scores,
     comparisons: Sequence[Comparison],
 ) -> None:
-    """Write all files of an evaluation; images by 'base' and 'aligned'."""
-    write_scores(out / "scores.csv", prompts, scores)
-    facts = {"eval": config.eval.model_dump(), "comparisons": [asdict(c) for c in comparisons]}
-    write_json(out / "evaluation.json", facts, indent=2)
+    """Write all files of an evaluation, the report last; images by 'base' and 'aligned'."""
+    write_scores(out / SCORES, prompts, scores)
     shown = next(iter(scores.values())) if scores else None
-    plots.draw_grid(images["base"], images["aligned"], prompts, shown, out / "grid.png", rows=GRID_ROWS)
+    plots.draw_grid(images["base"], images["aligned"], prompts, shown, out / GRID, rows=GRID_ROWS)
+    facts = {"eval": config.eval.model_dump(), "comparisons": [asdict(c) for c in comparisons]}
+    files = {name: storage.file_facts(out / name) for name in (SCORES, GRID)}
+    storage.write_json(out / REPORT, storage.sealed({**facts, "files": files}), indent=2)
 
 
 def write_scores(file: Path, prompts: Sequence[str], scores: Scores) -> None:

@@ -1,4 +1,7 @@
-"""Writing a trained pipeline as a diffusers folder."""
+"""Writing a trained pipeline as a diffusers folder.
+
+Beside the files that loaders read, an export has ``export.json``: size and SHA-256 of each of them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from smpo_fast.models.load import empty_unet
 from smpo_fast.models.locate import OPTIONAL_PARTS, PARTS, ModelSource
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+EXPORT_INFO = "export.json"
 
 
 def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
@@ -29,19 +33,14 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
     """
     unet = empty_unet(source)
     unet.load_state_dict(to_export_dtype(state, dtype), assign=True)
-    folder = folder.resolve()
-    building = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    building = begin_export(folder)
     shutil.copyfile(source.folder / "model_index.json", building / "model_index.json")
     for part in (*PARTS[2:], *OPTIONAL_PARTS):
         if (source.folder / part).is_dir():
             _copy_part(source.folder / part, building / part, source.variant)
     _copy_part(source.vae_folder, building / "vae", source.variant)
     unet.save_pretrained(building / "unet", safe_serialization=True)
-    _keep_other_files(folder, building)
-    finish_files(building)
-    storage.replace_folder(building, folder)
+    publish_export(building, folder)
 
 
 def to_export_dtype(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -66,7 +65,28 @@ def to_export_dtype(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor
     return cast
 
 
-def finish_files(folder: Path) -> None:
+def begin_export(folder: Path) -> Path:
+    """An empty folder next to ``folder``, to write its new content to; what a killed export left there is removed."""
+    building = folder.resolve().with_name(f".{folder.resolve().name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    return building
+
+
+def publish_export(building: Path, folder: Path) -> None:
+    """Describe and sync the files of ``building``, and put it in the place of an earlier export, all at once.
+
+    Files of the earlier one that no export writes, such as a README, are kept.
+    """
+    folder = folder.resolve()
+    files = {f.relative_to(building).as_posix(): storage.file_facts(f) for f in building.rglob("*") if f.is_file()}
+    storage.write_json(building / EXPORT_INFO, storage.sealed({"files": dict(sorted(files.items()))}), indent=1)
+    _keep_other_files(folder, building)
+    _finish_files(building)
+    storage.replace_folder(building, folder)
+
+
+def _finish_files(folder: Path) -> None:
     """Sync all files of a folder, and give weights the umask's permissions: safetensors makes them 0600."""
     mode = storage.default_mode(folder)
     for file in folder.rglob("*"):
@@ -77,7 +97,7 @@ def finish_files(folder: Path) -> None:
 
 
 def _keep_other_files(earlier: Path, folder: Path) -> None:
-    ours = {"model_index.json", LORA_FILE, *PARTS, *OPTIONAL_PARTS}
+    ours = {"model_index.json", LORA_FILE, EXPORT_INFO, *PARTS, *OPTIONAL_PARTS}
     for file in earlier.iterdir() if earlier.is_dir() else ():
         if file.name not in ours:
             copy = shutil.copytree if file.is_dir() else shutil.copy2

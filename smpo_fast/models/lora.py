@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smpo_fast.common import storage
 from smpo_fast.common.errors import ConfigError, EnvironmentProblem, ModelError
 from smpo_fast.common.runtime import rng
 from smpo_fast.config.schema import Config, Lora
 from smpo_fast.models.export import LORA_FILE as FILE
-from smpo_fast.models.export import export_pipeline, finish_files, to_export_dtype
+from smpo_fast.models.export import begin_export, export_pipeline, publish_export, to_export_dtype
 from smpo_fast.models.load import empty_unet, load_unet, pipeline_class
 from smpo_fast.models.locate import ModelSource
 
@@ -110,7 +107,7 @@ def adapters_off(unet: Any) -> Iterator[None]:
 
 
 def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapters for ``pipe.load_lora_weights(folder)``, in a file that appears complete or not at all.
+    """Write the adapters for ``pipe.load_lora_weights(folder)``, as a folder that appears complete or not at all.
 
     state: the network's weights by name, of any shapes; only the adapters are used. The file's metadata has peft's
     settings, from which loaders take a scale other than 1, and DoRA. Raises ModelError for weights that are not finite
@@ -123,9 +120,7 @@ def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folde
     adapters = {name: t for name, t in state.items() if ".lora_" in name}
     weights = get_peft_model_state_dict(unet, state_dict=adapters)
     weights = to_export_dtype(weights, config.model.export_dtype)
-    building = folder / ".adapters.tmp"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    building = begin_export(folder)
     pipeline_class(source).save_lora_weights(
         building,
         unet_lora_layers={name: t.contiguous() for name, t in weights.items()},
@@ -135,10 +130,7 @@ def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folde
         },
     )
     _sort_header(building / FILE)
-    finish_files(building)
-    os.replace(building / FILE, folder / FILE)
-    storage.sync(folder)
-    shutil.rmtree(building)
+    publish_export(building, folder)
 
 
 def _sort_header(file: Path) -> None:

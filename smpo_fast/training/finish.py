@@ -14,6 +14,7 @@ from smpo_fast.evaluation import compare
 from smpo_fast.models import lora
 from smpo_fast.models.export import export_pipeline
 from smpo_fast.training.job import Job
+from smpo_fast.training.run_folder import describe_end
 from smpo_fast.training.run_log import read_metrics
 
 
@@ -37,6 +38,7 @@ def finish(job: Job, state: dict[str, Tensor]) -> None:
     summary = ""
     if c.eval.prompts:
         summary = compare.evaluate(c, job.source, export, job.run_dir / "evaluation", job.world.device)
+    describe_end(job.run_dir)
     exported = f"the {'adapters' if c.lora.rank else 'aligned pipeline'}, for diffusers'"
     exported += " load_lora_weights" if c.lora.rank else " from_pretrained"
     print0(

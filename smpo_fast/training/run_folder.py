@@ -1,22 +1,30 @@
-"""What a run writes about itself into its folder: the resolved settings and the environment."""
+"""What a run writes about itself into its folder: settings and environment at the start, hashes at the end."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
-from smpo_fast.common.storage import remove_drafts, write_json, write_text
+from smpo_fast.common.storage import file_facts, remove_drafts, sealed, write_json, write_text
 from smpo_fast.config import loading
 from smpo_fast.training.job import Job
 
+FINISHED = "finished.json"
+OWN_FILES = ("config.toml", "environment.json", "ds_config.json", "metrics.jsonl", "curves.png")
+
 
 def describe_run(job: Job) -> None:
-    """Write config.toml, environment.json and, with DeepSpeed, ds_config.json. The process holds the run's lock."""
+    """Write config.toml, environment.json and, with DeepSpeed, ds_config.json; the run is no longer finished.
+
+    The process holds the run's lock.
+    """
     job.run_dir.mkdir(parents=True, exist_ok=True)
     remove_drafts(job.run_dir)
+    (job.run_dir / FINISHED).unlink(missing_ok=True)
     write_text(job.run_dir / "config.toml", loading.dump(job.config))
     if job.ds_settings is not None:
         write_json(job.run_dir / "ds_config.json", job.ds_settings, indent=2)
@@ -31,3 +39,9 @@ def describe_run(job: Job) -> None:
         "precision": job.precision,
     }
     write_json(job.run_dir / "environment.json", facts, indent=2)
+
+
+def describe_end(run_dir: Path) -> None:
+    """Write finished.json: size and SHA-256 of the run's own files, which do not change any more."""
+    files = {name: file_facts(run_dir / name) for name in OWN_FILES if (run_dir / name).is_file()}
+    write_json(run_dir / FINISHED, sealed({"files": files}), indent=2)

@@ -31,7 +31,7 @@ class RunLog:
         if not self.active:
             return
         self.file = run_dir / "metrics.jsonl"
-        lines = [(line, _row(line)) for line in _lines(self.file) if line.endswith("\n")]
+        lines = [(line, parse_row(line)) for line in log_lines(self.file) if line.endswith("\n")]
         if unreadable := sum(row is None for _, row in lines):
             warn0(
                 f"{self.file}: {unreadable} of {len(lines)} lines are not rows of this log; they are kept, and ignored"
@@ -67,18 +67,19 @@ class RunLog:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, oldest first, without lines that are damaged."""
-    rows = (_row(line) for line in _lines(run_dir / "metrics.jsonl"))
+    rows = (parse_row(line) for line in log_lines(run_dir / "metrics.jsonl"))
     return [row for row in rows if row is not None]
 
 
-def _lines(file: Path) -> list[str]:
+def log_lines(file: Path) -> list[str]:
+    """The lines of a log; none where there is no file."""
     if not file.exists():
         return []
     with file.open(errors="surrogateescape", newline="\n") as stream:
         return list(stream)
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def parse_row(line: str) -> dict[str, Any] | None:
     """The row of a line; None for a line that is none."""
     try:
         row = json.loads(line)

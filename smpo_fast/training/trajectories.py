@@ -23,11 +23,11 @@ from torch import Tensor
 
 from smpo_fast.common.errors import ConfigError, DataError
 from smpo_fast.common.runtime import World
-from smpo_fast.common.storage import as_json, atomic_write, write_json
+from smpo_fast.common.storage import as_json, atomic_write, sealed, unsealed, write_json
 from smpo_fast.engine.checkpoint import different_facts
 from smpo_fast.training.examples import Examples
 
-_INFO = "trajectories.json"
+INFO = "trajectories.json"
 
 
 class TrajectoryStore:
@@ -87,7 +87,7 @@ class TrajectoryStore:
                 position = self._position(step, place)
                 values |= {f"{position}.tau": t.contiguous(), f"{position}.errors": e.contiguous()}
         file = self.folder / f"step-{step:06d}.{self.world.rank}-of-{self.world.size}.safetensors"
-        checksums = {name: f"{_checksum(value):08x}" for name, value in values.items()}
+        checksums = {name: f"{checksum(value):08x}" for name, value in values.items()}
         with atomic_write(file) as draft:
             save_file(values, draft, checksums)
 
@@ -131,20 +131,32 @@ class TrajectoryStore:
         return step * self._drawn + self.world.rank + self.world.size * place
 
     def _check_facts(self, facts: dict[str, Any], defaults: dict[str, Any]) -> None:
-        file = self.folder / _INFO
+        file = self.folder / INFO
         if not file.exists() and self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, facts, indent=2)
+            write_json(file, sealed(facts), indent=2)
         if not file.exists():
             return  # rank 0 is writing the same facts
-        for key, before, now in different_facts(json.loads(file.read_text()), facts, defaults):
+        for key, before, now in different_facts(read_facts(self.folder), facts, defaults):
             raise ConfigError(
                 f"inversion.store: {self.folder} was made with {key} = {before}, this run has {now}: set another "
                 "folder, or restore these settings"
             )
 
 
-def _checksum(tensor: Tensor) -> int:
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The facts that a store was made with. Raises DataError where they cannot be read or have changed."""
+    try:
+        return unsealed(json.loads((folder / INFO).read_text()))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"inversion.store: {folder / INFO} is damaged ({error}): remove {folder}, and the next run computes "
+            "everything again"
+        ) from error
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of a tensor of any shape."""
     return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
@@ -162,7 +174,7 @@ def _verified(file: Any, path: Path, name: str) -> Tensor:
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
     checksum = (file.metadata() or {}).get(name)
-    if checksum is not None and int(checksum, 16) != _checksum(tensor):
+    if checksum is not None and int(checksum, 16) != checksum(tensor):
         raise _damaged(path, f"the checksum of {name} differs")
     return tensor
 

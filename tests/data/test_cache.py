@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.artifacts import problems, reseal
 from safetensors.numpy import load_file
 
 from smpo_fast.common import shared_work, storage
@@ -24,7 +25,6 @@ from smpo_fast.data.cache import index, integrity, location
 from smpo_fast.data.cache.format import LATENTS_PART, PROMPTS_PART, CacheError, Entry, Unstorable
 from smpo_fast.data.cache.identity import check_identity
 from smpo_fast.data.cache.reader import CachedPairs
-from smpo_fast.data.cache.verify import verify
 from smpo_fast.data.cache.writer import CacheWriter
 
 LATENT = (4, 6, 5)
@@ -159,7 +159,7 @@ def test_index_rewards_labels_and_prompts(tmp_path: Path) -> None:
     }  # fmt: skip
     assert info.rewards == (-8 / 3, 8 / 7)
     assert info.bytes == sum(f.stat().st_size for f in (tmp_path / "c").iterdir() if f.name != "cache.json")
-    assert verify(pairs) == []
+    assert problems(tmp_path / "c") == []
 
 
 def test_without_flips_and_without_pooled(tmp_path: Path) -> None:
@@ -307,10 +307,9 @@ def test_changed_content_is_found_by_verify(tmp_path: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[-3] ^= 1
     file.write_bytes(raw)
-    problems = verify(CachedPairs(tmp_path / "c", check=False))
-    assert len(problems) == 1
-    assert "latents-00001.safetensors: its content has changed" in problems[0]
-    assert problems[0].endswith("it holds 3 pairs, rows 5 to 7")
+    (problem,) = problems(tmp_path / "c")
+    assert "latents-00001.safetensors: its content has changed" in problem
+    assert problem.endswith("it holds 3 pairs, rows 5 to 7")
 
 
 def test_verify_names_the_pair_with_a_bad_number_and_the_prompt(tmp_path: Path) -> None:
@@ -330,8 +329,10 @@ def test_verify_names_the_pair_with_a_bad_number_and_the_prompt(tmp_path: Path) 
     spoil("latents-00002.safetensors", "std", 0, -1.0)
     spoil("prompts-00000.safetensors", "pooled", 1, np.inf)
     changed, numbers = [], []
-    for problem in verify(CachedPairs(tmp_path / "c", check=False)):
-        (changed if "sha256" in problem else numbers).append(problem.partition(": ")[2])
+    for problem in problems(tmp_path / "c"):
+        (changed if "sha256" in problem else numbers).append(
+            problem.partition("safetensors: ")[2].partition(": put")[0]
+        )
     assert len(changed) == 3
     assert numbers == [
         "row 6 (uid 6): the latents' mean contains a number that is not finite or is below 0",
@@ -344,16 +345,13 @@ def test_verify_compares_the_index_with_the_shards_and_the_counts(tmp_path: Path
     write(tmp_path / "c")
     table = pq.read_table(tmp_path / "c" / "pairs.parquet")
     pq.write_table(table.take([0, 1, 1, 3, 4, 5, 6]), tmp_path / "c" / "pairs.parquet")
-    info = json.loads((tmp_path / "c" / "cache.json").read_text())
-    info["files"]["pairs.parquet"] = storage.file_facts(tmp_path / "c" / "pairs.parquet")
-    (tmp_path / "c" / "cache.json").write_text(json.dumps(info))
-    problems = "\n".join(verify(CachedPairs(tmp_path / "c", check=False)))
-    assert "the index has 7 pairs, cache.json says 8" in problems
-    assert "rows are not in ascending order" in problems
-    assert (
-        "latents-00000.safetensors: it holds 4 pairs where the index has 4; it holds 4 pairs, rows 0 to 3" in problems
-    )
-    assert "latents-00002.safetensors: it holds" not in problems
+    facts = storage.file_facts(tmp_path / "c" / "pairs.parquet")
+    reseal(tmp_path / "c" / "cache.json", lambda info: info["files"].update({"pairs.parquet": facts}))
+    found = "\n".join(problems(tmp_path / "c"))
+    assert "the index has 7 pairs, cache.json says 8" in found
+    assert "rows are not in ascending order" in found
+    assert "latents-00000.safetensors: it holds 4 pairs where the index has 4; it holds 4 pairs, rows 0 to 3" in found
+    assert "latents-00002.safetensors: it holds" not in found
 
 
 def test_pairs_of_several_shapes_lie_in_one_shard_and_are_read_apart(tmp_path: Path) -> None:
@@ -387,7 +385,7 @@ def test_pairs_of_several_shapes_lie_in_one_shard_and_are_read_apart(tmp_path: P
     assert (mean[0] == 4).all() and (mean[1] == 1).all() and (std[1] == 1.5).all()
     with pytest.raises(ValueError, match="2 shapes"):
         cached.moments([0, 1], np.zeros((2, 2), bool))
-    assert verify(cached) == []
+    assert problems(tmp_path / "c") == []
 
 
 def test_a_broken_shard_header_and_index_are_clear_errors(tmp_path: Path) -> None:

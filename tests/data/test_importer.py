@@ -39,6 +39,7 @@ from helpers.import_sources import (
 
 from smpo_fast import cli
 from smpo_fast.common.errors import DataError, UserError
+from smpo_fast.common.storage import unsealed
 from smpo_fast.config.commands import ImportOptions
 from smpo_fast.data.ingest.importer import import_pairs
 from smpo_fast.data.pairs import reader, writer
@@ -130,8 +131,8 @@ def test_an_interrupted_import_starts_again_when_an_image_has_changed(
 
 
 def forget_fingerprint(out: Path) -> None:
-    """Make an import look like one by a version that wrote none."""
-    summary = json.loads((out / "import.json").read_text())
+    """Make an import look like one by a version that wrote neither a fingerprint nor a seal."""
+    summary = unsealed(json.loads((out / "import.json").read_text()))
     del summary["source"]["fingerprint"]
     (out / "import.json").write_text(json.dumps(summary))
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.artifacts import problems
 from helpers.encoders import FakeEncoders, png
 from helpers.paths import SAMPLES, needs_samples
 from helpers.ranks import run_ranks
@@ -38,7 +39,6 @@ from smpo_fast.data.cache import identity as cache_identity
 from smpo_fast.data.cache import location, pipeline, prepare
 from smpo_fast.data.cache.format import CacheError
 from smpo_fast.data.cache.reader import CachedPairs
-from smpo_fast.data.cache.verify import verify
 from smpo_fast.data.cache.visits import visited
 from smpo_fast.data.images import decode
 from smpo_fast.method.labels import weigh
@@ -543,7 +543,7 @@ def test_only_what_the_run_visits_is_encoded_and_the_run_is_the_same(tmp_path: P
     few = run(chosen, tmp_path / "few", encoders=encoders)
     assert (len(few), few.encoded.sum(), sum(encoders.calls)) == (48, 12, 12 * 4)
     assert few.rows.tolist() == whole.rows.tolist() and few.rejections() == whole.rejections()
-    assert verify(few) == []
+    assert problems(few.root) == []
     for step in range(3):
         a, b = (Loader(c, chosen, World()).step_batch(step)[0] for c in (whole, few))
         assert a.ids == b.ids and torch.equal(a.latents, b.latents) and torch.equal(a.weight, b.weight)
@@ -598,7 +598,7 @@ def test_buckets_keep_the_aspect_of_both_pictures_and_say_what_was_cut(tmp_path:
     tables = [[png(50 + picture, sizes[i % 4][picture]) for i in range(12)] for picture in range(2)]
     table = write_table(tmp_path / "t.parquet", 12, jpg_0=tables[0], jpg_1=tables[1])
     cached = run(settings(table, buckets=True), tmp_path / "c", batch=5)
-    assert verify(cached) == []
+    assert problems(cached.root) == []
     shapes = cached.pixels[cached.shapes]
     for row in range(12):
         both = [sizes[row % 4][picture][::-1] for picture in range(2)]

@@ -27,7 +27,7 @@ DOCUMENTED = (0, 2, 3, 130)  # exit statuses
 # Of the numbers in a log and a checkpoint, those that depend on the clock or the machine.
 _CLOCK = re.compile(r'"(pairs_per_|mega)?second[^"]*": [^,}\n]+|"memory_gb": [^,}\n]+')
 _OWN_HASH = re.compile(rb'"sha256": "[0-9a-f]{64}",\n "versions"')  # of a manifest over the seconds in it
-_PLOTS_OF_TIME = ("run/curves.png",)
+_OF_TIME = ("run/curves.png", "run/finished.json")  # a plot of the seconds, and hashes of it and of the log
 # What a kill while a small file is replaced may leave, where no lock says that nobody else is writing.
 _LEFTOVERS = re.compile(r"(scores|store|run/evaluation)/[^/]+\.\d+-[0-9a-f]{8}\.tmp")
 
@@ -180,8 +180,8 @@ def _digest(path: Path, work: Path) -> str:
     """The hash of a file without what depends on the clock."""
     if not path.is_file():
         return ""
-    if path.relative_to(work).as_posix() in _PLOTS_OF_TIME:
-        return "plot"
+    if path.relative_to(work).as_posix() in _OF_TIME:
+        return "of the clock"
     content = path.read_bytes()
     if path.name in ("metrics.jsonl", "manifest.json"):
         content = _OWN_HASH.sub(b"", _CLOCK.sub("", content.decode(errors="replace")).encode())

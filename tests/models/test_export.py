@@ -23,7 +23,7 @@ from smpo_fast.common.errors import ModelError
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.models import lora
-from smpo_fast.models.export import export_pipeline
+from smpo_fast.models.export import EXPORT_INFO, export_pipeline
 from smpo_fast.models.identity import encoders_identity
 from smpo_fast.models.load import load_unet
 from smpo_fast.models.locate import ModelSource, find
@@ -170,7 +170,7 @@ def test_exported_files_have_the_permissions_of_the_umask(tmp_path: Path) -> Non
         os.umask(before)
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
     assert {f.stat().st_mode & 0o777 for f in files} == {0o640}
-    assert [f.name for f in (tmp_path / "adapters").iterdir()] == [lora.FILE]
+    assert {f.name for f in (tmp_path / "adapters").iterdir()} == {lora.FILE, EXPORT_INFO}
 
 
 @pytest.mark.parametrize(

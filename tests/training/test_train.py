@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers.artifacts import reseal
 from helpers.paths import SAMPLES, needs_samples
 from helpers.small_run import assert_same_run, numbers, pair_table, run, weights
 from PIL import Image
@@ -148,9 +149,7 @@ def poison(cache_dir: Path, index: int) -> None:
     place = start + first + index * size
     raw[place : place + size] = np.full(size // 2, np.nan, np.float16).tobytes()
     shard.write_bytes(raw)
-    info = json.loads((cache_dir / "cache.json").read_text())
-    info["files"][shard.name]["sha256"] = sha256(shard)
-    (cache_dir / "cache.json").write_text(json.dumps(info))
+    reseal(cache_dir / "cache.json", lambda info: info["files"][shard.name].update(sha256=sha256(shard)))
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(

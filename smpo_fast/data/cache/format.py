@@ -2,7 +2,7 @@
 
 A cache is a folder (docs/data.md) that appears under its name only when it is complete::
 
-    cache.json                   format, identity, counts, shapes, and size and sha256 of every other file
+    cache.json                   format, identity, counts, shapes, size and sha256 of every other file, and its own seal
     pairs.parquet                one row per pair: row, uid, prompt, rewards, label, place of its latents, what was cut
     prompts.parquet              one row per distinct prompt: text, shard, position; prompt 0 is the empty one
     rejected.parquet             one row per rejected row: row, uid, reason
@@ -25,6 +25,7 @@ from typing import Any
 
 from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError, environment_problem
+from smpo_fast.common.storage import unsealed
 
 FORMAT = 2
 INFO, PAIRS, PROMPTS, REJECTED = "cache.json", "pairs.parquet", "prompts.parquet", "rejected.parquet"
@@ -98,7 +99,7 @@ def read_info(root: Path) -> CacheInfo:
             f"{root} holds no prepared cache ({INFO} is missing): run 'smpo prepare' with the same settings"
         )
     try:
-        values = json.loads(file.read_text())
+        values = unsealed(json.loads(file.read_text()))
         if values["format"] != FORMAT:
             raise CacheError(
                 f"{file}: cache format {values['format']}, this version reads {FORMAT}: remove {root} and prepare again"

@@ -49,15 +49,15 @@ class CachedPairs:
     EnvironmentProblem is raised if the machine is the reason why a file cannot be read.
 
     origin: URL of the same cache, from which missing shards are fetched when they are needed.  check: False leaves
-    all hashes to ``verify``.
+    all sizes and hashes to ``verify``.
     """
 
     def __init__(self, root: Path, origin: str = "", *, check: bool = True) -> None:
         self.root, self.info = root, read_info(root)
         self._origin = RemoteFolder(origin) if origin else None
         self._checks = HashChecks(self.info) if check else None
-        self._check_sizes()
         if self._checks is not None:
+            self._check_sizes()
             for name in (PAIRS, PROMPTS, REJECTED):
                 self._checks.check(name)
         pairs, prompts = (_read_table(root / name) for name in (PAIRS, PROMPTS))

@@ -6,11 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from smpo_fast.common import programs
+from smpo_fast.common import remote
 from smpo_fast.common.console import printable
-from smpo_fast.common.storage import sha256
+from smpo_fast.common.errors import ConfigError
+from smpo_fast.common.verification import (
+    BAD,
+    Finding,
+    bad,
+    caught,
+    check_files,
+    check_leftovers_of,
+    check_unlisted,
+    good,
+    read_description,
+)
 from smpo_fast.config.schema import Config
+from smpo_fast.data.cache import reencode
 from smpo_fast.data.cache.format import (
     INFO,
     LATENTS_PART,
@@ -19,6 +32,7 @@ from smpo_fast.data.cache.format import (
     PROMPTS_PART,
     CacheError,
     brief,
+    read_info,
     shard_name,
     size_suffix,
 )
@@ -27,46 +41,90 @@ from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.models.identity import encoders_identity
 from smpo_fast.models.locate import find
 
+_ADVICE = "put back a good copy, or remove the folder and run 'smpo prepare' again"
+_UNLISTED = "training does not read it; remove it if it is not yours"
 _SCAN_BYTES = 64 << 20  # of an array that is checked at a time
 
 
-def run(folder: Path, settings: Config | None) -> int:
-    """Program ``smpo verify``: print every problem of a cache, or that it has none; returns the exit status.
+def is_cache(folder: Path) -> bool:
+    """Whether a folder holds a prepared cache, even one that has lost a file."""
+    return (folder / INFO).is_file() or any(folder.glob(f"{LATENTS_PART}-*.safetensors"))
 
-    With ``settings``, a cache that was not made for them has a problem. Raises CacheError for a folder without a
-    readable cache.
+
+def verify_cache(folder: Path, settings: Config | None, device: torch.device, *, deep: bool) -> Iterator[Finding]:
+    """Verify a cache: the hash of every file, the index against the shards, and every stored number.
+
+    With ``settings`` also whether the cache was made for them.  deep: encode a sample of the pairs again, on
+    ``device`` (smpo_fast.data.cache.reencode).  Raises ConfigError for ``deep`` without settings.
     """
-    cached = CachedPairs(folder, check=False)
-    problems = verify(cached)
-    if problems:
-        problems.append(f"put back a good copy of these files, or remove {folder} and run 'smpo prepare' again")
-    if settings is not None:
-        source = find(settings.model)
-        try:
-            open_cache(settings, folder, encoders=encoders_identity(source), kind=source.kind)
-        except CacheError as error:
-            problems.append(str(error))
-    whole = f"{folder}: {len(cached)} pairs, every file is as it was written, every number finite"
-    print("\n".join(problems) if problems else whole)
-    return programs.UNMET if problems else programs.DONE
+    if deep and settings is None:
+        raise ConfigError(
+            f"--deep encodes some pairs of {folder} again: give the settings that name their table and networks "
+            "(--config FILE, or data.pairs=.. model.path=..)"
+        )
+    damaged = False
+    for finding in _check_files(folder, settings):
+        damaged |= finding.grade == BAD
+        yield finding
+    cached = _open(folder)
+    if cached is not None:
+        yield from caught(folder, lambda: _check_content(cached))
+    if cached is not None and not damaged:
+        if settings is not None:
+            yield from caught(folder, lambda: _check_against(cached, settings, device, deep=deep))
+    yield from check_leftovers_of(folder)
 
 
-def verify(cached: CachedPairs) -> list[str]:
-    """Read a whole cache and check it; returns the problems, one line each, or nothing."""
-    problems: list[str] = []
-    for check in (_changed_files, _index_problems, _bad_numbers):
-        try:
-            problems += check(cached)
-        except CacheError as error:  # a file that cannot be read at all
-            problems.append(str(error))
-    return list(dict.fromkeys(problems))
+def _check_files(folder: Path, settings: Config | None) -> Iterator[Finding]:
+    values, found = read_description(folder / INFO, _ADVICE)
+    yield from found
+    if not values:
+        return
+    try:
+        files = read_info(folder).files
+    except CacheError as error:
+        yield bad(folder / INFO, str(error))
+        return
+    remote_shards = settings is not None and remote.is_url(settings.data.cache)
+    may_lack = {name for name in files if name.endswith(".safetensors")} if remote_shards else set()
+    indexed = all((folder / name).is_file() for name in (PAIRS, PROMPTS))
+    for finding in check_files(folder, files, _ADVICE, may_lack=may_lack):
+        if finding.grade == BAD and indexed:
+            finding = bad(finding.place, f"{finding.text}{_lost(folder, finding.place.name)}")
+        yield finding
+    yield from check_unlisted(folder, {*files, INFO}, _UNLISTED)
 
 
-def _changed_files(cached: CachedPairs) -> Iterator[str]:
-    for name, facts in cached.info.files.items():
-        if sha256(cached.file(name)) != facts["sha256"]:
-            problem = "its content has changed since it was written (sha256 differs)"
-            yield f"{cached.root / name}: {problem}{_what_it_holds(cached, name)}"
+def _open(folder: Path) -> CachedPairs | None:
+    """The cache, where its files have their full length; what is wrong with them otherwise has been said already."""
+    try:
+        whole = all((folder / name).stat().st_size == f["bytes"] for name, f in read_info(folder).files.items())
+        return CachedPairs(folder, check=False) if whole else None
+    except (OSError, CacheError):
+        return None
+
+
+def _lost(folder: Path, name: str) -> str:
+    """Which pairs or prompts a damaged shard held, in words; nothing where the index cannot say."""
+    try:
+        return _what_it_holds(CachedPairs(folder, check=False), name)
+    except (CacheError, KeyError, ValueError):
+        return ""
+
+
+def _check_content(cached: CachedPairs) -> Iterator[Finding]:
+    problems = [*_index_problems(cached), *_bad_numbers(cached)]
+    yield from (bad(cached.root, f"{problem}: {_ADVICE}") for problem in problems)
+    if not problems:
+        yield good(cached.root, f"{len(cached)} pairs, each where the index says, every number finite")
+
+
+def _check_against(cached: CachedPairs, settings: Config, device: torch.device, *, deep: bool) -> Iterator[Finding]:
+    source = find(settings.model)
+    open_cache(settings, cached.root, encoders=encoders_identity(source), kind=source.kind)
+    yield good(cached.root, "was made with these settings, this table and these networks")
+    if deep:
+        yield from reencode.check_sample(cached, settings, device)
 
 
 def _what_it_holds(cached: CachedPairs, name: str) -> str:

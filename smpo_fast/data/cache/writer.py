@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from smpo_fast.common.shared_work import AlreadyFinished, SharedWork
-from smpo_fast.common.storage import file_facts, write_json
+from smpo_fast.common.storage import file_facts, sealed, write_json
 from smpo_fast.data.cache import location
 from smpo_fast.data.cache.format import (
     FORMAT,
@@ -160,7 +160,7 @@ class CacheWriter:
             versions={name: version(name) for name in ("torch", "numpy", "pillow", "diffusers", "transformers")},
         )
         facts = {key: value for key, value in asdict(info).items() if key != "root"}
-        write_json(self.folder / INFO, {"format": FORMAT, **facts}, indent=1)
+        write_json(self.folder / INFO, sealed({"format": FORMAT, **facts}), indent=1)
 
     def _encoded(self) -> Iterator[tuple[Entry, int, int]]:
         for shard, manifest in enumerate(self._manifests(LATENTS_PART)):

@@ -10,6 +10,7 @@ from typing import Any
 
 from smpo_fast.common.console import printable
 from smpo_fast.common.errors import DataError
+from smpo_fast.common.storage import unsealed
 
 SUMMARY_FILE = "import.json"
 
@@ -22,7 +23,7 @@ def exists(out: Path) -> bool:
 def part_files(folder: Path) -> list[Path]:
     """The parts of a finished table, in order. Raises DataError where the summary is damaged or a part is missing."""
     try:
-        parts = [folder / str(part["name"]) for part in json.loads((folder / SUMMARY_FILE).read_text())["parts"]]
+        parts = [folder / str(part["name"]) for part in _load(folder)["parts"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(printable(f"data.pairs: {folder / SUMMARY_FILE} is damaged ({error}): import again")) from error
     missing = next((part for part in parts if not part.is_file()), None)
@@ -34,7 +35,7 @@ def part_files(folder: Path) -> list[Path]:
 def image_folder(folder: Path) -> str | None:
     """The folder whose images a table of ``smpo import --paths`` names; None where no summary says so."""
     try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text())
+        summary = _load(folder)
         return os.path.realpath(str(summary["source"]["root"])) if summary["paths"] is True else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -43,12 +44,9 @@ def image_folder(folder: Path) -> str | None:
 def read(out: Path) -> dict[str, Any]:
     """The summary of a finished table. Raises DataError where it is damaged."""
     try:
-        summary = json.loads((out / SUMMARY_FILE).read_text())
-        if not isinstance(summary, dict):
-            raise ValueError("not a JSON object")
+        return _load(out)
     except ValueError as error:
         raise DataError(printable(f"{out / SUMMARY_FILE} is damaged ({error}): remove {out}")) from error
-    return summary
 
 
 def check_identity(out: Path, summary: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -63,6 +61,11 @@ def check_identity(out: Path, summary: Mapping[str, Any], identity: Mapping[str,
                 f"{out} holds another table (it differs in {', '.join(other)}): remove it, or choose another folder"
             )
         )
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """The summary's values. Raises OSError or ValueError where they cannot be read or have changed."""
+    return unsealed(json.loads((folder / SUMMARY_FILE).read_text()))
 
 
 def report(summary: Mapping[str, Any]) -> str:

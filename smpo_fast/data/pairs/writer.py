@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_fast.common.errors import DataError
-from smpo_fast.common.storage import as_json, publish_folder, sync, take_lock, write_json
+from smpo_fast.common.storage import as_json, file_facts, publish_folder, sealed, sync, take_lock, write_json
 from smpo_fast.data.pairs import schema as pairs_schema
 from smpo_fast.data.pairs.pair import Rejected, UsablePair
 from smpo_fast.data.pairs.rules import reason_kind
@@ -116,15 +116,16 @@ class TableWriter:
         with_pairs = [part for part in self._parts if part["pairs"]]
         files = [self.folder / part["name"] for part in with_pairs]
         parts = [
-            {"name": part["name"], "pairs": part["pairs"], "bytes": file.stat().st_size}
+            {"name": part["name"], "pairs": part["pairs"], **file_facts(file)}
             for part, file in zip(with_pairs, files, strict=True)
         ]
-        return {"pairs": self.pairs, "statistics": table_statistics(files), "parts": parts}
+        listed = {REJECTED_FILE: file_facts(self.folder / REJECTED_FILE)}
+        return {"pairs": self.pairs, "statistics": table_statistics(files), "parts": parts, "files": listed}
 
     def publish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and rename the finished folder to ``out``."""
         sync(self.folder / REJECTED_FILE)
-        write_json(self.folder / SUMMARY_FILE, summary, indent=2)
+        write_json(self.folder / SUMMARY_FILE, sealed(summary), indent=2)
         publish_folder(self.folder, self.out)
         remove_working_files(self.out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,15 @@ def combine(scorer: str, raw: np.ndarray) -> tuple[np.ndarray, list[dict[str, An
         {"name": name, "identity": scorer_identity(name), "weight": weight, "mean": float(m), "std": float(s)}
         for (weight, name), m, s in zip(wanted, mean, std, strict=True)
     ]
-    if len(wanted) == 1:
-        return values[:, 0], constants
-    for fact in constants:
+    for fact in constants if len(wanted) > 1 else ():
         if not fact["std"]:
             raise DataError(f"--scorer: '{fact['name']}' gives all images the same score: leave it out")
-    return ((values - mean) / std) @ np.array([weight for weight, _ in wanted]), constants
+    return combined(values, constants), constants
+
+
+def combined(raw: np.ndarray, constants: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The score of images whose scorers' constants are known. raw: float64 [n, scorers]; returns float64 [n]."""
+    if len(constants) == 1:
+        return raw[:, 0]
+    mean, std, weight = (np.array([fact[name] for fact in constants]) for name in ("mean", "std", "weight"))
+    return ((raw - mean) / std) @ weight

@@ -11,6 +11,8 @@ from smpo_fast.config.schema import Labels
 from smpo_fast.data.rewards import score_table
 from smpo_fast.method import label_report, labels
 
+REPORT, PLOT = "labels.json", "labels.png"  # the report names the plot's hash, so it is written after it
+
 
 def report_labels(out: Path, settings: Labels) -> None:
     """Print a summary of the pairs' weights, and write labels.json and labels.png into the folder ``out``."""
@@ -22,8 +24,7 @@ def report_labels(out: Path, settings: Labels) -> None:
         "report": {key: None if value != value else value for key, value in asdict(weighted.report).items()},
         "calibration": [asdict(b) for b in bins],
     }
-    storage.write_json(out / "labels.json", facts, indent=2)
-    plots.draw_labels(
-        weighted.weight[weighted.used], [(b.predicted, b.human, b.error) for b in bins], out / "labels.png"
-    )
+    plots.draw_labels(weighted.weight[weighted.used], [(b.predicted, b.human, b.error) for b in bins], out / PLOT)
+    files = {PLOT: storage.file_facts(out / PLOT)}
+    storage.write_json(out / REPORT, storage.sealed({**facts, "files": files}), indent=2)
     print0(weighted.report)

@@ -4,7 +4,7 @@
                        combined, also each one's score under its name
     pairs.parquet      row, label_0, score_0, score_1 of every pair that was scored
     rejected.parquet   row, uid and reason of every row that was not
-    scores.json        scorers with identity and version, constants, counts, the sha256 of scores.parquet
+    scores.json        scorers with identity and version, constants, counts, the sha256 of the other files, its own seal
 
 A score belongs to the content of an image: the pair table may be moved, shuffled, cut or imported again.
 """
@@ -38,23 +38,38 @@ class ScoreTable:
     def __init__(self, folder: Path) -> None:
         self.folder, self.facts = folder, read_facts(folder)
         table = _read(folder / SCORES, ["picture", "prompt", "score"])
-        self._keys = _keys(table["picture"], table["prompt"])
-        self._scores = table["score"].to_numpy()
+        self.keys = _keys(table["picture"], table["prompt"])  # KEY [n], ascending
+        self.scores: np.ndarray = table["score"].to_numpy()  # float64 [n]
 
     def with_rewards(self, rows: Iterator[RawPair | Rejected]) -> Iterator[RawPair | Rejected]:
         """The rows with these scores as rewards, in place of any others; pairs that were not scored are rejected."""
         for item in rows:
             yield item if isinstance(item, Rejected) else self._with_rewards(item)
 
+    def scores_of(self, keys: Sequence[bytes]) -> np.ndarray:
+        """The scores of n images by the keys of ``keys_of``, float64 [n]; NaN for one that is not in the table."""
+        places, found = self.find(keys)
+        return np.where(found, self.scores[places], np.nan)
+
+    def column(self, names: Sequence[str]) -> np.ndarray:
+        """The scores of single scorers of a combination, float64 [n, names]. Raises DataError if they are damaged."""
+        table = _read(self.folder / SCORES, list(names))
+        return np.stack([table[name].to_numpy().astype(np.float64) for name in names], axis=1)
+
+    def find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The places of keys in the table, [n], and whether they are there, bool [n]."""
+        wanted = np.array(keys, KEY)
+        places = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return places, self.keys[places] == wanted
+
     def _with_rewards(self, pair: RawPair) -> RawPair | Rejected:
-        wanted = np.array(keys_of(pair), KEY)
-        places = np.searchsorted(self._keys, wanted)
-        found = (self._keys[np.minimum(places, len(self._keys) - 1)] == wanted).tolist()
+        places, there = self.find(keys_of(pair))
+        found = there.tolist()
         if not all(found):
             return Rejected(
                 pair.row, pair.uid, f"not in data.scores: picture {found.index(False)} with this prompt was not scored"
             )
-        one, two = (float(score) for score in self._scores[places])
+        one, two = (float(score) for score in self.scores[places])
         if reason := no_finite_score(one, two):
             return Rejected(pair.row, pair.uid, reason)
         return replace(pair, rewards=(one, two))
@@ -74,7 +89,7 @@ def identity(folder: Path) -> str:
 def read_facts(folder: Path) -> dict[str, Any]:
     """The content of scores.json. Raises DataError if it cannot be read, or scores.parquet has not the size it says."""
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        facts = storage.unsealed(json.loads((folder / FACTS).read_text()))
         size = (folder / SCORES).stat().st_size
     except (OSError, ValueError) as error:
         raise environment_problem(error, folder) or DataError(
@@ -90,6 +105,11 @@ def read_pairs(folder: Path) -> dict[str, np.ndarray]:
     table = _read(folder / PAIRS, ["label_0", "score_0", "score_1"])
     columns = [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in table.column_names]
     return {"label": columns[0], "rewards": np.stack(columns[1:], axis=1)}
+
+
+def read_rows(folder: Path) -> np.ndarray:
+    """The rows of the pair table that the scored pairs have: int64 [N], ascending."""
+    return _read(folder / PAIRS, ["row"])["row"].to_numpy()
 
 
 def write(
@@ -118,7 +138,9 @@ def write(
     pq.write_table(pa.Table.from_pylist(listed, kinds), folder / REJECTED)
     for name in (SCORES, PAIRS, REJECTED):
         storage.sync(folder / name)
-    storage.write_json(folder / FACTS, {**facts, **storage.file_facts(folder / SCORES)}, indent=2)
+    hashes = {name: storage.file_facts(folder / name) for name in (PAIRS, REJECTED)}
+    values = {**facts, **storage.file_facts(folder / SCORES), "files": hashes}
+    storage.write_json(folder / FACTS, storage.sealed(values), indent=2)
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:
