@@ -99,18 +99,51 @@ class RemoteFolder:
             finally:
                 draft.unlink(missing_ok=True)
 
-    def send(self, folder: Path, names: Iterable[str]) -> int:
-        """Upload the files that are missing there or differ in size; returns how many were uploaded."""
-        sent = 0
-        for name in names:
-            if self.size(name) != (folder / name).stat().st_size:
-                try:
-                    self._system.makedirs(self._path, exist_ok=True)
-                    self._system.put_file(str(folder / name), f"{self._path}/{name}")
-                except Exception as error:
-                    raise self._unreachable(name, error) from error
-                sent += 1
-        return sent
+    def send(self, folder: Path, names: Iterable[str], description: str) -> int:
+        """Upload files, and last the one that describes them; returns how many were uploaded.
+
+        A file that is there in its full length is kept only if it was uploaded with the same description: services
+        have no hash in common by which another content of the same length could be told. So files of these names are
+        removed before an upload with another one, which a copy, ``<description>.sending``, names until it is finished.
+        """
+        names = list(names)
+        content, mark = (folder / description).read_bytes(), f"{description}.sending"
+        finished = self._read(description) == content
+        same = finished or self._read(mark) == content
+        if not same:
+            for name in (description, *names):
+                self._remove(name)
+            self._put(folder / description, mark)
+        sent = [name for name in names if self.size(name) != (folder / name).stat().st_size]
+        sent += [] if finished else [description]
+        for name in sent:
+            self._put(folder / name, name)
+        self._remove(mark)
+        return len(sent)
+
+    def _read(self, name: str) -> bytes | None:
+        """The content of a small file; None if there is no such file."""
+        try:
+            return bytes(self._system.cat_file(f"{self._path}/{name}"))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise self._unreachable(name, error) from error
+
+    def _put(self, file: Path, name: str) -> None:
+        try:
+            self._system.makedirs(self._path, exist_ok=True)
+            self._system.put_file(str(file), f"{self._path}/{name}")
+        except Exception as error:
+            raise self._unreachable(name, error) from error
+
+    def _remove(self, name: str) -> None:
+        try:
+            self._system.rm_file(f"{self._path}/{name}")
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise self._unreachable(name, error) from error
 
     def _unreachable(self, name: str, error: Any) -> EnvironmentProblem:
         return EnvironmentProblem(f"{self.url}/{name}: {type(error).__name__}: {error}")

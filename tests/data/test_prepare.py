@@ -696,6 +696,37 @@ def test_a_fetch_that_is_interrupted_leaves_no_cache(
     assert location.fetch_index(tmp_path / "here", url) and location.exists(tmp_path / "here")
 
 
+def test_an_upload_replaces_files_of_another_cache_that_have_the_same_length(tmp_path: Path) -> None:
+    """And one that was interrupted sends only what is missing."""
+    run(settings(write_table(tmp_path / "t.parquet")), tmp_path / "c")
+    bucket = RemoteFolder(f"memory://{tmp_path.name}/other")
+    names = sorted(file.name for file in (tmp_path / "c").iterdir())
+
+    def stored(name: str) -> bytes:
+        return bytes(bucket._system.cat_file(f"{bucket._path}/{name}"))
+
+    for name in names:
+        content = (tmp_path / "c" / name).read_bytes()
+        bucket._system.pipe_file(f"{bucket._path}/{name}", content[:-1] + bytes([content[-1] ^ 1]))
+    put, left = bucket._put, [3]  # the mark, and two files
+
+    def limited(file: Path, name: str) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        put(file, name)
+
+    bucket._put = limited  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        bucket.send(tmp_path / "c", [name for name in names if name != "cache.json"], "cache.json")
+    bucket._put = put  # type: ignore[method-assign]
+    assert bucket.size("cache.json") is None, "nobody takes a half-replaced cache for one"
+    assert location.send(tmp_path / "c", bucket.url) == len(names) - 2
+    assert all(stored(name) == (tmp_path / "c" / name).read_bytes() for name in names)
+    assert location.send(tmp_path / "c", bucket.url) == 0
+    assert sorted(Path(path).name for path in bucket._system.ls(bucket._path, detail=False)) == names
+
+
 def test_a_cache_at_a_url_is_sent_there_and_fetched_shard_by_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,4 +63,4 @@ def fetch_index(root: Path, origin: str) -> bool:
 def send(root: Path, origin: str) -> int:
     """Upload a complete cache to a URL, except files that are there already; returns how many were uploaded."""
     files = [name for name in read_info(root).files if (root / name).is_file()]
-    return RemoteFolder(origin).send(root, [*files, INFO])
+    return RemoteFolder(origin).send(root, files, INFO)
