@@ -44,6 +44,12 @@ def fact_defaults(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {**_sections({name: Config.model_fields[name].annotation() for name in SECTIONS}), "pairs": pairs}  # type: ignore[misc]
 
 
+def unrecorded_scores(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The identity of a run's scores, if a checkpoint with these ``recorded`` facts does not say its own; else ''."""
+    pairs = facts["pairs"]
+    return next((pairs[name] for name in ("scores", "scorer") if pairs[name] and name not in recorded["pairs"]), "")
+
+
 def _sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     sections = {name: section.model_dump() for name, section in settings.items()}
     # where numbers are stored and what is written at the end do not change the numbers

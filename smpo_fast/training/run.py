@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from smpo_fast.common.launcher import watch_launcher
-from smpo_fast.common.runtime import StopSignal, print0
+from smpo_fast.common.runtime import StopSignal, print0, warn0
 from smpo_fast.data.cache import location, prepare
 from smpo_fast.engine import checkpoint, collectives, create
 from smpo_fast.engine.checkpoint import Progress
@@ -24,7 +24,7 @@ from smpo_fast.models.encoders import Encoders
 from smpo_fast.models.inference import compilation
 from smpo_fast.models.locate import schedule_of
 from smpo_fast.training import reference
-from smpo_fast.training.facts import fact_defaults, trajectory_facts
+from smpo_fast.training.facts import fact_defaults, trajectory_facts, unrecorded_scores
 from smpo_fast.training.finish import finish
 from smpo_fast.training.job import Job
 from smpo_fast.training.loader import Loader
@@ -108,6 +108,12 @@ def announce_state(job: Job, progress: Progress) -> None:
         print0(f"{folder}: all {steps} steps are done; what follows the last step is done again")
     elif progress.step:
         print0(f"{folder}: the run continues from its checkpoint of step {progress.step} of {steps}")
+        recorded = checkpoint.read_manifest(checkpoint.list_checkpoints(folder)[-1])["facts"]
+        if scores := unrecorded_scores(recorded, job.facts):
+            warn0(
+                f"{folder}: its checkpoint was written by a version that did not record which scores it was trained "
+                f"with; the run goes on with {scores}: make sure that these are the same"
+            )
 
 
 def open_store(job: Job) -> TrajectoryStore | None:

@@ -9,12 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import toy
 from helpers.small_run import run
 
+from smpo_fast.common.runtime import World
 from smpo_fast.common.storage import canonical_json
 from smpo_fast.config import loading
-from smpo_fast.engine.checkpoint import different_facts
+from smpo_fast.engine import checkpoint
+from smpo_fast.engine.checkpoint import Progress, different_facts
 from smpo_fast.training.facts import checkpoint_facts, fact_defaults, trajectory_facts
+from smpo_fast.training.run import announce_state
 
 IDENTITY = {
     "source": "pairs", "max_pairs": 0, "encoders": "e", "resolution": 32, "buckets": "off", "scores": "",
@@ -85,6 +89,21 @@ def test_scores_that_were_not_recorded_are_accepted() -> None:
     facts = facts_of(scores="table")
     older = facts | {"pairs": {k: v for k, v in facts["pairs"].items() if k not in ("scores", "scorer")}}
     assert different_facts(older, facts, fact_defaults(facts)) == []
+
+
+@pytest.mark.parametrize(("recorded", "warned"), [({}, True), ({"scores": "table", "scorer": ""}, False)])
+def test_a_resume_says_that_the_scores_were_not_recorded(
+    recorded: dict[str, str], warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = facts_of(scores="table")
+    pairs = {k: v for k, v in facts["pairs"].items() if k not in ("scores", "scorer")} | recorded
+    settings = toy.settings()
+    engine = toy.make(settings)
+    checkpoint.save(tmp_path, engine, Progress(step=1), World(), facts | {"pairs": pairs}, keep=1)
+    announce_state(SimpleNamespace(config=settings, run_dir=tmp_path, facts=facts), Progress(step=1))  # type: ignore[arg-type]
+    said = "".join(capsys.readouterr())
+    assert "continues from its checkpoint of step 1" in said
+    assert ("did not record which scores it was trained with; the run goes on with table" in said) is warned
 
 
 def test_a_checkpoint_without_the_facts_of_today_continues(cache: str, tmp_path: Path) -> None:
