@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,22 @@ def test_command_line_makes_a_table_that_is_ready(tmp_path: Path, capsys: pytest
     assert json.loads(before)["options"]["pairs"] == "ends"
     assert cli.main([*words, "--seed", "1"]) == 2
     assert "holds another table (it differs in prompts, options)" in capsys.readouterr().err
+
+
+def test_every_image_starts_from_noise_of_its_own() -> None:
+    """Also the n-th images of two prompts; whatever the batch."""
+    seeds: list[int] = []
+
+    def pipe(prompts: list[str], *, generator: list[torch.Generator], **_: Any) -> Any:
+        seeds.extend(each.initial_seed() for each in generator)
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))] * len(prompts))
+
+    options: Any = GenerateOptions(**FEW)
+    made_by = generate._Generator(["a", "b"], Any, Path(), options, Any, World(), {})  # type: ignore[arg-type]
+    made_by.pipe = pipe
+    for tasks in ([(0, 0), (0, 1), (1, 0)], [(1, 1)], [(0, 0)]):
+        made_by._sample(tasks)
+    assert len(set(seeds[:4])) == 4 and seeds[4] == seeds[0]
 
 
 def test_adapters_of_a_run_change_the_pictures(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
 import pytest
 from helpers.import_sources import LOSERS, WINNERS, rejected_rows, stored_pairs
 
@@ -32,6 +33,20 @@ def sample(i: int, *more: bytes) -> bytes:
 
 def prompts(out: Path) -> list[str]:
     return [prompt for prompt, _, _ in stored_pairs(out)]
+
+
+def test_neighbouring_samples_of_one_name_are_two(tmp_path: Path) -> None:
+    twice = [
+        member("same.w.png", WINNERS[i]) + member("same.l.png", LOSERS[i]) + member("same.txt", b"p") for i in (0, 1)
+    ]
+    (tmp_path / "a.tar").write_bytes(b"".join(twice) + END)
+    assert import_pairs(str(tmp_path / "a.tar"), tmp_path / "out", ImportOptions())["pairs"] == 2
+
+
+def test_numbered_members_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"".join(member(f"s.{i}.png", b"%d" % i) for i in range(12)) + END)
+    (sample,) = tar.read_tar(fsspec.filesystem("file"), str(tmp_path / "a.tar"))
+    assert isinstance(sample, dict) and sample["images"] == [b"%d" % i for i in range(12)]
 
 
 @pytest.mark.timeout(60)

@@ -38,6 +38,7 @@ from helpers.import_sources import (
 )
 
 from smpo_fast import cli
+from smpo_fast.common import storage
 from smpo_fast.common.errors import DataError, UserError
 from smpo_fast.common.storage import unsealed
 from smpo_fast.config.commands import ImportOptions
@@ -110,8 +111,9 @@ def test_a_manifest_is_known_by_its_content(tmp_path: Path) -> None:
     source = csv_pairs(tmp_path / "in")
     import_pairs(str(source), tmp_path / "out", ImportOptions())
     facts = source.stat()
-    source.write_text(source.read_text().replace("p0", "q0"))
+    source.write_bytes(source.read_bytes().replace(b"p0", b"q0"))
     os.utime(source, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert source.stat().st_size == facts.st_size
     with pytest.raises(DataError, match="it differs in source"):
         import_pairs(str(source), tmp_path / "out", ImportOptions())
 
@@ -177,6 +179,21 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no usable pair; rejected: 1: jpg_0 not a picture \(1\)\. The first: row 0"):
         import_pairs(str(tmp_path / "a.parquet"), tmp_path / "out", ImportOptions())
     assert {p.name for p in tmp_path.iterdir()} == {"a.parquet"}
+
+
+def test_every_file_of_a_table_is_on_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, publish = set[str](), writer.publish_folder
+    monkeypatch.setattr(writer, "sync", lambda path: synced.add(path.name.removesuffix(".tmp")) or storage.sync(path))
+
+    def checked(building: Path, out: Path) -> None:
+        parts = {file.name for file in building.glob("*.parquet")}
+        assert len(parts) > 2 and parts <= synced
+        publish(building, out)
+
+    monkeypatch.setattr(writer, "publish_folder", checked)
+    import_pairs(str(pickapic(tmp_path)), tmp_path / "out", ImportOptions(), part_bytes=1)
 
 
 def test_a_part_that_is_gone_is_missed(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ The networks below are written from the papers' descriptions, on the authors' na
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 
 from smpo_fast.common.errors import UserError
 from smpo_fast.data.rewards.published_weights import read_weights
-from smpo_fast.data.rewards.reward_models import MEAN, STD, padded, squared
+from smpo_fast.data.rewards.reward_models import MEAN, STD, RewardModel, padded, squared
 from smpo_fast.data.rewards.scorers import KINDS, check_scorer, load_scorer, scorer_identity, terms
 from smpo_fast.embedded import reward, shapes
 
@@ -242,7 +242,7 @@ def hps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_hps_reads_an_open_clip_checkpoint(hps: Path) -> None:
     from transformers import CLIPTokenizer
 
-    images, prompts = [pictures(1)[0], pictures(1, (30, 70))[0]], ["a &amp; b", "A  long cat, " * 9]
+    images, prompts = [pictures(1)[0], pictures(1, (30, 70))[0]], ["a &amp;amp; b", "A  long cat, " * 9]
     tokenizer, weights = CLIPTokenizer.from_pretrained(hps), read_weights(hps / "HPS_v2.1_compressed.pt")
     expected = []
     for image, text in zip(images, ["a & b", prompts[1]], strict=True):
@@ -333,6 +333,17 @@ def image_reward(weights: Weights, picture: torch.Tensor, ids: torch.Tensor, mas
     for place, _ in HEAD:
         x = linear(weights, f"mlp.layers.{place}", x)
     return (float(x) - 0.16717362830052426) / 1.0333394966054072
+
+
+def test_every_image_is_scored_with_its_own_prompt_whatever_their_number() -> None:
+    class Echo(RewardModel):
+        def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+            assert len(images) == len(prompts) <= 32
+            return torch.tensor([float(p) + np.asarray(i)[0, 0, 0] for i, p in zip(images, prompts, strict=True)])
+
+    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(70)]
+    scores = Echo(CPU, False)(images, [f"{1000 * i}" for i in range(70)])
+    assert scores.tolist() == [1001.0 * i for i in range(70)]
 
 
 def test_image_reward_reads_its_checkpoint(tmp_path: Path) -> None:

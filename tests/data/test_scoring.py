@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,55 @@ def test_killed_at_twenty_points_nothing_is_lost_and_at_most_a_batch_repeated(
     raise AssertionError(f"{total} kills")
 
 
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """The taste fails at a call, as an interruption would end it."""
+    import counting_taste
+
+    left, red = [calls], counting_taste.red
+
+    def failing(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        if not left[0]:
+            monkeypatch.setattr(counting_taste, "red", red)
+            raise RuntimeError("interrupted")
+        left[0] -= 1
+        return red(images, prompts)
+
+    monkeypatch.setattr(counting_taste, "red", failing)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 4])
+def test_an_interrupted_part_goes_on_behind_its_last_batch(
+    calls: int, tmp_path: Path, taste: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    monkeypatch.setattr(scoring_work, "PART_ROWS", 5)
+    table, out = write_table(tmp_path / "t.parquet", ring(12)), tmp_path / "out"
+    options = ScoreOptions(scorer="counting_taste:red", batch=2)
+    interrupted_after(monkeypatch, calls)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        score(str(table), out, options, ALONE, Labels())
+    score(str(table), out, options, ALONE, Labels())
+    assert sorted((tmp_path / "log").read_text().splitlines()) == sorted(f"{i} p" for i in range(12))
+    found = usable(ScoreTable(out).with_rewards(reader.read_pairs(table)))
+    assert [pair.rewards for pair in found] == [(i + 1.0, (i + 1) % 12 + 1.0) for i in range(12)]
+
+
+def test_a_table_that_changes_while_it_is_scored_is_noticed(
+    tmp_path: Path, taste: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images were counted already when they are replaced; names and sizes of its files stay."""
+    table, options = tmp_path / "t.parquet", ScoreOptions(scorer="counting_taste:red")
+    one, other = next((a, b) for a, b in pairwise(map(png, range(100, 250))) if len(a) == len(b))
+    columns = {"caption": ["p"], "jpg_0": [one], "jpg_1": [png(9)], "label_0": [1.0]}
+    pq.write_table(pa.table(columns), table, compression="none", use_dictionary=False)
+    interrupted_after(monkeypatch, 0)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        score(str(table), tmp_path / "out", options, ALONE, Labels())
+    table.write_bytes(table.read_bytes().replace(one, other))
+    with pytest.raises(UserError, match=r"row 0 of .* changed while it was scored"):
+        score(str(table), tmp_path / "out", options, ALONE, Labels())
+
+
 def test_a_kill_just_after_publishing_leaves_nothing_for_good(tmp_path: Path, taste: Path) -> None:
     table, out = write_table(tmp_path / "t.parquet", ring(4)), tmp_path / "out"
     options = ScoreOptions(scorer="counting_taste:red")
@@ -270,6 +320,12 @@ def test_a_combination_is_the_weighted_sum_of_standard_scores(tmp_path: Path, ta
         combine("1*a + 1*b", np.array([[1, 2], [1, 3]], np.float32))
 
 
+def test_half_precision_that_gives_nan_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {False: np.array([1.0, 2.0]), True: np.array([1.0, np.nan])}
+    monkeypatch.setattr(half_precision, "load_scorer", lambda name, device, half: lambda *_: scores[half])
+    assert half_precision.compare(["clip"], [], [], torch.device("cpu"))["half"] == {"clip": False}
+
+
 def test_half_precision_is_taken_where_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,6 +354,13 @@ def test_half_precision_is_taken_where_it_holds(
     assert "float32 is used" in capsys.readouterr().err
     with pytest.raises(UserError, match="no half precision"):
         score(str(table), tmp_path / "no", ScoreOptions(scorer="embedded", half=True), ALONE, Labels())
+
+
+def test_an_image_without_a_score_changes_no_constant_of_a_combination() -> None:
+    raw = np.array([[1.0, 20.0], [np.nan, 7.0], [3.0, 10.0]], np.float32)
+    found, constants = combine("0.5*clip + 0.5*aesthetic", raw)
+    assert [(fact["mean"], fact["std"]) for fact in constants] == [(2.0, 1.0), (15.0, 5.0)]
+    assert found[[0, 2]].tolist() == [0.0, 0.0] and np.isnan(found[1])
 
 
 def test_prepare_takes_the_scores_for_rewards(tmp_path: Path, taste: Path) -> None:
