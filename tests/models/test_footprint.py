@@ -46,6 +46,15 @@ def test_pairs_that_a_budget_allows() -> None:
     assert within(SDXL_TOY, 0.01) == 21 and within(SDXL_TOY, 0.01, torch.float32) == 10
 
 
+def test_what_every_call_needs_is_taken_from_the_budget_once() -> None:
+    """Under autocast the casts of trained weights, which do not grow with the pairs."""
+    small = network(SDXL_TOY)
+    peak = footprint.inference_cost(small, "bf16-autocast").peak
+    assert peak.fixed > peak.per_pair
+    allowed = [footprint.pairs_within(budget, small, "bf16-autocast") for budget in (peak.at(3) - 1, peak.at(3))]
+    assert allowed == [2, 3]
+
+
 @pytest.mark.parametrize(("precision", "checkpointing"), [("bf16", False), ("bf16", True), ("bf16-autocast", False)])
 def test_the_line_holds_for_more_pairs(precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     small = network(SDXL_TOY)

@@ -158,6 +158,11 @@ def test_other_networks(kind: str) -> None:
     x, time, cond = inputs()
     cond = Conditioning(cond.prompt[..., :24])
     assert relative(caller(made).predictor(cond)(x, time), made.eps(x, time, cond)) < 1e-5
+    assert caller(made).input_dtype is torch.float32
+    made.dtype = torch.bfloat16
+    wanted = torch.float32 if kind == "velocity" else torch.bfloat16  # the noise that v implies is computed from x
+    assert caller(made).input_dtype is wanted
+    made.dtype = torch.float32
     eps = caller(made, reuse_deep=True).predictor(cond)
     full = eps(x, time)
     assert relative(eps(x, time, refinement=True), full) < 1e-5, "at the same x the deep features are the true ones"
@@ -183,6 +188,16 @@ def test_shallow_calls_do_little_work_and_stay_near(denoiser: Denoiser) -> None:
     wanted = denoiser.eps(near[:3], time[:3], cond.take(slice(0, 3)))
     stale = denoiser.eps(x[:3], time[:3], cond.take(slice(0, 3)))
     assert 0 < relative(found, wanted) < relative(stale, wanted)
+
+
+@torch.no_grad()
+def test_shallow_calls_take_the_features_of_the_last_full_one(denoiser: Denoiser) -> None:
+    (first, _, _), (x, time, cond) = inputs(seed=1), inputs()
+    eps, fresh = (caller(denoiser, reuse_deep=True).predictor(cond) for _ in range(2))
+    eps(first, time)
+    for predict in (eps, fresh):
+        predict(x, time)
+    assert torch.equal(eps(x + 0.05, time, refinement=True), fresh(x + 0.05, time, refinement=True))
 
 
 @torch.no_grad()

@@ -253,6 +253,16 @@ def test_alpha_over_rank_scales_the_adapters(alpha: float, scale: float) -> None
     assert {m.scaling["default"] for m in unet.modules() if hasattr(m, "lora_A")} == {scale}
 
 
+def test_adapters_are_on_again_after_an_error() -> None:
+    settings = loading.from_dict({"lora": {"rank": 2}})
+    unet = load_policy(settings, find(settings.model), "fp32", CPU)
+    layers = [m for m in unet.modules() if hasattr(m, "lora_A")]
+    with pytest.raises(KeyboardInterrupt), lora.adapters_off(unet):
+        assert all(layer.disable_adapters for layer in layers)
+        raise KeyboardInterrupt
+    assert not any(layer.disable_adapters for layer in layers)
+
+
 def test_sd15_trains_and_loads(sd15_pipeline: Maker, tmp_path: Path) -> None:
     path = sd15_pipeline("epsilon")
     words = [f"model.path={path}", "data.resolution=16", "data.max_pairs=6", "run.steps=2", "optim.lr=1e-2"]
