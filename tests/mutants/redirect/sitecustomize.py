@@ -1,6 +1,7 @@
 """Makes a Python process import the project from the tree that SMPO_MUTANT_TREE names, not from where it is installed.
 
-Its folder is on the PYTHONPATH of mutated test runs, so this reaches the processes that tests start.
+Its folder is on the PYTHONPATH of mutated test runs, so this reaches the processes that tests start; not those that a
+test gives another PYTHONPATH.
 """
 
 import os
