@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smpo_fast.common.errors import ConfigError, DataError
+from smpo_fast.common.errors import ConfigError, DataError, environment_problem
 from smpo_fast.common.runtime import World
 from smpo_fast.common.storage import as_json, atomic_write, sealed, unsealed, write_json
 from smpo_fast.engine.checkpoint import different_facts
@@ -149,7 +149,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         return unsealed(json.loads((folder / INFO).read_text()))
     except (OSError, ValueError) as error:
-        raise DataError(
+        raise environment_problem(error, folder / INFO) or DataError(
             f"inversion.store: {folder / INFO} is damaged ({error}): remove {folder}, and the next run computes "
             "everything again"
         ) from error

@@ -345,6 +345,20 @@ def test_a_kill_just_after_publishing_leaves_nothing_for_good(tmp_path: Path) ->
     assert sorted(tmp_path.glob("out/*")) == table
 
 
+def test_a_flipped_bit_in_an_imported_caption_is_noticed(tmp_path: Path) -> None:
+    """Pages have checksums: without them, one letter of a caption would just be another."""
+    import_pairs(str(many(tmp_path, "pairs")), tmp_path / "out", ImportOptions())
+    (file,) = tmp_path.glob("out/pairs-*.parquet")
+    content = bytearray(file.read_bytes())
+    with pq.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        begin = table.metadata.row_group(0).column(names.index("caption")).dictionary_page_offset
+    content[begin + 40] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged near row"):
+        list(read_pairs(tmp_path / "out"))
+
+
 def test_a_leftover_of_another_import_is_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = many(tmp_path, "pairs")
     with monkeypatch.context() as patch:

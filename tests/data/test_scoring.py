@@ -395,8 +395,22 @@ def test_damaged_scores_are_refused(tmp_path: Path, taste: Path) -> None:
     with pytest.raises(UserError, match=f"has {len(content) - 9} bytes, scores.json says {len(content)}"):
         ScoreTable(out)
     (out / "scores.parquet").write_bytes(bytes(len(content)))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="has changed since it was written"):
         ScoreTable(out)
+
+
+def test_a_flipped_bit_in_scores_is_refused(tmp_path: Path, taste: Path) -> None:
+    table, out = write_table(tmp_path / "t.parquet", ring(4)), tmp_path / "out"
+    score(str(table), out, ScoreOptions(scorer="counting_taste:red"), ALONE, Labels())
+    facts, content = (out / "scores.json").read_text(), bytearray((out / "scores.parquet").read_bytes())
+    content[len(content) // 3] ^= 1
+    (out / "scores.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"scores.parquet has changed since it was written .*: score again"):
+        ScoreTable(out)
+    for damaged in (facts.replace('"bytes"', '"bytus"'), "[]", "7"):
+        (out / "scores.json").write_text(damaged)
+        with pytest.raises(UserError, match="holds no finished scores .*: make them with smpo score"):
+            ScoreTable(out)
 
 
 def test_what_cannot_be_scored_is_said(tmp_path: Path, taste: Path, capsys: pytest.CaptureFixture[str]) -> None:

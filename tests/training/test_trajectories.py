@@ -61,6 +61,14 @@ def test_another_runs_folder_is_refused_with_what_differs(tmp_path: Path) -> Non
         of_rank(tmp_path, 0, 1, {**FACTS, "seed": 4})
 
 
+@pytest.mark.parametrize("content", [b"", b'{"seed": 3', b"[3]", b"\xff\xfe"])
+def test_a_damaged_description_is_named(tmp_path: Path, content: bytes) -> None:
+    of_rank(tmp_path, 0, 1)
+    (tmp_path / "trajectories.json").write_bytes(content)
+    with pytest.raises(DataError, match="trajectories.json is damaged .*: remove"):
+        of_rank(tmp_path, 0, 1)
+
+
 def test_a_flipped_bit_is_noticed_and_older_files_without_checksums_are_read(tmp_path: Path) -> None:
     write(tmp_path, 0, 1)
     (file,) = tmp_path.glob("step-*")

@@ -134,7 +134,7 @@ def _cells_without_images(path: Path, max_pairs: int) -> Iterator[tuple[Mapping[
 def _open(file: Path) -> pq.ParquetFile:
     try:
         # A buffered stream per column: without it a row group's images, gigabytes at times, are read at once.
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(printable(f"data.pairs: {file} cannot be read as parquet: {error}")) from error
 

@@ -160,8 +160,9 @@ class TableWriter:
     def _write_group(self) -> None:
         if self._writer is None:
             self._writer = pq.ParquetWriter(
-                self._draft, self.schema, use_dictionary=["caption"], compression=_compression(self.schema)
-            )
+                self._draft, self.schema, use_dictionary=["caption"], compression=_compression(self.schema),
+                write_page_checksum=True,
+            )  # fmt: skip
         self._writer.write_table(pa.Table.from_pylist(self._rows, self.schema))
         self._part_rows += len(self._rows)
         self._part_bytes += self._row_bytes

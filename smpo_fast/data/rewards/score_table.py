@@ -37,6 +37,8 @@ class ScoreTable:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.facts = folder, read_facts(folder)
+        if storage.sha256(folder / SCORES) != self.facts["sha256"]:
+            raise DataError(f"{folder / SCORES} has changed since it was written (sha256 differs): score again")
         table = _read(folder / SCORES, ["picture", "prompt", "score"])
         self.keys = _keys(table["picture"], table["prompt"])  # KEY [n], ascending
         self.scores: np.ndarray = table["score"].to_numpy()  # float64 [n]
@@ -91,7 +93,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = storage.unsealed(json.loads((folder / FACTS).read_text()))
         size = (folder / SCORES).stat().st_size
-    except (OSError, ValueError) as error:
+        missing = {"bytes", "sha256", "made", "scorers", "counts"} - set(facts)
+        if missing:
+            raise ValueError(f"{FACTS} lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError) as error:
         raise environment_problem(error, folder) or DataError(
             f"{folder} holds no finished scores ({error}): make them with smpo score"
         ) from error
