@@ -173,8 +173,8 @@ def _verified(file: Any, path: Path, name: str) -> Tensor:
         tensor = file.get_tensor(name)
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
-    checksum = (file.metadata() or {}).get(name)
-    if checksum is not None and int(checksum, 16) != checksum(tensor):
+    recorded = (file.metadata() or {}).get(name)
+    if recorded is not None and int(recorded, 16) != checksum(tensor):
         raise _damaged(path, f"the checksum of {name} differs")
     return tensor
 

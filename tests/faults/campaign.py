@@ -10,9 +10,11 @@ import hashlib
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from helpers.ranks import free_port
 
 from faults import programs
 from faults.programs import PROGRAMS
@@ -22,12 +24,14 @@ from smpo_fast.common.runtime import rng
 
 Digests = dict[str, str]  # by the path of a file below the work folder; of a folder: ''
 
-ROAD = ("import", "score", "prepare", "train", "evaluate", "generate", "save", "export")  # each after what it reads
+# Each after what it reads. The second are as deterministic, but only read and disturbed in their own ways.
+ROAD = ("import", "score", "prepare", "train", "evaluate", "generate", "save", "export")
+BYWAYS = ("invert", "reuse")
 DOCUMENTED = (0, 2, 3, 130)  # exit statuses
 # Of the numbers in a log and a checkpoint, those that depend on the clock or the machine.
-_CLOCK = re.compile(r'"(pairs_per_|mega)?second[^"]*": [^,}\n]+|"memory_gb": [^,}\n]+')
+_CLOCK = re.compile(r'"mtime_ns": \d+|"(pairs_per_|mega)?second[^"]*": [^,}\n]+|"memory_gb": [^,}\n]+')
 _OWN_HASH = re.compile(rb'"sha256": "[0-9a-f]{64}",\n "versions"')  # of a manifest over the seconds in it
-_OF_TIME = ("run/curves.png", "run/finished.json")  # a plot of the seconds, and hashes of it and of the log
+_OF_TIME = ("curves.png", "finished.json")  # a plot of the seconds, and hashes of it and of the log
 # What a kill while a small file is replaced may leave, where no lock says that nobody else is writing.
 _LEFTOVERS = re.compile(r"(scores|store|run/evaluation)/[^/]+\.\d+-[0-9a-f]{8}\.tmp")
 
@@ -48,7 +52,7 @@ class Campaign:
         self.seconds: dict[str, float] = {}
         assert self.run("export").status == 0
         self._keep("export")
-        for name in ROAD:
+        for name in (*ROAD, *BYWAYS):
             self._undisturbed(name)
         self.ready_after = time.monotonic() - began  # seconds
 
@@ -61,12 +65,11 @@ class Campaign:
         for path in self.work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in (*PROGRAMS[program].reads, *more):
-            if not (self.work / name).exists() and (self._whole / name).exists():
-                shutil.copytree(self._whole / name, self.work / name)
+            self._copy(name)
 
     def digests(self) -> Digests:
         """What is in the work folder."""
-        return {p.relative_to(self.work).as_posix(): _digest(p, self.work) for p in sorted(self.work.rglob("*"))}
+        return {p.relative_to(self.work).as_posix(): _digest(p) for p in sorted(self.work.rglob("*"))}
 
     def run(self, program: str, **how: Any) -> Ending:
         """Run a program in the work folder as it is."""
@@ -96,6 +99,66 @@ class Campaign:
         problem = told or self._torn(program, before) or self.continue_(program)
         return problem and f"{program}, killed after {share:.0%} of its time: {problem}"
 
+    def try_together(self, programs: Sequence[str], delay: float, there: bool) -> str:
+        """Start programs in the same folders, the second ``delay`` of its time later; then each of them alone.
+
+        there: whether the folders that they make are there already.
+        """
+        self.set_up(programs[0], *(name for other in programs for name in PROGRAMS[other].reads))
+        made = {name for program in programs for name in PROGRAMS[program].makes}
+        for name in made if there else ():
+            self._copy(name)
+        for name in () if there else made:
+            shutil.rmtree(self.work / name, ignore_errors=True)
+        wait = delay * max(self.seconds[program] for program in programs)
+        endings = self.server.run(*(Process(p, start_after=wait * i) for i, p in enumerate(programs)))
+        problems = [f"{p}: {wrong}" for p, e in zip(programs, endings, strict=True) if (wrong := refused(e))]
+        for program in sorted(programs, key=ROAD.index):
+            alone = self.run(program)
+            if alone.status != 0:
+                problems.append(f"afterwards {program} ends with {alone.status}: {tail(alone)}")
+        wanted = {name: value for program in programs for name, value in self.expected[program].items()}
+        wrong = differences(_below_any(made, self.digests()), _below_any(made, wanted))
+        return "; ".join([*problems, wrong] if wrong else problems)
+
+    def try_damage(self, reader: str, files: Sequence[str], damage: Callable[[], None]) -> str:
+        """Damage files that a program reads: it must notice, or make the bytes that it makes of the whole ones."""
+        self.set_up(reader, *PROGRAMS[reader].makes)
+        damage()
+        ending, made = self.run(reader), PROGRAMS[reader].makes
+        found, wanted = self.digests(), dict(self.expected[reader])
+        if PROGRAMS[reader].reads:  # what it was given need not be mended; what it makes itself must be
+            for file in files:
+                wanted[file] = found.setdefault(file, "")
+        silent = "" if ending.status else differences(_below_any(made, found), _below_any(made, wanted))
+        wrong = refused(ending) or silent
+        return wrong and f"{reader}, {files[0]} damaged: {wrong}"
+
+    def try_ranks(self, rank: int, fault: Fault) -> str:
+        """Disturb one of two ranks at a boundary, start both again, and compare."""
+        if "two ranks" not in self.expected:
+            self.set_up("two ranks")
+            endings = self._two_ranks()
+            assert [e.status for e in endings] == [0, 0], endings
+            self.expected["two ranks"] = self.digests()
+        self.set_up("two ranks")
+        before, ending = self.digests(), self._two_ranks(rank, fault)[rank]
+        met = ending.status == -9 if fault.kind in KILLS else ending.status != 0
+        told = refused(ending) if fault.kind not in KILLS else "" if not met else killed(ending)
+        again = self._two_ranks()
+        problem = told or self._torn("two ranks", before)
+        if not problem and [e.status for e in again] != [0, 0]:
+            problem = f"started again: {[tail(e) for e in again]}"
+        problem = problem or differences(self.digests(), self.expected["two ranks"])
+        return problem and f"two ranks, {fault.kind} at boundary {fault.boundary} of rank {rank}: {problem}"
+
+    def _two_ranks(self, rank: int = 0, fault: Fault | None = None) -> list[Ending]:
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        of_rank = [world | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+        return self.server.run(
+            *(Process("two ranks", fault if i == rank else None, environment=of_rank[i]) for i in range(2))
+        )
+
     def continue_(self, program: str) -> str:
         """Run a program that was disturbed; it must end as if it had not been, with nothing left over."""
         ending = self.run(program)
@@ -117,6 +180,11 @@ class Campaign:
         self.seconds[name] = ending.seconds
         for folder in set(PROGRAMS[name].makes) - set(PROGRAMS[name].reads):
             self._keep(folder)
+
+    def _copy(self, name: str) -> None:
+        """Copy a folder as it was made undisturbed to the work folder, unless it is there or was never made."""
+        if not (self.work / name).exists() and (self._whole / name).exists():
+            shutil.copytree(self._whole / name, self.work / name)
 
     def _keep(self, name: str) -> None:
         shutil.rmtree(self._whole / name, ignore_errors=True)
@@ -172,17 +240,21 @@ def shuffled(faults: Sequence[Any], seed: int, *about: str) -> list[Any]:
     return [faults[i] for i in order]
 
 
+def _below_any(folders: Iterable[str], digests: Mapping[str, str]) -> Digests:
+    return {name: value for folder in folders for name, value in _below(folder, digests).items()}
+
+
 def _below(folder: str, digests: Mapping[str, str]) -> Digests:
     return {name: value for name, value in digests.items() if name == folder or name.startswith(f"{folder}/")}
 
 
-def _digest(path: Path, work: Path) -> str:
+def _digest(path: Path) -> str:
     """The hash of a file without what depends on the clock."""
     if not path.is_file():
         return ""
-    if path.relative_to(work).as_posix() in _OF_TIME:
+    if path.name in _OF_TIME:
         return "of the clock"
     content = path.read_bytes()
-    if path.name in ("metrics.jsonl", "manifest.json"):
+    if path.name in ("metrics.jsonl", "manifest.json", "cache.json"):
         content = _OWN_HASH.sub(b"", _CLOCK.sub("", content.decode(errors="replace")).encode())
     return hashlib.sha256(content).hexdigest()

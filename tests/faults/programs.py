@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from helpers import toy
+from helpers.paths import CONFIGS
 
 from smpo_fast import cli, train
 from smpo_fast.common import programs
@@ -86,6 +87,12 @@ def _export() -> int:
     return 0
 
 
+def _import_any() -> int:
+    """Import what is in ``source``: a file, or a folder of several."""
+    found = sorted(Path("source").iterdir())
+    return cli.main(["import", str(found[0] if len(found) == 1 else "source"), "imported", "--check"])
+
+
 def _save() -> int:
     """Train a network of 10,000 weights for six steps, with a checkpoint after each, of which two are kept."""
     settings = toy.settings()
@@ -108,6 +115,7 @@ def _train(*words: str) -> Callable[[], int]:
 
 
 EVALUATE = ["eval.prompts=embedded", "eval.scorer=embedded", "eval.count=2", "eval.steps=1", "eval.batch=2"]
+STORED = ["run.steps=2", "inversion.network=reference", "inversion.store=store"]
 GENERATE = [
     "embedded", "generated", "--model", "embedded", "--count", "3", "--per-prompt", "2", "--steps", "1", "--batch", "2",
     "--scorer", "embedded", "--device", "cpu",
@@ -125,6 +133,17 @@ PROGRAMS: dict[str, Program] = {
     ),
     "evaluate": Program(_cli("evaluate", *SETTINGS, *EVALUATE), ["run"], ["run"], ["run/evaluation/*"]),
     "generate": Program(_cli("generate", *GENERATE), [], ["generated"], ["generated"]),
+    "invert": Program(_train(*STORED, "run.dir=first"), ["pairs", "scores", "cache"], ["first", "store"], []),
+    "reuse": Program(_train(*STORED, "run.dir=second"), ["pairs", "scores", "cache", "store"], ["second"], []),
+    "soak": Program(
+        _train("run.dir=soak", "run.steps=200", "run.save_every=7", "run.keep=2", "batch.pairs_per_step=2"),
+        ["pairs", "scores", "cache"], ["soak"], [],
+    ),
+    "two ranks": Program(
+        _train("run.dir=two", "--ds_config", str(CONFIGS / "ds_zero2.json")),
+        ["pairs", "scores", "cache"], ["two"], ["two/checkpoints/step-*", "two/export"],
+    ),
+    "import any": Program(_import_any, [], ["imported"], ["imported"]),
     "save": Program(lambda: programs.run(_save), [], ["toy"], ["toy/checkpoints/step-*"]),
     "export": Program(lambda: programs.run(_export), ["export"], ["export"], ["export"]),
 }  # fmt: skip

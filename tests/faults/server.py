@@ -22,18 +22,21 @@ from pathlib import Path
 
 from faults.shim import Fault, Shim
 
-SLOWEST = 120.0  # seconds that a process may take; the slowest undisturbed program needs a tenth of it
+SLOWEST = 300.0  # seconds that a process may take; all programs but the soak need a few
+RANK = "RANK"  # in the environment of processes that form one world
+FAREWELL = 10.0  # seconds that the other ranks may take to end by themselves when one has been killed
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a job. signal_after: seconds until it gets ``signal``.
+    """One process of a job. start_after, signal_after: seconds until it starts and until it gets ``signal``.
 
     descriptors: how many more files than now it may open.  environment: added to that of the server.
     """
 
     program: str
     fault: Fault | None = None
+    start_after: float = 0.0
     signal_after: float | None = None
     signal: int = signal.SIGKILL
     descriptors: int | None = None
@@ -116,11 +119,21 @@ def _run(work: Path, jobs: list[Process]) -> list[Ending]:
                 ended[child] = (None if now > SLOWEST else os.waitstatus_to_exitcode(status), now)
             elif child in due and now > (due[child].signal_after or 0):
                 os.kill(child, due.pop(child).signal)
-        if time.monotonic() - began > SLOWEST:
-            for child in [child for child in children if child not in ended]:
-                os.kill(child, signal.SIGKILL)
+        _end_the_rest(children, jobs, ended, now)
         time.sleep(0.002)
     return [_ending(notes / str(i), child, *ended[child]) for i, child in enumerate(children)]
+
+
+def _end_the_rest(
+    children: list[int], jobs: list[Process], ended: dict[int, tuple[int | None, float]], now: float
+) -> None:
+    """Kill what hangs, and ranks whose neighbour has gone, as a launcher does: with a signal, then for good."""
+    failed = [seconds for status, seconds in ended.values() if status != 0]
+    for child in [child for child in children if child not in ended]:
+        if now > SLOWEST or (RANK in jobs[0].environment and failed and now > failed[0] + FAREWELL):
+            os.kill(child, signal.SIGKILL)
+        elif RANK in jobs[0].environment and failed and now > failed[0] + FAREWELL / 2:
+            os.kill(child, signal.SIGTERM)
 
 
 def _ending(notes: Path, child: int, status: int | None, seconds: float) -> Ending:
@@ -168,6 +181,7 @@ def _start(work: Path, notes: Path, job: Process) -> int:
 def _act(work: Path, notes: Path, job: Process) -> int:
     from faults import programs
 
+    time.sleep(job.start_after)
     os.chdir(work)
     os.environ |= job.environment
     shim = Shim(work, job.fault)

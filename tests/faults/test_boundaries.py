@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from faults.campaign import Campaign
+from faults.campaign import ROAD, Campaign
 from faults.conftest import Attempt
-from faults.programs import PROGRAMS
 from faults.shim import ERRORS
 
 MOMENTS = [i / 500 for i in range(500)]  # shares of the time that a program takes
@@ -16,7 +15,7 @@ COSTLY = ("train",)  # ten times the seconds of the others
 def _cases(*kinds: str, share: float) -> list[pytest.param]:
     return [
         pytest.param(program, kind, marks=pytest.mark.faults(share=share * (3 if program in COSTLY else 1)))
-        for program in PROGRAMS
+        for program in ROAD
         for kind in kinds
     ]
 
@@ -28,6 +27,6 @@ def test_at_every_boundary(program: str, kind: str, campaign: Campaign, attempt:
     attempt(program, kind, campaign.faults(program, kind), act)
 
 
-@pytest.mark.parametrize("program", [pytest.param(p, marks=pytest.mark.faults(share=1)) for p in PROGRAMS])
+@pytest.mark.parametrize("program", [pytest.param(p, marks=pytest.mark.faults(share=1)) for p in ROAD])
 def test_killed_at_any_moment(program: str, campaign: Campaign, attempt: Attempt) -> None:
     attempt(program, "kill at a moment", MOMENTS, lambda share: campaign.try_moment(program, share))
