@@ -6,11 +6,14 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +21,7 @@ from helpers.images import noise
 from helpers.import_sources import (
     LOSERS,
     WINNERS,
+    arrow_file,
     manifest,
     rejected_rows,
     stored_pairs,
@@ -26,6 +30,7 @@ from helpers.import_sources import (
     write_images,
     write_tar,
 )
+from helpers.paths import ROOT
 
 from smpo_fast.config.commands import ImportOptions
 from smpo_fast.data.ingest.columns import FORMATS
@@ -194,3 +199,15 @@ def test_truncated_pictures_show_with_check(tmp_path: Path) -> None:
     assert import_pairs(str(tmp_path / "a.parquet"), tmp_path / "out", ImportOptions())["pairs"] == 2
     summary = import_pairs(str(tmp_path / "a.parquet"), tmp_path / "checked", ImportOptions(check=True))
     assert summary["rejected"] == {"jpg_0 cannot be decoded": 1}
+
+
+def test_arrow_offsets_beyond_the_data_are_damage(tmp_path: Path) -> None:
+    """In a process of its own, because reading such a string ends the process."""
+    file = arrow_file(tmp_path)
+    content, offsets = file.read_bytes(), np.array([0, 2, 4, 6, 8], np.int32).tobytes()
+    assert content.count(offsets) == 1  # of the prompts
+    file.write_bytes(content.replace(offsets, np.array([0, 2, 4, 6, 1 << 30], np.int32).tobytes()))
+    words = ["import", str(file), str(tmp_path / "out")]
+    ended = subprocess.run([sys.executable, "-m", "smpo_fast.cli", *words], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2 and ended.stderr.count("error: ") == 1, ended
+    assert "no readable record: damaged" in ended.stderr

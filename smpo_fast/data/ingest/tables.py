@@ -55,7 +55,9 @@ def read_arrow(folder: SourceFolder, file: str, columns: Sequence[str] | None) -
             batches = iter(pa.ipc.open_stream(stream))
         for batch in batches:
             used = batch.schema.names if columns is None else [n for n in batch.schema.names if n in columns]
-            yield from _rows_of(batch.select(used))
+            chosen = batch.select(used)
+            chosen.validate(full=True)  # arrow takes offsets and lengths on trust: wrong ones end the process
+            yield from _rows_of(chosen)
 
 
 @contextmanager
