@@ -145,16 +145,23 @@ def _ending(notes: Path, child: int, status: int | None, seconds: float) -> Endi
 
 def _end_session(leader: int) -> int:
     """Kill what is left of a child's session; returns how many processes that were."""
-    left = 0
+    left = session_of(leader)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return len(left)
+
+
+def session_of(leader: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, _, _, session = folder.joinpath("stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:
+        except OSError:  # it has just ended
             continue
         if int(session) == leader and state != "Z":
-            left += 1
-            os.kill(int(folder.name), signal.SIGKILL)
-    return left
+            found.append(int(folder.name))
+    return found
 
 
 def _start(work: Path, notes: Path, job: Process) -> int:

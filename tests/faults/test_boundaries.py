@@ -20,13 +20,13 @@ def _cases(*kinds: str, share: float) -> list[pytest.param]:
     ]
 
 
-@pytest.mark.parametrize(("program", "kind"), [*_cases("kill", share=3), *_cases(*ERRORS, share=1)])
+@pytest.mark.parametrize(("program", "kind"), [*_cases("kill", share=5), *_cases(*ERRORS, share=1)])
 def test_at_every_boundary(program: str, kind: str, campaign: Campaign, attempt: Attempt) -> None:
     """Afterwards the same command ends with the bytes of the undisturbed run; what is refused is told in a sentence."""
     act = lambda fault: campaign.try_fault(program, fault)  # noqa: E731
     attempt(program, kind, campaign.faults(program, kind), act)
 
 
-@pytest.mark.parametrize("program", [pytest.param(p, marks=pytest.mark.faults(share=1)) for p in ROAD])
+@pytest.mark.parametrize("program", [pytest.param(p, marks=pytest.mark.faults(share=0.5)) for p in ROAD])
 def test_killed_at_any_moment(program: str, campaign: Campaign, attempt: Attempt) -> None:
     attempt(program, "kill at a moment", MOMENTS, lambda share: campaign.try_moment(program, share))

@@ -41,7 +41,7 @@ def damage(file: Path, kind: str, place: int, other: Path) -> None:
         file.write_bytes(changed)
 
 
-@pytest.mark.faults(share=2)
+@pytest.mark.faults(share=1)
 @pytest.mark.parametrize(
     ("artefact", "kind"),
     [(name, kind) for name in READERS for kind in KINDS.get(name, ("flip", "truncate", "delete", "swap"))],

@@ -8,7 +8,7 @@ from faults.campaign import ROAD, Campaign, refused
 from faults.conftest import Attempt
 
 
-@pytest.mark.faults(share=1)
+@pytest.mark.faults(share=0.5)
 @pytest.mark.parametrize("program", ROAD)
 def test_a_few_descriptors(program: str, campaign: Campaign, attempt: Attempt) -> None:
     def act(count: int) -> str:

@@ -12,7 +12,7 @@ from faults.conftest import Attempt
 PROGRAMS = ("import", "score", "prepare", "train", "evaluate", "generate")
 
 
-@pytest.mark.faults(share=12)
+@pytest.mark.faults(share=8)
 def test_pairs_of_programs(campaign: Campaign, attempt: Attempt) -> None:
     """Each does its work or says in a sentence why not; afterwards each ends as if it had been alone."""
     delays = [i / 10 for i in range(10)]
