@@ -17,10 +17,31 @@ from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models.locate import ModelSource
 
 
+class _Float32Conv2d(nn.Conv2d):
+    """A convolution that computes in float32 from input and weights of any dtype: [N, K, H, W] to [N, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias, kind = None if self.bias is None else self.bias.float(), x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            return self._conv_forward(x.float(), self.weight.float(), bias)
+
+
+def predict_in_float32(unet: nn.Module) -> None:
+    """Make the last convolution of a half-precision UNet compute in float32, so that predictions are not rounded.
+
+    A loss compares errors that differ in their third or fourth digit, which is where half precision ends.
+    """
+    bare: Any = getattr(unet, "module", unet)  # without DeepSpeed's wrapper
+    last = getattr(bare.conv_out, "base_layer", bare.conv_out)  # without LoRA
+    if type(last) is nn.Conv2d:
+        last.__class__ = _Float32Conv2d
+
+
 class Denoiser:
     """A UNet as the method uses it: predictions for pairs, in float32 whatever the UNet computes in.
 
-    Shapes: x [B, 2, C, H, W], time [B], conditioning of B rows; a prediction has the shape of x.
+    Shapes: x [B, 2, C, H, W], time [B], conditioning of B rows; a prediction has the shape of x. In half precision the
+    UNet's last convolution is made to compute in float32.
     """
 
     def __init__(
@@ -29,6 +50,8 @@ class Denoiser:
         self.unet = unet
         self.velocity = source.prediction_type == "v_prediction"
         self.dtype = COMPUTE_DTYPES[precision]
+        if precision != "fp32":
+            predict_in_float32(unet)
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         if precision == "bf16-autocast":
             self.autocast = partial(torch.autocast, device.type, torch.bfloat16)

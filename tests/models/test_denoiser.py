@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.pipelines import CPU, Maker, settings, unet_inputs
+from torch import Tensor
 
 from smpo_fast.common import runtime
 from smpo_fast.config import loading
@@ -27,6 +32,59 @@ def test_policy_and_reference_predict_bitwise_the_same_at_the_start(precision: s
         b = Denoiser(reference, source, schedule, precision, CPU)(x, time, cond)
     assert a.dtype == torch.float32 and a.shape == x.shape
     assert a.requires_grad and torch.equal(a.detach(), b)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-autocast"])
+def test_the_last_convolution_is_not_rounded_to_half_precision(precision: str) -> None:
+    source = find(settings("embedded"))
+    unet = load_unet(source, settings("embedded"), runtime.COMPUTE_DTYPES[precision], CPU)
+    names, seen = list(unet.state_dict()), []
+    denoise = Denoiser(unet, source, schedule_of(source, loading.from_dict({}).inversion), precision, CPU)
+    unet.conv_out.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    x, time, cond = unet_inputs(unet.config.cross_attention_dim, sdxl=True)
+    with torch.no_grad():
+        found = denoise(x, time, cond).flatten(0, 1)
+        last = unet.conv_out
+        exact = F.conv2d(seen[0].float(), last.weight.float(), last.bias.float(), padding=1)
+    assert torch.equal(found, exact) and not torch.equal(found, found.bfloat16().float())
+    assert list(unet.state_dict()) == names and last.weight.dtype == runtime.COMPUTE_DTYPES[precision]
+
+
+def test_noise_of_the_logit_in_half_precision() -> None:
+    """Against fp32 with the same rounded weights; prints the figures of docs/engine.md: run with -s."""
+    source = find(settings("embedded"))
+    schedule = schedule_of(source, loading.from_dict({}).inversion)
+    pairs, draw = 32, torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(pairs, *shape, generator=draw)
+
+    reference = load_unet(source, settings("embedded"), torch.bfloat16, CPU)
+    channels, side, config = 4, reference.config.sample_size, reference.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    cond = Conditioning(normal(16, config.cross_attention_dim), normal(pooled), torch.full((pairs, 6), 32.0))
+    x, tau = normal(2, channels, side, side), normal(1, channels, side, side)
+    time = torch.randint(0, 1000, (pairs,), generator=draw)
+    policy = copy.deepcopy(reference)
+    for parameter in policy.parameters():
+        parameter.data.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=draw))
+
+    def errors(unet: Any, precision: str, exact_output: bool) -> Tensor:
+        unet = copy.deepcopy(unet).to(runtime.COMPUTE_DTYPES[precision])
+        denoise = Denoiser(unet, source, schedule, precision, CPU)
+        if not exact_output:
+            unet.conv_out.__class__ = torch.nn.Conv2d
+        return (denoise(x, time, cond).double() - tau).square().mean((2, 3, 4))
+
+    def logit(precision: str, exact_output: bool = True) -> Tensor:
+        ours, theirs = (errors(unet, precision, exact_output) for unet in (policy, reference))
+        return -2500 * ((ours[:, 0] - ours[:, 1]) - (theirs[:, 0] - theirs[:, 1]))  # beta = 5000
+
+    with torch.no_grad():
+        truth = logit("fp32")
+        rounded, exact = ((logit("bf16", how) - truth).square().mean().sqrt().item() for how in (False, True))
+    print(f"noise of the logit in bf16: {rounded:.2f} with a rounded prediction, {exact:.2f} without")
+    assert exact < 0.85 * rounded
 
 
 def test_every_pair_has_its_own_time_and_prompt() -> None:
