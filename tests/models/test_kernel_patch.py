@@ -394,7 +394,7 @@ def test_margins_are_0_at_the_first_step(
     assert row["logit_max"] == 0.0 and row["train_loss"] == pytest.approx(math.log(2))
 
 
-def trained(dtype: torch.dtype, enabled: list[str], steps: int = 20) -> list[dict[str, Tensor]]:
+def trained(dtype: torch.dtype, enabled: list[str], steps: int) -> list[dict[str, Tensor]]:
     """Losses and weights of a small UNet at each step of a descent on fixed data."""
     network = unet().to(dtype)
     if enabled:
@@ -412,9 +412,10 @@ def trained(dtype: torch.dtype, enabled: list[str], steps: int = 20) -> list[dic
     return seen
 
 
-def test_twenty_steps_of_training_stay_as_close_to_float64_as_eager_ones() -> None:
-    truth, eager = trained(torch.float64, []), trained(torch.float32, [])
-    fused = trained(torch.float32, list(kernel_patch.MODULES))
+@pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_training_stays_as_close_to_float64_as_eager_code_does(steps: int) -> None:
+    truth, eager = trained(torch.float64, [], steps), trained(torch.float32, [], steps)
+    fused = trained(torch.float32, list(kernel_patch.MODULES), steps)
     assert truth[-1]["loss"] < 0.9 * truth[0]["loss"], "the network learns nothing: the comparison is empty"
     for step, (t, e, f) in enumerate(zip(truth, eager, fused, strict=True)):
         assert error(f, t) <= 2 * error(e, t), f"step {step + 1}: {error(f, t):.2e}, eager {error(e, t):.2e}"
