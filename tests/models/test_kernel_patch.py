@@ -16,13 +16,18 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from helpers.paths import CONFIGS
 from helpers.small_run import pair_table
+from helpers.toy import distance
+from helpers.toy import settings as toy_settings
 from torch import Tensor, nn
 
 from smpo_fast import cli, train
 from smpo_fast.common.errors import ConfigError, EnvironmentProblem
+from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
+from smpo_fast.engine import create, ds_config
 from smpo_fast.method import inversion, objective
 from smpo_fast.method.inversion import EAGER_OPS
 from smpo_fast.method.schedule import NoiseSchedule
@@ -171,11 +176,6 @@ def test_a_residual_of_another_dtype_is_added_in_the_wider_one() -> None:
 @pytest.mark.slow
 def test_zero_3_shards_a_patched_network() -> None:
     """DeepSpeed gathers a module's weights where it is called, and fused modules are called as stock ones are."""
-    from toy import CONFIGS, distance
-    from toy import settings as toy_settings
-
-    from smpo_fast.common.runtime import World
-    from smpo_fast.engine import create, ds_config
 
     def two_steps(stage: int | None, enabled: tuple[str, ...]) -> dict[str, Tensor]:
         run, world, network = toy_settings(pairs=2, micro=2), World(0, 1), unet().train()
