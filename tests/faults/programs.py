@@ -143,6 +143,7 @@ PROGRAMS: dict[str, Program] = {
         _train("run.dir=two", "--ds_config", str(CONFIGS / "ds_zero2.json")),
         ["pairs", "scores", "cache"], ["two"], ["two/checkpoints/step-*", "two/export"],
     ),
+    "verify export": Program(_cli("verify", "run/export"), ["run"], [], []),
     "import any": Program(_import_any, [], ["imported"], ["imported"]),
     "save": Program(lambda: programs.run(_save), [], ["toy"], ["toy/checkpoints/step-*"]),
     "export": Program(lambda: programs.run(_export), ["export"], ["export"], ["export"]),

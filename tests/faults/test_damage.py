@@ -18,10 +18,11 @@ READERS = {
     "checkpoint": ("save", ["toy/checkpoints/step-000006/**/*"]),
     "trajectories": ("reuse", ["store/*"]),
     "export": ("evaluate", ["run/export/**/*"]),
+    "export, verified": ("verify export", ["run/export/**/*"]),
 }
 PLACES = 12  # in a file, that are flipped
 READ_BESIDES = {"checkpoint": ("toy",)}  # what the program does not read when it starts afresh
-# A pipeline in diffusers' layout has no checksums: smpo verify compares those that training recorded.
+# Loaders compare no checksums of a pipeline in diffusers' layout; smpo verify compares those in its export.json.
 KINDS = {"export": ("truncate", "delete")}
 
 
