@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from smpo_fast.common.verification import (
     BAD,
     Finding,
+    bad,
     caught,
     check_file,
     check_leftovers_of,
@@ -47,7 +48,10 @@ def verify_export(folder: Path) -> Iterator[Finding]:
     if (folder / EXPORT_INFO).is_file():
         values, found = read_description(folder / EXPORT_INFO, _ADVICE)
         yield from found
-        files = values.get("files", {})
+        if isinstance(values.get("files"), dict):
+            files = values["files"]
+        elif values:  # otherwise it could not be read, which has been said
+            yield bad(folder / EXPORT_INFO, f"lists no files: {_ADVICE}")
     else:
         yield note(folder / EXPORT_INFO, "is missing: an earlier version or another program made this, without hashes")
     listed = set(files) or _files_of_pipeline(folder)

@@ -81,6 +81,15 @@ def test_a_network_of_an_export_that_lacks_a_tensor(tmp_path: Path) -> None:
     assert problem.startswith(f"{folder / 'unet'}: ") and "conv_in.weight missing" in problem
 
 
+@pytest.mark.parametrize("content", ['{"a": 64}', '{"files": 3}'])
+def test_a_description_of_an_export_that_lists_no_files(content: str, tmp_path: Path) -> None:
+    """As after it was exchanged with another JSON file of the export."""
+    folder = artifacts.pipeline(tmp_path)
+    (folder / "export.json").write_text(content)
+    (problem,) = problems(folder)
+    assert "export.json: lists no files: export again" in problem
+
+
 def test_a_pipeline_of_others_is_verified_without_hashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = artifacts.pipeline(tmp_path)
     (folder / "export.json").unlink()
