@@ -61,6 +61,18 @@ def environment_problem(error: BaseException, subject: object) -> EnvironmentPro
     return EnvironmentProblem(f"{subject}: {_ADVICE[number]} ({error})") if number in _ADVICE else None
 
 
+def check_not_exhausted(error: BaseException, subject: object) -> None:
+    """Raise EnvironmentProblem if the machine has run out of something: then the error says nothing about the data.
+
+    For what is read and may be left out, such as a picture of many: unlike ``environment_problem`` this does not count
+    a file that may not be read, or a disk that cannot read it, as a problem of the machine.
+    """
+    if _error_number(error) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
+        problem = environment_problem(error, subject)
+        assert problem is not None
+        raise problem from error
+
+
 def _error_number(error: BaseException) -> int | None:
     """The error number of an exception; some libraries give it only in words."""
     text = str(error)

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from smpo_fast.common.errors import check_not_exhausted
 from smpo_fast.data.images import MAX_FILE_BYTES, BadImage
 
 
@@ -13,7 +14,8 @@ def read_below(folder: Path, name: str, boundary: Path | None = None) -> bytes:
     """The bytes of the file ``name`` below ``folder``.
 
     Raises BadImage for a path or symbolic link that leaves ``boundary`` (default: the folder), for anything but a
-    regular file, for more than MAX_FILE_BYTES, and for what cannot be read.
+    regular file, for more than MAX_FILE_BYTES, and for what cannot be read; EnvironmentProblem where the machine has
+    run out of file descriptors or memory.
     """
     if "\0" in name:
         raise BadImage("leaves its folder: a path with a null character")
@@ -28,4 +30,5 @@ def read_below(folder: Path, name: str, boundary: Path | None = None) -> bytes:
             raise BadImage(f"too large: '{name}' has {facts.st_size >> 20} MB, the limit is {MAX_FILE_BYTES >> 20}")
         return path.read_bytes()
     except OSError as error:
+        check_not_exhausted(error, path)
         raise BadImage(f"no file: '{name}' cannot be read ({error.strerror})") from error

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 import tarfile
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from helpers.import_sources import LOSERS, WINNERS, rejected_rows, stored_pairs
+from helpers.import_sources import (
+    LOSERS,
+    WINNERS,
+    chosen_parquet,
+    jsonl_chosen,
+    rejected_rows,
+    stored_pairs,
+    tar_letters,
+    winners_and_losers,
+)
 
-from smpo_fast.common.errors import DataError
+from smpo_fast.common.errors import DataError, EnvironmentProblem
 from smpo_fast.data.ingest import tar
 from smpo_fast.data.ingest.importer import ImportOptions, import_pairs
+from smpo_fast.data.pairs import reader
 
 END = bytes(1024)
 
@@ -121,3 +136,41 @@ def test_nothing_but_damage_is_an_error_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(member("0.w.png", b"", size=2**40))
     with pytest.raises(DataError, match="has no readable record: (refused|damaged)"):
         import_pairs(str(tmp_path / "a.tar"), tmp_path / "out", ImportOptions())
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN])
+@pytest.mark.parametrize(
+    ("form", "owner", "name"),
+    [
+        (jsonl_chosen, Path, "read_bytes"),
+        (chosen_parquet, pq.ParquetFile, "iter_batches"),
+        (chosen_parquet, pa, "OSFile"),
+        (tar_letters, tarfile, "open"),
+        (winners_and_losers, Path, "read_bytes"),
+    ],
+)
+def test_a_machine_that_has_run_out_rejects_no_record(
+    form: Callable[[Path], Any], owner: Any, name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The records are good: left out, they would be missing from the table for ever."""
+    (tmp_path / "in").mkdir()
+    source = form(tmp_path / "in") or tmp_path / "in"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, refuse)
+        with pytest.raises(EnvironmentProblem, match=os.strerror(number)):
+            import_pairs(str(source), tmp_path / "out", ImportOptions())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in"], "nothing to continue with"
+    assert import_pairs(str(source), tmp_path / "out", ImportOptions())["pairs"] == 3
+
+
+def test_a_table_that_cannot_be_opened_for_want_of_descriptors_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = chosen_parquet(tmp_path)
+    monkeypatch.setattr(pq, "ParquetFile", lambda *_, **__: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+    with pytest.raises(EnvironmentProblem, match="raise its limit"):
+        reader.count_rows(table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 
+from smpo_fast.common.errors import check_not_exhausted
 from smpo_fast.data.ingest.folders import FOLDER_LAYOUTS, read_suffix_layout, read_winner_loser_layout
 from smpo_fast.data.ingest.manifests import read_csv, read_json
 from smpo_fast.data.ingest.records import DAMAGE_ERRORS, Cells, UnreadableRecord
@@ -28,7 +29,10 @@ def count_records(folder: SourceFolder, container: str, file: str) -> int | None
 def read_records(
     folder: SourceFolder, container: str, file: str, columns: Sequence[str] | None
 ) -> Iterator[Cells | UnreadableRecord]:
-    """The records of a file in order; ``columns`` avoids reading others where the container allows it."""
+    """The records of a file in order; ``columns`` avoids reading others where the container allows it.
+
+    Raises EnvironmentProblem where the machine has run out of file descriptors or memory.
+    """
     readers: dict[str, Callable[[], Iterator[Cells | UnreadableRecord]]] = {
         "parquet": lambda: read_parquet(folder, file, columns),
         "arrow": lambda: read_arrow(folder, file, columns),
@@ -41,4 +45,5 @@ def read_records(
     try:
         yield from readers[container]()
     except DAMAGE_ERRORS as error:
+        check_not_exhausted(error, file)
         yield UnreadableRecord(f"damaged: the rest of {posixpath.basename(file)} cannot be read ({error})")

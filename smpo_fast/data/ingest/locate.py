@@ -15,7 +15,7 @@ from fsspec.core import url_to_fs
 
 from smpo_fast.common import remote
 from smpo_fast.common.console import printable
-from smpo_fast.common.errors import DataError, EnvironmentProblem
+from smpo_fast.common.errors import DataError, EnvironmentProblem, environment_problem
 from smpo_fast.data import images
 from smpo_fast.data.ingest.folders import FOLDER_LAYOUTS, image_stem, winner_stem
 from smpo_fast.data.ingest.source_folder import URL, is_local
@@ -53,7 +53,7 @@ def locate(given: str, *, container: str = "", split: str = "", revision: str = 
     except ValueError as error:  # no such protocol
         raise DataError(f"{given}: {error}") from error
     except OSError as error:
-        raise DataError(f"{given} cannot be opened: {error}") from error
+        raise environment_problem(error, given) or DataError(f"{given} cannot be opened: {error}") from error
     if facts["type"] != "directory":
         container = container or _container_of(fs, path, given)
         folder = posixpath.dirname(path)

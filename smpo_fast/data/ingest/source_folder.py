@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
+from smpo_fast.common.errors import check_not_exhausted
 from smpo_fast.data import images
 from smpo_fast.data.images import BadImage
 from smpo_fast.data.restricted_files import read_below
@@ -48,6 +49,7 @@ class SourceFolder:
                 raise BadImage(f"too large: '{name}' has {size >> 20} MB, the limit is {images.MAX_FILE_BYTES >> 20}")
             return self.fs.cat_file(path)
         except OSError as error:
+            check_not_exhausted(error, path)
             raise BadImage(f"no file: '{name}' cannot be read ({error})") from error
 
 

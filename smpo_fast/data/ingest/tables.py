@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from smpo_fast.common.errors import check_not_exhausted
 from smpo_fast.data.cells import BadCell, cell_value
 from smpo_fast.data.ingest.records import DAMAGE_ERRORS, Cells, UnreadableCell, UnreadableRecord
 from smpo_fast.data.ingest.source_folder import SourceFolder, open_for_arrow
@@ -18,16 +19,20 @@ _BATCH_ROWS = 16
 
 
 def count_parquet_rows(folder: SourceFolder, file: str) -> int:
-    """Number of records that ``read_parquet`` gives."""
+    """Number of records that ``read_parquet`` gives. Raises EnvironmentProblem like ``containers.read_records``."""
     try:
         with open_for_arrow(folder, file) as stream:
             return pq.ParquetFile(stream).metadata.num_rows
-    except DAMAGE_ERRORS:
+    except DAMAGE_ERRORS as error:
+        check_not_exhausted(error, file)
         return 1  # the UnreadableRecord that says so
 
 
 def read_parquet(folder: SourceFolder, file: str, columns: Sequence[str] | None) -> Iterator[Cells | UnreadableRecord]:
-    """The rows of a parquet file; of the given columns only, unless that is None."""
+    """The rows of a parquet file; of the given columns only, unless that is None.
+
+    Raises EnvironmentProblem likewise.
+    """
     with open_for_arrow(folder, file) as stream:
         # A buffered stream per column: without it a row group's images, gigabytes at times, are read at once.
         table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
@@ -38,7 +43,9 @@ def read_parquet(folder: SourceFolder, file: str, columns: Sequence[str] | None)
                 for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=used):
                     yield from _rows_of(batch)
                     left -= batch.num_rows
-            except DAMAGE_ERRORS as error:  # one for each row, so that later rows keep their numbers
+            except DAMAGE_ERRORS as error:
+                check_not_exhausted(error, file)
+                # one for each row, so that later rows keep their numbers
                 reason = UnreadableRecord(f"damaged: row group {group} of {posixpath.basename(file)} ({error})")
                 yield from [reason] * left
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import fsspec
 
+from smpo_fast.common.errors import check_not_exhausted
 from smpo_fast.data import images
 from smpo_fast.data.ingest.records import (
     DAMAGE_ERRORS,
@@ -132,6 +133,7 @@ def read_tar(fs: fsspec.AbstractFileSystem, file: str) -> Iterator[Cells | Unrea
                 sample = sample or _Sample(key)
                 sample.add(column, member, archive)
         except DAMAGE_ERRORS as error:
+            check_not_exhausted(error, file)
             # the sample that was being read may lack a member, so it is not used
             where = f" from sample '{sample.key}' on" if sample else ""
             yield UnreadableRecord(f"damaged: {posixpath.basename(file)} cannot be read{where} ({error})")

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from smpo_fast import embedded
 from smpo_fast.common.console import printable
-from smpo_fast.common.errors import DataError
+from smpo_fast.common.errors import DataError, check_not_exhausted
 from smpo_fast.config.schema import EMBEDDED
 from smpo_fast.data.cells import BadCell, cell_value
 from smpo_fast.data.images import BadImage, content_hash
@@ -128,6 +128,7 @@ def _cells_without_images(path: Path, max_pairs: int) -> Iterator[tuple[Mapping[
                 yield from ((cells, i) for i in range(min(left, batch.num_rows)))
                 left -= min(left, batch.num_rows)
         except (pa.ArrowException, OSError) as error:
+            check_not_exhausted(error, file)
             raise DataError(printable(f"data.pairs: {file} is damaged: {error}")) from error
 
 
@@ -136,6 +137,7 @@ def _open(file: Path) -> pq.ParquetFile:
         # A buffered stream per column: without it a row group's images, gigabytes at times, are read at once.
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
+        check_not_exhausted(error, file)
         raise DataError(printable(f"data.pairs: {file} cannot be read as parquet: {error}")) from error
 
 
@@ -156,6 +158,7 @@ def _read_group(
             if row >= stop:
                 return
     except (pa.ArrowException, OSError) as error:
+        check_not_exhausted(error, file)
         raise DataError(printable(f"data.pairs: {file} is damaged near row {row} of the table: {error}")) from error
 
 
