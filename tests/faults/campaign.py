@@ -29,7 +29,7 @@ ROAD = ("import", "score", "prepare", "train", "evaluate", "generate", "save", "
 BYWAYS = ("invert", "reuse", "verify export")
 DOCUMENTED = (0, 1, 2, 3, 130)  # exit statuses; 1 is that of smpo verify
 # Of the numbers in a log and a checkpoint, those that depend on the clock or the machine.
-_CLOCK = re.compile(r'"mtime_ns": \d+|"(pairs_per_|mega)?second[^"]*": [^,}\n]+|"memory_gb": [^,}\n]+')
+_CLOCK = re.compile(r'"mtime_ns": \d+|"seal": "\w+"|"(pairs_per_|mega)?second[^"]*": [^,}\n]+|"memory_gb": [^,}\n]+')
 _OWN_HASH = re.compile(rb'"sha256": "[0-9a-f]{64}",\n "versions"')  # of a manifest over the seconds in it
 # A plot of the seconds, whose size varies, and with it the number of its writes; hashes of the plot and of the log.
 _OF_TIME = ("curves.png", "finished.json")
@@ -133,7 +133,7 @@ class Campaign:
             for file in files:
                 wanted[file] = found.setdefault(file, "")
         silent = "" if ending.status else differences(_below_any(made, found), _below_any(made, wanted))
-        if ending.status == 0 and not made:
+        if ending.status == 0 and not made and f"{Path(files[0]).name}: is missing" not in ending.output:
             silent = "verified, as if it were whole"
         wrong = refused(ending) or silent
         return wrong and f"{reader}, {files[0]} damaged: {wrong}"
