@@ -26,6 +26,7 @@ from helpers.import_sources import (
     winners_and_losers,
 )
 
+from smpo_fast import cli
 from smpo_fast.common.errors import DataError, EnvironmentProblem
 from smpo_fast.data.ingest import tar
 from smpo_fast.data.ingest.importer import ImportOptions, import_pairs
@@ -165,6 +166,22 @@ def test_a_machine_that_has_run_out_rejects_no_record(
             import_pairs(str(source), tmp_path / "out", ImportOptions())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in"], "nothing to continue with"
     assert import_pairs(str(source), tmp_path / "out", ImportOptions())["pairs"] == 3
+
+
+def test_an_error_has_a_line_of_its_own_below_the_progress_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The traceback still holds the generator that draws the bar when the error is printed."""
+    source, records = jsonl_chosen(tmp_path), (tmp_path / "a.jsonl").read_text(encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text(records * 10)  # more than are read ahead
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert cli.main(["import", str(source), str(tmp_path / "out")]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("import: ") for line in said) and said[-1].startswith("error: ")
 
 
 def test_a_table_that_cannot_be_opened_for_want_of_descriptors_is_not_damaged(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -54,10 +54,14 @@ def import_pairs(given: str, out: Path, options: ImportOptions, *, part_bytes: i
     split = f", split {source.split}" if source.split else ""
     print(printable(f"{given}: {source.container}{split}; {mapping}"), flush=True)
     schema = table_schema(out, source.root if options.paths else "")
-    with TableWriter(out, identity, schema, part_bytes) as table:
+    # closed here, so that the progress bar is: an error is printed on a line of its own
+    with (
+        TableWriter(out, identity, schema, part_bytes) as table,
+        closing(_candidates(source, mapping, pairing, table)) as candidates,
+    ):
         if table.next_unit:
             print(f"{out}: resuming an interrupted import after {table.pairs} pairs", flush=True)
-        for unit in inspect_images(_candidates(source, mapping, pairing, table), decode=options.check):
+        for unit in inspect_images(candidates, decode=options.check):
             if options.strict:
                 _refuse_rejected(given, unit)
             table.add(unit)
@@ -158,7 +162,9 @@ def _records(source: PairSource, mapping: ColumnMapping, start: int = 0) -> Gene
     return source.records(start, list(mapping.columns.values()))
 
 
-def _candidates(source: PairSource, mapping: ColumnMapping, pairing: str, table: TableWriter) -> Iterator[Candidates]:
+def _candidates(
+    source: PairSource, mapping: ColumnMapping, pairing: str, table: TableWriter
+) -> Generator[Candidates, None, None]:
     """The candidates that are not in a finished part yet, with a progress bar over the records."""
     # One list of candidates for each record, except for single images, of which all records must be read first.
     start = 0 if mapping.format == "single" else table.next_unit
