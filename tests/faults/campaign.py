@@ -110,7 +110,8 @@ class Campaign:
         made = {name for program in programs for name in PROGRAMS[program].makes}
         for name in made if there else ():
             self._copy(name)
-        for name in () if there else made:
+        own = {name for program in programs for name in PROGRAMS[program].makes if name not in PROGRAMS[program].reads}
+        for name in () if there else own:
             shutil.rmtree(self.work / name, ignore_errors=True)
         wait = delay * max(self.seconds[program] for program in programs)
         endings = self.server.run(*(Process(p, start_after=wait * i) for i, p in enumerate(programs)))

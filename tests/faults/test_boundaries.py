@@ -23,8 +23,7 @@ def _cases(*kinds: str, share: float) -> list[pytest.param]:
 @pytest.mark.parametrize(("program", "kind"), [*_cases("kill", share=5), *_cases(*ERRORS, share=1)])
 def test_at_every_boundary(program: str, kind: str, campaign: Campaign, attempt: Attempt) -> None:
     """Afterwards the same command ends with the bytes of the undisturbed run; what is refused is told in a sentence."""
-    act = lambda fault: campaign.try_fault(program, fault)  # noqa: E731
-    attempt(program, kind, campaign.faults(program, kind), act)
+    attempt(program, kind, campaign.faults(program, kind), lambda fault: campaign.try_fault(program, fault))
 
 
 @pytest.mark.parametrize("program", [pytest.param(p, marks=pytest.mark.faults(share=0.5)) for p in ROAD])
