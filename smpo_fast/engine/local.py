@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from smpo_fast.engine.optimizers import make_optimizer, whole_parameters
 from smpo_fast.engine.protocol import (
     StepResult,
     describe_layout,
+    free_tensors,
     largest_absolute,
     nan_unless_finite,
     require_last_backward,
@@ -61,7 +62,7 @@ class LocalEngine:
         if self.dtype is torch.float32:
             self._masters[name] = parameter
             return
-        parameter.register_post_accumulate_grad_hook(partial(self._accumulate, name))
+        parameter.register_post_accumulate_grad_hook(_accumulate_into(weakref.ref(self), name))
         if self._config.optim.master == "none":
             self._masters[name] = parameter
             return
@@ -132,6 +133,20 @@ class LocalEngine:
         frozen = {name: p for name, p in self.unet.named_parameters() if not p.requires_grad}
         weights = {name: p.detach().float() for name, p in {**frozen, **self._masters}.items()}
         return {name: t.cpu().clone() for name, t in {**weights, **persistent_buffers(self.unet)}.items()}
+
+    def close(self) -> None:
+        free_tensors(self.unet.parameters(), [self._optimizer])
+        self._masters, self._half_and_master, self._sums, self._slices = {}, [], {}, []
+
+
+def _accumulate_into(engine: weakref.ref[LocalEngine], name: str) -> Callable[[Tensor], None]:
+    """A gradient hook that does not keep the engine alive: autograd holds hooks where Python's collector cannot see."""
+
+    def hook(half: Tensor) -> None:
+        if (found := engine()) is not None:
+            found._accumulate(name, half)
+
+    return hook
 
 
 def _global_norm(gradients: list[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +64,12 @@ class Engine(Protocol):
     def full_state(self) -> dict[str, Tensor]:
         """The state dict with the master weights in fp32, on the CPU: complete on rank 0, empty on the others."""
 
+    def close(self) -> None:
+        """Free the weights, gradients and optimizer states. Neither the engine nor ``unet`` can be used afterwards.
+
+        Collective.
+        """
+
 
 # --- what both engines share ----------------------------------------------------------------------------------
 
@@ -101,3 +107,17 @@ def require_last_backward(done: bool) -> None:
     """Raise RuntimeError when a step is made before the last micro-batch's backward pass."""
     if not done:
         raise RuntimeError("step() needs backward(loss, last=True) before it")
+
+
+def free_tensors(parameters: Iterable[nn.Parameter], holders: Iterable[object]) -> None:
+    """Empty parameters of any shape, and drop all attributes of the objects that hold the rest of an engine's memory.
+
+    Autograd and DeepSpeed refer to both from where Python's collector does not look, so dropping the engine is not
+    enough.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+        vars(parameter).clear()
+        parameter.data = parameter.data.new_empty(0)
+    for holder in holders:
+        vars(holder).clear()

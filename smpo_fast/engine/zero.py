@@ -27,6 +27,7 @@ from smpo_fast.engine.optimizers import LocalSlice, make_optimizer, whole_parame
 from smpo_fast.engine.protocol import (
     StepResult,
     describe_layout,
+    free_tensors,
     largest_absolute,
     nan_unless_finite,
     require_last_backward,
@@ -199,6 +200,11 @@ class DeepSpeedEngine:
             return parameter.detach()
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
+
+    def close(self) -> None:
+        self._engine.destroy()
+        free_tensors(self._module.parameters(), [self._engine.optimizer, self._optimizer])
+        self._slices = []
 
 
 def loss_scaler_state(loss_scaler: Any) -> dict[str, Any]:

@@ -98,7 +98,9 @@ def train_policy(job: Job) -> dict[str, Tensor]:
             stop.restore()
     check_weights(job, engine, progress)  # those of a finished run, too, before they are exported
     loader.cache.finish_checks()
-    return engine.full_state()
+    state = engine.full_state()
+    engine.close()
+    return state
 
 
 def announce_state(job: Job, progress: Progress) -> None:

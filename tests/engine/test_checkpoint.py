@@ -65,6 +65,9 @@ class FakeEngine:
     def full_state(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def close(self) -> None:
+        raise NotImplementedError
+
 
 def save(run: Path, step: int, keep: int = 2, fake: FakeEngine | None = None) -> Path:
     progress = Progress(step, 10 * step, 1.5 * step, 1)

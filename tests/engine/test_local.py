@@ -153,3 +153,10 @@ def test_the_state_has_the_frozen_weights_too(precision: str) -> None:
     unet[0].requires_grad_(False)
     trained = create.make_engine(unet, toy.settings(precision=precision), World(), precision, None)
     assert toy.same(trained.full_state(), wanted)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_dropped_engine_leaves_nothing(precision: str) -> None:
+    """Its gradient hooks are kept by autograd, so they must not keep it: another network needs the memory."""
+    peak, left = toy.bytes_left(0, 1, None, precision, close=False)
+    assert peak > 100_000 and left < 0.02 * peak

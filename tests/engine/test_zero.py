@@ -261,3 +261,10 @@ def test_the_launcher_starts_cpu_ranks(tmp_path: Path) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
     lines = started(tmp_path, str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), "--no_local_rank")
     assert sorted(line.split(" norm")[0] for line in lines) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+@pytest.mark.parametrize("stage", [slow(1), slow(2), 3])
+def test_a_closed_engine_leaves_nothing(stage: int) -> None:
+    """The evaluation after training needs the memory."""
+    for peak, left in run_ranks(toy.bytes_left, 1, stage=stage, precision="bf16", close=True):
+        assert peak > 100_000 and left < 0.02 * peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.engine import combinations, create, ds_config
 from smpo_fast.engine.protocol import Engine
+from smpo_fast.models.tracing import LiveBytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLIP = 0.05  # below every gradient norm of the toy, so clipping is always at work
@@ -109,6 +111,19 @@ def train(
         result = trained.step(1e-3 * (step + 1) / 4)
         logged.append((loss, result.applied, result.grad_norm))
     return logged
+
+
+def bytes_left(rank: int, size: int, stage: int | str | None, precision: str, *, close: bool) -> tuple[int, int]:
+    """CPU bytes of an engine: at most during a step, and after it was dropped. close: it is closed before."""
+    config_ = settings(precision=precision, pairs=8)
+    with LiveBytes(device="cpu") as live:
+        trained = make(config_, rank, size, stage)
+        train(trained, config_, [0], rank, size)
+        if close:
+            trained.close()
+        del trained
+        gc.collect()
+    return live.peak, live.now
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
