@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from helpers.recorded_graphs import use_recorded_graphs
 from torch.utils.flop_counter import FlopCounterMode
 
 from smpo_fast.common.errors import ConfigError
@@ -17,7 +18,7 @@ from smpo_fast.method.batch import Conditioning
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models import attention, load, locate
 from smpo_fast.models.denoiser import Denoiser
-from smpo_fast.models.inference import checks, compilation
+from smpo_fast.models.inference import checks, compilation, cuda_graphs
 from smpo_fast.models.inference.caller import InferenceCaller, batch_sizes
 from smpo_fast.models.locate import ModelSource
 
@@ -334,6 +335,29 @@ def test_compiled_for_training_equal_weights_predict_equally(denoiser: Denoiser,
 def test_what_cannot_run_is_refused_by_name(words: dict[str, Any], stage: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         checks.check(loading.from_dict(words), CPU, stage)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@torch.no_grad()
+def test_replayed_graphs_equal_plain_calls_at_any_size_and_shape_of_images(
+    denoiser: Denoiser, reuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small chunks before large ones, two shapes in turn, and weights that change in place."""
+    streams = use_recorded_graphs(monkeypatch)
+    cuda_graphs._side_stream.cache_clear()
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    made, plain = caller(mine, cuda_graphs=True, reuse_deep=reuse), caller(mine, reuse_deep=reuse)
+    for count, height, scale in ((2, 8, 1.0), (5, 8, 1.0), (5, 12, 1.02), (3, 8, 1.0), (2, 12, 1.02), (5, 8, 1.0)):
+        for p in mine.unet.parameters():
+            p.mul_(scale)
+        x, time, cond = inputs(count, seed=count + height)
+        x = torch.cat([x, x], dim=3)[:, :, :, :height]
+        eps, wanted = made.predictor(cond), plain.predictor(cond)
+        for refinement in (False, True):
+            found = eps(x, time, refinement=refinement)
+            assert torch.equal(found, wanted(x, time, refinement=refinement)), (count, height, refinement)
+    assert len(streams) == 1, "every stream has library workspaces of its own"
 
 
 @pytest.mark.gpu

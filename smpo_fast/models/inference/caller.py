@@ -56,9 +56,9 @@ class InferenceCaller:
         self._float8 = Float8(bare) if inversion.fp8 else None
         if self._float8 is not None:
             self._contexts.append(self._float8.active)
-        self._deep = DeepFeatures(bare) if inversion.reuse_deep else None
+        self._deep = DeepFeatures(bare, 2 * chunk) if inversion.reuse_deep else None
         self._sizes = batch_sizes(chunk) if model.cuda_graphs or model.compile != "off" else []
-        self._graphs = CudaGraphs(self._run) if model.cuda_graphs else None
+        self._graphs = CudaGraphs(self._run, chunk) if model.cuda_graphs else None
 
     @torch.no_grad()
     def weights_changed(self) -> None:
@@ -101,5 +101,6 @@ class InferenceCaller:
                 stack.enter_context(context())
             stack.enter_context(cached_keys_values(self._cross_attentions, inputs.keys_values))
             if self._deep is not None:
-                stack.enter_context(self._deep.reused() if shallow else self._deep.kept())
+                deep = self._deep.reused if shallow else self._deep.kept
+                stack.enter_context(deep(x.shape[2:]))
             return self.denoiser.predict(x, timesteps, inputs.unet)
