@@ -265,9 +265,8 @@ def _pairs(report: Report, architecture: Architecture, count: int) -> None:
         for name, make in pairs.MAKERS.items()
     }
     kernels = ours.all_kernels()
-    if kernels:
-        name = "ours, all kernels"
-        makers[name] = lambda: pairs.make_ours(architecture, device, count, kernels, name)
+    name = "ours, all kernels"
+    makers[name] = lambda name=name: pairs.make_ours(architecture, device, count, kernels, name)  # type: ignore[misc]
     for setting, values in ours.variants(device).items():
         name = f"ours, {setting}"
         makers[name] = lambda values=values, name=name: pairs.make_ours(architecture, device, count, values, name)  # type: ignore[misc]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast, get_args
+from typing import Any, cast
 from unittest import mock
 
 import counting
@@ -23,11 +23,11 @@ from architectures import SCHEDULER, Architecture, make_unet
 from torch import Tensor
 from tqdm import tqdm
 
-from smpo_fast.common.runtime import World
+from smpo_fast.common.runtime import COMPUTE_DTYPES, World
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.engine import create
-from smpo_fast.models import kernel_patch, load, locate
+from smpo_fast.models import kernel_checks, kernel_patch, load, locate, step_ops
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference import compilation
 from smpo_fast.models.locate import ModelSource
@@ -114,7 +114,9 @@ def make_trainer(architecture: Architecture, device: torch.device, overrides: Ov
             compilation.compile_training(engine_.unet, network.unet)
     cache: Any = SyntheticCache(architecture, max(16, run.batch.pairs_per_step))
     loader, before_call = Loader(cache, run, World()), CallHook(cast(Any, NoSignals()), tqdm(disable=True))
-    return Trainer(run, world, schedule, engine_, as_denoiser(engine_.unet), frozen, loader, None, before_call)
+    latent = (4, architecture.latent, architecture.latent)
+    ops = step_ops.select_ops(run, step_ops.resolve(run, device, COMPUTE_DTYPES[precision], latent).enabled)
+    return Trainer(run, world, schedule, engine_, as_denoiser(engine_.unet), frozen, loader, None, before_call, ops)
 
 
 def planned_peak(architecture: Architecture, checkpointing: bool) -> int:
@@ -147,13 +149,8 @@ def kernel_modules() -> list[ModuleType]:
 
 
 def all_kernels() -> dict[str, dict[str, Any]]:
-    """Settings that enable every kernel; empty if the settings offer none."""
-    section = Config.model_fields.get("kernels")
-    field = getattr(section.annotation, "model_fields", {}).get("enabled") if section else None
-    if field is None:
-        return {}
-    names = next((get_args(inner) for inner in get_args(field.annotation)), ())
-    return {"kernels": {"enabled": list(names)}}
+    """Settings that enable every kernel."""
+    return {"kernels": {"enabled": list(kernel_checks.NAMES)}}
 
 
 def patch_kernels(unet: Any, enabled: Sequence[str] | None = None) -> dict[str, int]:

@@ -7,6 +7,7 @@ defaults below. The resolved settings are saved in the run's folder and can be g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -354,14 +355,23 @@ class Optim(Section):
     clip: float = Field(1.0, ge=0, description="gradient norm after clipping; 0: no clipping")
 
 
+KernelName = Literal["pair_loss", "renoise_step", "group_norm_silu", "layer_norm", "geglu", "geglu_linear"]
+
+
 class Kernels(Section):
     """Fused Triton kernels in place of eager code (docs/kernels.md)."""
 
-    enabled: list[Literal["pair_loss", "renoise_step", "group_norm_silu", "layer_norm", "geglu", "geglu_linear"]] = (
-        Field(
-            [], description="kernels in use: pair_loss, renoise_step, group_norm_silu, layer_norm, geglu, geglu_linear"
-        )
+    enabled: list[KernelName] | Literal["auto"] = Field(
+        "auto",
+        description="'auto': on CUDA with Triton pair_loss and renoise_step, where the run has a use for them; "
+        "or exactly these: a list of pair_loss, renoise_step, group_norm_silu, layer_norm, geglu, geglu_linear; "
+        "[]: none",
     )
+
+    @property
+    def listed(self) -> Sequence[KernelName]:
+        """The kernels that the settings name one by one; none for 'auto'."""
+        return () if self.enabled == "auto" else self.enabled
 
 
 class Log(Section):

@@ -31,18 +31,23 @@ MODULES = ("group_norm_silu", "layer_norm", "geglu", "geglu_linear")
 
 
 def check(config: Config, device: torch.device) -> None:
-    """Check that kernels can run at all, before anything heavy is loaded.
+    """Check that the kernels that the settings name can run at all, before anything heavy is loaded.
 
     Raises EnvironmentProblem when Triton is missing. On a CPU the kernels' eager references run, with one notice.
     """
-    enabled = config.kernels.enabled
+    enabled = config.kernels.listed
     if enabled and importlib.util.find_spec("triton") is None:
         raise EnvironmentProblem(
             f"kernels.enabled = {enabled} needs Triton, which is not installed: pip install triton (Linux), "
-            "or leave kernels.enabled empty"
+            "or leave kernels.enabled out"
         )
-    if enabled and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if enabled and only_eager(device):
         warn0(f"kernels.enabled = {enabled}: kernels need CUDA; on {device.type} eager code runs instead")
+
+
+def only_eager(device: torch.device) -> bool:
+    """Whether every kernel runs its eager reference on a device."""
+    return device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def patch(unet: nn.Module, enabled: Collection[str]) -> dict[str, int]:

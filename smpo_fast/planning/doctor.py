@@ -148,11 +148,11 @@ def _attention_of(found: Mapping[str, Any]) -> Finding:
 def _triton(found: Mapping[str, Any], gpu: bool) -> Finding:
     if found["state"] != OK:
         fix = "pip install triton" if found["state"] == MISSING else _compiler_fix(found["why"])
-        return Finding("triton", found["state"], f"{found['why']}; kernels.enabled must stay empty", fix)
-    if gpu:
         return Finding(
-            "triton", OK, f"{found['version']}; it compiled one of this package's kernels: kernels.enabled can be used"
+            "triton", found["state"], f"{found['why']}; the fused kernels cannot run: eager code is used", fix
         )
+    if gpu:
+        return Finding("triton", OK, f"{found['version']}; it compiled one of this package's kernels")
     return Finding(
         "triton", OK, f"{found['version']}; without a GPU only its interpreter runs (TRITON_INTERPRET=1, for tests)"
     )

@@ -22,5 +22,5 @@ def load_policy(config: Config, source: ModelSource, precision: str, device: tor
     unet = load_unet(source, config.model, dtype, device)
     if config.lora.rank:
         lora.add_adapters(unet, config.lora, config.run.seed)
-    kernel_patch.patch(unet, config.kernels.enabled)
+    kernel_patch.patch(unet, config.kernels.listed)
     return unet

@@ -79,7 +79,7 @@ def make_reference(
     if where == "adapters-off":
         return partial(_without_adapters, as_denoiser(policy))
     unet: nn.Module = load_unet(source, config.model, COMPUTE_DTYPES[precision], world.device)
-    kernel_patch.patch(unet, config.kernels.enabled)
+    kernel_patch.patch(unet, config.kernels.listed)
     unet.requires_grad_(False).eval()
     if where == "sharded":
         unet = shard_frozen(unet, world, precision, ds_settings or {})

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from smpo_fast.common.launcher import watch_launcher
-from smpo_fast.common.runtime import StopSignal, print0, warn0
+from smpo_fast.common.runtime import COMPUTE_DTYPES, StopSignal, print0, warn0
 from smpo_fast.data.cache import location, prepare
 from smpo_fast.engine import checkpoint, collectives, create
 from smpo_fast.engine.checkpoint import Progress
 from smpo_fast.engine.zero import import_deepspeed
+from smpo_fast.models import step_ops
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.encoders import Encoders
 from smpo_fast.models.inference import compilation
@@ -69,6 +70,8 @@ def train_policy(job: Job) -> dict[str, Tensor]:
     c, world = job.config, job.world
     loader = Loader(job.open_cache(), c, replace(world, device=torch.device("cpu")))  # the prefetcher copies to CUDA
     print0(loader.labels.report)
+    latent, gather = loader.cache.info.latent(), partial(collectives.gather, world)
+    kernels = step_ops.resolve(c, world.device, COMPUTE_DTYPES[job.precision], latent, gather)
     policy = load_policy(c, job.source, job.precision, world.device)
     engine = create.make_engine(policy, c, world, job.precision, job.ds_settings)
     defaults = fact_defaults(job.facts)
@@ -76,7 +79,7 @@ def train_policy(job: Job) -> dict[str, Tensor]:
     checkpoint.tidy(job.run_dir, world, c.run.keep)
     announce_state(job, progress)
     if world.rank == 0:
-        describe_run(job)
+        describe_run(job, kernels)
     log = RunLog(job.run_dir, c, progress.step, world)
     store = open_store(job)
     schedule = schedule_of(job.source, c.inversion)
@@ -89,8 +92,9 @@ def train_policy(job: Job) -> dict[str, Tensor]:
                 compilation.compile_training(engine.unet, network.unet)
         stop = StopSignal(world)
         trainer = Trainer(
-            c, world, schedule, engine, as_denoiser(engine.unet), frozen, loader, store, CallHook(stop, bar)
-        )
+            c, world, schedule, engine, as_denoiser(engine.unet), frozen, loader, store, CallHook(stop, bar),
+            step_ops.select_ops(c, kernels.enabled),
+        )  # fmt: skip
         try:
             progress = run_steps(job, trainer, progress, log, bar)
         finally:

@@ -11,13 +11,14 @@ import torch
 
 from smpo_fast.common.storage import file_facts, remove_drafts, sealed, write_json, write_text
 from smpo_fast.config import loading
+from smpo_fast.models.step_ops import Selection
 from smpo_fast.training.job import Job
 
 FINISHED = "finished.json"
 OWN_FILES = ("config.toml", "environment.json", "ds_config.json", "metrics.jsonl", "curves.png")
 
 
-def describe_run(job: Job) -> None:
+def describe_run(job: Job, kernels: Selection) -> None:
     """Write config.toml, environment.json and, with DeepSpeed, ds_config.json; the run is no longer finished.
 
     The process holds the run's lock.
@@ -37,6 +38,7 @@ def describe_run(job: Job) -> None:
         "device": torch.cuda.get_device_name() if job.world.device.type == "cuda" else platform.processor() or "cpu",
         "ranks": job.world.size,
         "precision": job.precision,
+        "kernels": kernels.facts(),
     }
     write_json(job.run_dir / "environment.json", facts, indent=2)
 

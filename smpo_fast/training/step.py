@@ -20,9 +20,9 @@ from smpo_fast.engine.protocol import Engine, StepResult
 from smpo_fast.method.batch import Pairs, to_device
 from smpo_fast.method.objective import OBJECTIVES
 from smpo_fast.method.schedule import NoiseSchedule
-from smpo_fast.models import step_ops
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference import compilation
+from smpo_fast.models.step_ops import StepOps
 from smpo_fast.training.examples import Examples
 from smpo_fast.training.learning_rate import learning_rate
 from smpo_fast.training.loader import Loader
@@ -49,10 +49,10 @@ class Trainer:
     loader: Loader
     store: TrajectoryStore | None
     before_call: CallHook
+    ops: StepOps
 
     def __post_init__(self) -> None:
         self.objective = OBJECTIVES[self.config.objective.name]
-        self.ops = step_ops.select_ops(self.config)
         self.meter = Meter(self.world)
         self.step_batch = Prefetcher(self.loader.step_batch, self.world.device, self.config.run.steps)
         self.noiser = Noiser(

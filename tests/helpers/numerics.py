@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from smpo_fast.models.kernel_checks import rounding_of
+
 Op = Callable[..., Any]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -84,7 +86,7 @@ def assert_close(
     if truth.numel() == 0:
         return
     assert found.isfinite().all() or not eager.isfinite().all(), f"{name}: not finite"
-    rounding = torch.finfo(found.dtype).eps + (condition - 1) * torch.finfo(torch.float32).eps
+    rounding = rounding_of(found.dtype, condition)
     mine, theirs = ((x.double() - truth).abs() for x in (found, eager))
     worst = int(mine.argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), truth.shape))

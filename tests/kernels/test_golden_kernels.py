@@ -23,7 +23,6 @@ from helpers.golden import (
     weight_of,
 )
 
-from smpo_fast.config import loading
 from smpo_fast.method.inversion import invert
 from smpo_fast.method.objective import OBJECTIVES
 from smpo_fast.method.schedule import NoiseSchedule
@@ -38,8 +37,7 @@ def every_third() -> list[Run]:
 
 def check(run: Run) -> None:
     settings, values = settings_for(run), load_case(run)
-    settings = loading.from_dict({**settings.model_dump(), "kernels": {"enabled": ["pair_loss", "renoise_step"]}})
-    ops = step_ops.select_ops(settings)
+    ops = step_ops.select_ops(settings, ["pair_loss", "renoise_step"])
     policy, reference = (load_denoiser(run.kind, which) for which in ("policy", "reference"))
     cond = conditioning_of(values)
     path = NoiseSchedule.from_config(SCHEDULER).path(int(values["in.t"]), settings.inversion)

@@ -337,9 +337,8 @@ def test_on_a_cpu_one_notice_says_that_eager_code_serves(
     assert "on cpu eager code runs" in capsys.readouterr().err
 
 
-def test_no_kernel_is_enabled_by_default() -> None:
-    ops = step_ops.select_ops(settings())
-    assert loading.load().kernels.enabled == []
+def test_no_kernel_means_eager_code() -> None:
+    ops = step_ops.select_ops(settings(), [])
     assert ops.pair_errors is objective.pair_errors and ops.solver is inversion.EAGER_OPS
 
 
@@ -351,7 +350,7 @@ def test_kernels_are_arguments_of_a_run(tmp_path: Path) -> None:
         f"data.cache={tmp_path / 'cache'}", "run.device=cpu",
     ]  # fmt: skip
     rows = []
-    for name, enabled in (("eager", "[]"), ("kernels", '["pair_loss", "renoise_step"]')):
+    for name, enabled in (("eager", "auto"), ("kernels", '["pair_loss", "renoise_step"]')):
         assert train.main([*words, f"run.dir={tmp_path / name}", f"kernels.enabled={enabled}"]) == 0
         rows.append(read_metrics(tmp_path / name))
     for eager, fused in zip(*rows, strict=True):
@@ -433,7 +432,7 @@ def test_fused_solver_adds_up_estimates_in_channels_last_memory() -> None:
         out = torch.tanh(x + torch.roll(x, 1, dims=-1)).flatten(0, 1)
         return out.contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
 
-    fused = step_ops.select_ops(settings(kernels={"enabled": ["renoise_step"]})).solver
+    fused = step_ops.select_ops(settings(), ["renoise_step"]).solver
     eager, found = (
         inversion.invert(lambda rows: eps, x_0, paths, chosen, chunk=2, solver=s) for s in (EAGER_OPS, fused)
     )
