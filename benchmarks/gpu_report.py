@@ -2,15 +2,16 @@
 
     python benchmarks/gpu_report.py [--only PART ...] [--out DIR] [--device cuda|cpu] [--toy]
 
-Every part runs in its own process with a time budget, prints each result immediately, and rewrites its JSON file after
-each. So a run that is killed, a part that fails or a card that hangs loses only what was not measured yet. Missing
-parts and libraries are reported. Only PyTorch, diffusers, transformers and this project are required.
+The parts come in the order of their worth: five minutes tell whether all kernels are right, what a whole pair takes in
+every implementation and what a no-gradient call does, and whether the recipes need the memory that was planned. Each
+part has a time budget, prints every result immediately, and rewrites its JSON file after it. They run in a process of
+their own, which is replaced when a part hangs or fails, so only what was not measured yet is lost. Missing parts and
+libraries are reported. Only PyTorch, diffusers, transformers and this project are required.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
@@ -24,8 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # detecting a GPU must not initialise CUDA before the fork
-
 import architectures
 import counting
 import harness
@@ -37,12 +36,16 @@ import torch
 from architectures import Architecture
 from harness import say
 
+from smpo_fast.common import programs
 from smpo_fast.models.network_spec import NetworkSpec
 from smpo_fast.planning import memory
 from smpo_fast.planning.planned_run import PlannedRun
 
 TOTAL_SECONDS = 505.0  # for all parts together
-CANNOT_FORK = 77  # exit status of a part that found the GPU unusable in a forked process
+START_SECONDS = 120.0  # in which a process has imported its libraries and opened the device
+LEAST_SECONDS = 5.0  # a part is not begun with less
+GRACE_SECONDS = 10.0  # beyond its budget, before a part is killed
+START_METHOD = "spawn"  # a forked process cannot use CUDA, which bitsandbytes initialises when it is imported
 # the values of a result that are printed; its file has all of them
 PRINTED = {"seconds", "error", "value", "TFLOPs", "share_of_matmul", "share_of_copy", "peak_bytes", "skipped",
            "summary", "repeatable", "tail", "inversion_seconds", "policy_seconds", "reference_seconds",
@@ -159,10 +162,13 @@ def _check(report: Report, name: str, case: kernel_cases.Case, dtype: torch.dtyp
 
 
 def _pytest(report: Report, tests: Path) -> None:
-    words = [sys.executable, "-m", "pytest", str(tests), "-q", "--no-header", "-p", "no:cacheprovider", "--tb=line"]
-    hidden = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # -P: the working folder may hold this project's folder without its kernels, and must not hide the installed one
+    words = [sys.executable, "-P", "-m", "pytest", str(tests), "-q", "--no-header", "-p", "no:cacheprovider"]
+    compiled = {**os.environ, "TRITON_INTERPRET": "0"}  # the tests interpret where they see no /dev/nvidia*
     try:
-        run = subprocess.run(words, capture_output=True, text=True, env=hidden, timeout=max(10.0, report.left - 5))
+        run = subprocess.run(
+            [*words, "--tb=line"], capture_output=True, text=True, env=compiled, timeout=max(10.0, report.left - 5)
+        )
     except subprocess.TimeoutExpired as late:
         tail = (late.stdout or b"")[-300:]
         report.add("tests/kernels", finished=False, tail=tail.decode(errors="replace") if tail else "")
@@ -210,8 +216,8 @@ def part_kernels(report: Report) -> None:
 
 
 def part_ladder(report: Report) -> None:
-    """The UNet's no-gradient call, rung by rung, at 2, 8, 16 and 64 images."""
-    _ladder(report, report.architecture("sdxl"), (2, 16, 8, 64) if report.device.type == "cuda" else (2, 8))
+    """The UNet's no-gradient call, rung by rung, at 2, 16 and 32 images."""
+    _ladder(report, report.architecture("sdxl"), (2, 16, 32) if report.device.type == "cuda" else (2, 8))
 
 
 def _ladder(report: Report, architecture: Architecture, batches: tuple[int, ...]) -> None:
@@ -254,26 +260,30 @@ def _ladder(report: Report, architecture: Architecture, batches: tuple[int, ...]
 
 
 def part_pair(report: Report) -> None:
-    """The whole pair by phase: reference, best_eager, ours; then each opt-in feature."""
+    """The whole pair by phase: reference, best_eager, ours without and with all kernels."""
     _pairs(report, report.architecture("sdxl"), 8 if report.device.type == "cuda" else 2)
 
 
-def _pairs(report: Report, architecture: Architecture, count: int) -> None:
+def part_options(report: Report) -> None:
+    """The whole pair with each opt-in feature, compared with ours without."""
+    _pairs(report, report.architecture("sdxl"), 8 if report.device.type == "cuda" else 2, options=True)
+
+
+def _pairs(report: Report, architecture: Architecture, count: int, *, options: bool = False) -> None:
     device = report.device
     makers: dict[str, Callable[[], pairs.Contender]] = {
         name: lambda make=make: make(architecture, device, count)  # type: ignore[misc]
         for name, make in pairs.MAKERS.items()
+        if name == pairs.OURS or not options
     }
     kernels = ours.all_kernels()
-    name = "ours, all kernels"
-    makers[name] = lambda name=name: pairs.make_ours(architecture, device, count, kernels, name)  # type: ignore[misc]
-    for setting, values in ours.variants(device).items():
+    added = {} if options else {"all kernels": kernels}
+    if options:
+        added = ours.variants(device)
+        added |= {f"{name} (approximation)": {**kernels, **v} for name, v in ours.approximations().items()}
+    for setting, values in added.items():
         name = f"ours, {setting}"
         makers[name] = lambda values=values, name=name: pairs.make_ours(architecture, device, count, values, name)  # type: ignore[misc]
-    for setting, values in ours.approximations().items():
-        both = {**kernels, **values}
-        name = f"ours, {setting} (approximation)"
-        makers[name] = lambda both=both, name=name: pairs.make_ours(architecture, device, count, both, name)  # type: ignore[misc]
     truth: list[torch.Tensor] = []
     for name, maker in makers.items():
         if report.left < 12 and not report.toy:
@@ -306,9 +316,14 @@ def _pairs(report: Report, architecture: Architecture, count: int) -> None:
 
 
 def part_memory(report: Report) -> None:
-    """Peak memory of full fine-tuning by optimizer and checkpointing, and of LoRA."""
+    """Peak memory against the plan: recipes for small cards, then full fine-tuning by optimizer and checkpointing."""
     architecture = report.architecture("sdxl")
     precision = "bf16" if report.device.type == "cuda" else "fp32"
+    for name in RECIPES:
+        if report.left < 6 and not report.toy:
+            report.skip(name, "out of time")
+        else:
+            _attempt(report, name, lambda name=name: _recipe(report, name))  # type: ignore[misc]
     for optimizer in ("adafactor", "adamw", "adamw8bit"):
         for checkpointing in (False, True):
             name = f"full, {optimizer}, {'with' if checkpointing else 'no'} checkpointing"
@@ -317,14 +332,6 @@ def part_memory(report: Report) -> None:
                 continue
             _attempt(report, name, lambda name=name, o=optimizer, c=checkpointing:  # type: ignore[misc]
                      _full_memory(report, name, architecture, precision, o, c))  # fmt: skip
-    for name in RECIPES:
-        if report.left < 6 and not report.toy:
-            report.skip(name, "out of time")
-        else:
-            _attempt(report, name, lambda name=name: _recipe(report, name))  # type: ignore[misc]
-    for checkpointing in (False, True):
-        name = f"LoRA rank 64, adamw, {'with' if checkpointing else 'no'} checkpointing"
-        _attempt(report, name, lambda name=name, c=checkpointing: _lora_memory(report, name, architecture, c))  # type: ignore[misc]
 
 
 def _full_memory(
@@ -413,47 +420,9 @@ def _predicted_peak(architecture: Architecture, overrides: ours.Overrides, preci
     settings = ours.settings(architecture, overrides)
     latent = (4, architecture.latent, architecture.latent)
     text = (architecture.tokens, architecture.prompt_width)
-    network = NetworkSpec.make(architecture.unet, architecture.kind, latent, text)
+    network = NetworkSpec.make(architecture.unet, architecture.kind, latent, text, lora=settings.lora)
     run = PlannedRun(settings, network, precision)
     return memory.memory(run, run.variant()).allocated
-
-
-def _lora_memory(report: Report, name: str, architecture: Architecture, checkpointing: bool) -> None:
-    """Policy and reference share one half-precision base; fp32 adapters of rank 64 on the attention layers."""
-    try:
-        peft: Any = importlib.import_module("peft")
-    except ImportError as error:
-        raise ladder.Unavailable(f"peft is not importable ({error})") from error
-    device, dtype = report.device, ladder.half_dtype(report.device)
-    unet: Any = architectures.make_unet(architecture, device, dtype).requires_grad_(False)
-    adapters = peft.LoraConfig(r=64, lora_alpha=64, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    unet.add_adapter(adapters)
-    learned = [p for p in unet.parameters() if p.requires_grad]
-    for parameter in learned:
-        parameter.data = parameter.data.float()
-    unet.train()
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(learned, lr=1e-4)
-    args, kwargs = architectures.make_inputs(architecture, 2, device, dtype)
-    _reset_peak(device)
-    for _ in range(2):
-        with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                unet.disable_adapters()
-                reference = unet(*args, **kwargs)[0]
-                unet.enable_adapters()
-            (unet(*args, **kwargs)[0].float() - reference.float()).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    held = {
-        "policy_bytes": sum(p.nbytes for p in unet.parameters()),
-        "gradients_bytes": sum(p.nbytes for p in learned),
-        "optimizer_bytes": _state_bytes(optimizer),
-    }
-    peak = _peak(device)
-    report.add(name, architecture=architecture.name, optimizer="adamw", checkpointing=checkpointing, peak_bytes=peak,
-               **held, rest_bytes=None if peak is None else peak - sum(held.values()))  # fmt: skip
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -482,52 +451,86 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# name -> (what it does, seconds it may take)
+# name -> (what it does, seconds it may take), by worth; a file each, of which at most eight come back from a lent card
 PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
-    "ceilings": (part_ceilings, 20),
     "correctness": (part_correctness, 80),
-    "kernels": (part_kernels, 45),
-    "ladder": (part_ladder, 165),
-    "pair": (part_pair, 110),
-    "memory": (part_memory, 45),
-    "sd15": (part_sd15, 50),
+    "pair": (part_pair, 100),
+    "ladder": (part_ladder, 80),
+    "memory": (part_memory, 50),
+    "kernels": (part_kernels, 50),
+    "options": (part_options, 90),
+    "sd15": (part_sd15, 35),
+    "ceilings": (part_ceilings, 20),
 }
 
 
 # --- the program ----------------------------------------------------------------------------------------------
 
 
-def run_part(name: str, device_type: str, folder: Path, toy: bool, seconds: float) -> None:
-    """Run a part, in its own process. Results go to ``folder/name.json``."""
-    deadline = time.monotonic() + seconds
-    device = torch.device(device_type)
-    try:
-        torch.zeros(1, device=device)
-    except RuntimeError as error:
-        say(f"  {error}")
-        sys.exit(CANNOT_FORK)
-    report = Report(name, device, folder / f"{name}.json", deadline, toy)
-    report.start()
-    PARTS[name][0](report)
-    report.finish()
+def open_device(device_type: str) -> torch.device:
+    """The device to measure, with its index, which some functions of ``torch.cuda`` insist on."""
+    return torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
 
 
-def supervise(name: str, device_type: str, folder: Path, toy: bool, seconds: float) -> str:
-    """Run a part and wait for it, at most a little longer than its budget; returns how it ended."""
-    # fork: libraries are imported once, and this process never initialises CUDA. If importing a library has initialised
-    # it anyway, the part is spawned instead
-    for method in ("fork", "spawn"):
-        context: Any = multiprocessing.get_context(method)
-        process = context.Process(target=run_part, args=(name, device_type, folder, toy, seconds))
-        process.start()
-        process.join(seconds + 10)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return "killed after its time limit: its file has the results so far"
-        if process.exitcode != CANNOT_FORK:
-            break
-    return "done" if process.exitcode == 0 else f"failed with exit status {process.exitcode}"
+def serve(orders: Any, device_type: str, out: Path | None, toy: bool) -> None:
+    """Run the parts that arrive through a pipe as (name, seconds), until one fails; results go to ``name.json``.
+
+    Sends the results' folder at the start, and how each part ended.
+    """
+    device = open_device(device_type)
+    folder = out or harness.RESULTS / harness.folder_name(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.zeros(1, device=device)
+    orders.send(str(folder))
+    while True:
+        name, seconds = orders.recv()
+        report = Report(name, device, folder / f"{name}.json", time.monotonic() + seconds, toy)
+        report.start()
+        PARTS[name][0](report)
+        harness.synchronize(device)  # an error of the card outlives the part, but not this process
+        report.finish()
+        orders.send("done")
+
+
+class Worker:
+    """The process that runs the parts; a new one is started for the next part after one that hangs or fails."""
+
+    def __init__(self, device_type: str, out: Path | None, toy: bool) -> None:
+        self._given = (device_type, out, toy)
+        self._process: Any = None
+        self.folder: Path | None = None
+
+    def run(self, name: str, seconds: float) -> str:
+        """Run a part and wait for it, at most a little longer than its budget; returns how it ended."""
+        try:
+            if self._process is None:
+                self._start()
+            self._orders.send((name, seconds))
+            if self._orders.poll(seconds + GRACE_SECONDS):
+                return str(self._orders.recv())
+            state = "killed after its time limit: its file has the results so far"
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join()
+            state = f"failed with exit status {self._process.exitcode}"
+        self.stop()
+        return state
+
+    def _start(self) -> None:
+        context: Any = multiprocessing.get_context(START_METHOD)
+        self._orders, orders = context.Pipe()
+        self._process = context.Process(target=serve, args=(orders, *self._given))
+        self._process.start()
+        orders.close()  # the process has its own: its end is noticed here
+        if not self._orders.poll(START_SECONDS):
+            raise EOFError
+        self.folder = Path(self._orders.recv())
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
 
 
 def headline(folder: Path) -> str:
@@ -563,33 +566,27 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: times of interpreted kernels are meaningless; unset it")
-    device_type = args.device or ("cuda" if torch.cuda.device_count() else "cpu")
-    began = time.monotonic()
-    folder = args.out or harness.RESULTS / _folder(device_type)
-    folder.mkdir(parents=True, exist_ok=True)
-    say(f"device {device_type}, results in {folder}")
-    states = {}
-    for name in args.only or PARTS:
-        left = TOTAL_SECONDS - (time.monotonic() - began)
-        seconds = min(PARTS[name][1], left)
-        if seconds < 5:
-            states[name] = "not reached: out of time"
-            continue
-        start = time.monotonic()
-        say(f"== {name} (up to {seconds:.0f} s): {PARTS[name][0].__doc__}")
-        states[name] = supervise(name, device_type, folder, args.toy, seconds)
-        say(f"== {name}: {states[name]} in {time.monotonic() - start:.0f} s")
-    say("\n" + headline(folder))
-    say(f"\n{time.monotonic() - began:.0f} s; " + "; ".join(f"{name}: {state}" for name, state in states.items()))
+    programs.configure_allocator()
+    device_type = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    began, states, worker = time.monotonic(), {}, Worker(device_type, args.out, args.toy)
+    try:
+        for name in args.only or PARTS:
+            left = TOTAL_SECONDS - (time.monotonic() - began)
+            seconds = min(PARTS[name][1], left)
+            if seconds < LEAST_SECONDS:
+                states[name] = "not reached: out of time"
+                continue
+            start = time.monotonic()
+            say(f"== {name} (up to {seconds:.0f} s): {PARTS[name][0].__doc__}")
+            states[name] = worker.run(name, seconds)
+            say(f"== {name}: {states[name]} in {time.monotonic() - start:.0f} s")
+    finally:
+        worker.stop()
+    if worker.folder is not None:
+        say("\n" + headline(worker.folder))
+        say(f"\nresults in {worker.folder}")
+    say(f"{time.monotonic() - began:.0f} s; " + "; ".join(f"{name}: {state}" for name, state in states.items()))
     return 0 if all(state == "done" for state in states.values()) else 1
-
-
-def _folder(device_type: str) -> str:
-    """The device's folder name, determined in another process because this one must not initialise CUDA."""
-    code = f"import harness, torch; print(harness.folder_name(torch.device({device_type!r})))"
-    here = str(Path(__file__).resolve().parent)
-    run = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
-    return run.stdout.split()[-1]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def run(act: Callable[[], int]) -> int:
     A UserError and what the machine refuses (a full disk, a file that may not be written) give MISTAKE and one line,
     a Failure FAILED, and Ctrl-C INTERRUPTED. Any other exception is a bug and keeps its traceback.
     """
+    configure_allocator()
     try:
         return act()
     except UserError as error:
@@ -38,6 +39,15 @@ def run(act: Callable[[], int]) -> int:
         if problem is None:
             raise
         return _report(problem, MISTAKE)
+
+
+def configure_allocator() -> None:
+    """Let CUDA's memory grow in place, unless the user configured torch's allocator; to be called before CUDA starts.
+
+    A step alternates between calls of different sizes, which leave holes between fixed blocks of memory.
+    """
+    if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def machine_problem(error: BaseException) -> EnvironmentProblem | None:

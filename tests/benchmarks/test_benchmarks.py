@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -248,16 +249,69 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_report(
         report.add("first", value=1.0)
         raise RuntimeError("broken")
 
+    def hanging(report: gpu_report.Report) -> None:
+        """Hangs after its first result."""
+        report.add("first", value=os.getpid())
+        time.sleep(600)
+
     def fine(report: gpu_report.Report) -> None:
         """Works."""
-        report.add("second", value=2.0)
+        report.add("first", value=os.getpid())
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(gpu_report, "PARTS", {"a": (broken, 30.0), "b": (fine, 30.0)})
+    monkeypatch.setattr(gpu_report, "START_METHOD", "fork")  # a fresh process would not know these parts
+    monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(gpu_report, "GRACE_SECONDS", 0.5)
+    parts = {"a": (broken, 30.0), "b": (hanging, 0.5), "c": (fine, 30.0), "d": (fine, 30.0)}
+    monkeypatch.setattr(gpu_report, "PARTS", parts)
     assert gpu_report.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert [row["name"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["first"]
-    assert json.loads((tmp_path / "b.json").read_text())["complete"]
-    assert "a: failed" in capfd.readouterr().out
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in parts}
+    assert [facts["complete"] for facts in found.values()] == [False, False, True, True]
+    assert all([row["name"] for row in facts["rows"]] == ["first"] for facts in found.values())
+    hung, third, fourth = (found[name]["rows"][0]["value"] for name in "bcd")
+    assert hung != third == fourth, "a process is replaced after a hang, and only then"
+    text = capfd.readouterr().out
+    assert "a: failed with exit status 1" in text and "b: killed after its time limit" in text
+
+
+def test_the_device_of_the_report_has_an_index() -> None:
+    """``torch.cuda.set_per_process_memory_fraction``, which plays a smaller card, takes no device without one."""
+    assert torch.cuda._utils._get_device_index(gpu_report.open_device("cuda")) == 0
+
+
+def test_the_report_runs_the_tests_of_the_installed_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, and not those of a folder of the same name where the program happens to be started."""
+    asked: dict[str, Any] = {}
+
+    def run(words: list[str], **options: Any) -> Any:
+        asked.update(options, words=words)
+        return subprocess.CompletedProcess(words, 0, "9 passed", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    done = gpu_report.Report("correctness", CPU, tmp_path / "correctness.json", time.monotonic() + 60, toy=True)
+    done.facts["rows"] = []
+    gpu_report._pytest(done, tmp_path)
+    assert asked["words"][1:4] == ["-P", "-m", "pytest"] and asked["env"]["TRITON_INTERPRET"] == "0"
+
+
+def test_the_report_plans_a_recipe_with_its_adapters() -> None:
+    lora = gpu_report.RECIPES["SDXL, LoRA, within 12 GB"][2]
+    full = {**lora, "lora": {"rank": 0}, "model": {"gradient_checkpointing": True}}
+    adapted, whole = (gpu_report._predicted_peak(architectures.SDXL_TOY, r, "bf16") for r in (lora, full))
+    assert whole - adapted > 5e6, "two copies of the weights, masters, sums and states of the whole network"
+
+
+@pytest.mark.slow
+def test_recipes_fit_the_cards_that_they_are_for() -> None:
+    for name, (kind, card, overrides) in gpu_report.RECIPES.items():
+        planned = gpu_report._predicted_peak(architectures.ALL[kind], overrides, "bf16")
+        assert 0.25 * card < planned < 0.95 * card, name
+
+
+def test_the_parts_of_the_report_leave_at_most_eight_files() -> None:
+    """More do not come back from a lent card; and all of them together have their time."""
+    assert len(gpu_report.PARTS) <= 8
+    assert sum(seconds for _, seconds in gpu_report.PARTS.values()) <= gpu_report.TOTAL_SECONDS
 
 
 # --- documents ------------------------------------------------------------------------------------------------

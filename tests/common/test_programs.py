@@ -54,3 +54,18 @@ def test_our_own_mistakes_keep_their_traceback() -> None:
         programs.run(lambda: 1 // 0)
     with pytest.raises(FileNotFoundError):  # a file that we should have made, or asked the user for
         programs.run(lambda: raising(FileNotFoundError(errno.ENOENT, "No such file or directory", "parts.json")))
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_programs_let_cuda_s_memory_grow_in_place_unless_told_otherwise(
+    given: dict[str, str], left: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    assert programs.run(lambda: 0 if os.environ == left else 1) == 0
