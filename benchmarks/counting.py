@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from smpo_fast.models.attention import set_processors
+from smpo_fast.models.residual_block import skip_unit_scales
 from smpo_fast.models.tracing import META, LiveBytes, flops, fused_attention, saved_bytes
 
 __all__ = ["META", "LiveBytes", "flops", "fused_attention", "saved_bytes"]
@@ -105,8 +107,10 @@ def saved_bytes_of_a_pair(architecture: Architecture, checkpointing: bool) -> in
 
 
 def unet_call(architecture: Architecture, images: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
-    """A function that calls a UNet once on the meta device."""
-    unet = make_unet(architecture, META, dtype)
+    """A function that calls a UNet once on the meta device, with the modules that a run gives it."""
+    unet: Any = make_unet(architecture, META, dtype)
+    set_processors(unet)
+    skip_unit_scales(unet)
     args, kwargs = make_inputs(architecture, images, META, dtype)
     return lambda: unet(*args, **kwargs)[0]
 

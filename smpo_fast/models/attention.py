@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smpo_fast.common.runtime import warn0
@@ -29,28 +29,70 @@ _SDPA_FALLBACKS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, S
 
 
 class Attention(AttnProcessor2_0):
-    """Scaled dot-product attention, by a given kernel first or by PyTorch's choice.
+    """Scaled dot-product attention of a ``plain`` layer: the numbers of AttnProcessor2_0, bit for bit.
+
+    It leaves out that processor's division by ``rescale_output_factor``, which is 1: a pass over the whole output.
 
     Where ``attn.cached_key_value`` is set (by ``inference.kv_cache``) the processor projects the queries only. It is
     (key, value), each [pairs, heads, tokens, d]: one row for the two images of a pair, whose prompt is the same.
     """
 
-    def __init__(self, kernel: SDPBackend | None = None) -> None:
-        super().__init__()
-        self.kernels = [] if kernel is None else [kernel, *(other for other in _SDPA_FALLBACKS if other is not kernel)]
-
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        with sdpa_kernel(self.kernels, set_priority=True) if self.kernels else nullcontext():
-            cached = getattr(attn, "cached_key_value", None)
-            if cached is None or encoder_hidden_states is None:
-                return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
-            key, value = cached
-            # The two images of a pair are adjacent and have the same prompt: one row of 2 L queries.
-            query = attn.to_q(hidden_states).view(len(key), -1, attn.heads, key.shape[-1]).transpose(1, 2)
-            out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-            return attn.to_out[1](attn.to_out[0](out.reshape(*hidden_states.shape[:2], -1).to(query.dtype)))
+        if attention_mask is not None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+        query, cached = attn.to_q(hidden_states), getattr(attn, "cached_key_value", None)
+        if encoder_hidden_states is None:
+            key, value = keys_values(attn, hidden_states)
+        else:
+            key, value = cached if cached is not None else keys_values(attn, encoder_hidden_states)
+        # With cached keys and values, the two images of a pair, which are adjacent, make one row of 2 L queries.
+        query = query.view(len(key), -1, attn.heads, key.shape[-1]).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return attn.to_out[1](attn.to_out[0](out.reshape(*hidden_states.shape[:2], -1)))
+
+
+def keys_values(attn: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value of prompts [n, tokens, D] in an attention layer: [n, heads, tokens, d] each."""
+
+    def split_heads(x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)
+
+    return split_heads(attn.to_k(prompt)), split_heads(attn.to_v(prompt))
+
+
+def plain(attn: Any) -> bool:
+    """Whether an attention layer only projects, attends and projects: no norm, residual or scale of its own."""
+    more = (attn.norm_cross, attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.added_kv_proj_dim)
+    return not any(more) and not attn.residual_connection and attn.rescale_output_factor == 1.0
+
+
+def set_processors(unet: UNet2DConditionModel) -> None:
+    """Give each attention layer its processor for scaled dot-product attention."""
+    unet.set_attn_processor(
+        {
+            f"{name}.processor": Attention() if plain(module) else AttnProcessor2_0()
+            for name, module in unet.named_modules()
+            if hasattr(module, "get_processor")
+        }
+    )
+
+
+def preferred(unet: nn.Module) -> AbstractContextManager[None]:
+    """Inside, attention tries the kernel first that ``set_attention`` selected for a UNet.
+
+    Entered once for a whole call: entering it in each of SDXL's 140 layers takes the host 8 ms. Backward passes belong
+    inside too, because gradient checkpointing repeats the forward pass there.
+    """
+    kernels = getattr(getattr(unet, "module", unet), "attention_kernels", ())
+    return sdpa_kernel(list(kernels), set_priority=True) if kernels else nullcontext()
 
 
 warn_once = cache(warn0)  # policy and reference are loaded one after the other: one notice is enough
@@ -74,8 +116,17 @@ def set_attention(unets: Sequence[UNet2DConditionModel], name: str, device: torc
         warn_once(f"model.attention = '{name}' cannot be used here ({reason}): SDPA is used instead")
         name, kernel = "sdpa", None
     for unet in unets:
-        unet.set_attn_processor(AttnProcessor() if name == "eager" else Attention(kernel))
+        if name == "eager":
+            unet.set_attn_processor(AttnProcessor())
+        else:
+            set_processors(unet)
+        object.__setattr__(unet, "attention_kernels", kernel_order(kernel))
     return name
+
+
+def kernel_order(first: SDPBackend | None) -> tuple[SDPBackend, ...]:
+    """A kernel and its fallbacks; nothing for None, which leaves the choice to PyTorch."""
+    return () if first is None else (first, *(other for other in _SDPA_FALLBACKS if other is not first))
 
 
 def _enable_xformers(unets: Sequence[UNet2DConditionModel], device: torch.device) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smpo_fast.common.runtime import COMPUTE_DTYPES
 from smpo_fast.method.batch import Conditioning
 from smpo_fast.method.schedule import NoiseSchedule
+from smpo_fast.models import attention
 from smpo_fast.models.locate import ModelSource
 
 
@@ -80,7 +81,7 @@ class Denoiser:
 
     def predict(self, x: Tensor, time: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Like a call, [B, 2, C, H, W], but with the keyword arguments from ``unet_inputs``."""
-        with self.autocast():
+        with self.autocast(), attention.preferred(self.unet):
             out = self.unet(x.flatten(0, 1).to(self.dtype), time.repeat_interleave(2), return_dict=False, **inputs)[0]
         return out.float().unflatten(0, x.shape[:2])
 

@@ -17,6 +17,7 @@ from smpo_fast.config.schema import Model
 from smpo_fast.models.attention import set_attention
 from smpo_fast.models.config_files import check_weight_index, read_object, whole_number
 from smpo_fast.models.locate import TEXT_PARTS, ModelSource
+from smpo_fast.models.residual_block import skip_unit_scales
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)  # in the order of TEXT_PARTS
 
@@ -28,6 +29,7 @@ def load_unet(source: ModelSource, model: Model, dtype: torch.dtype, device: tor
     """
     unet = load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
     set_attention([unet], model.attention, device)
+    skip_unit_scales(unet)
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.to(memory_format=torch.channels_last) if model.channels_last else unet

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from smpo_fast.common.errors import ConfigError, ModelError
 from smpo_fast.config.schema import Lora
+from smpo_fast.models.attention import set_processors
 from smpo_fast.models.config_files import read_object, shown, whole_number
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.lora import add_adapters
+from smpo_fast.models.residual_block import skip_unit_scales
 from smpo_fast.models.tracing import META
 
 IMAGES_PER_PAIR = 2
@@ -60,7 +62,11 @@ class NetworkSpec:
         """
         with META:
             unet = UNet2DConditionModel.from_config(json.loads(self.config))
-        unet.set_attn_processor(AttnProcessor() if self.attention == "eager" else AttnProcessor2_0())
+        if self.attention == "eager":
+            unet.set_attn_processor(AttnProcessor())
+        else:
+            set_processors(unet)
+        skip_unit_scales(unet)
         if self.lora:
             add_adapters(unet, Lora.model_validate_json(self.lora), seed=0)
         unet = nn.Module.to(unet, dtype)  # diffusers' own .to warns about modules that must stay in float32: none here

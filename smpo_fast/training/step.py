@@ -20,6 +20,7 @@ from smpo_fast.engine.protocol import Engine, StepResult
 from smpo_fast.method.batch import Pairs, to_device
 from smpo_fast.method.objective import OBJECTIVES
 from smpo_fast.method.schedule import NoiseSchedule
+from smpo_fast.models import attention
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference import compilation
 from smpo_fast.models.step_ops import StepOps
@@ -71,7 +72,7 @@ class Trainer:
                 examples = self.invert(step, step_batch, paths)
             with self.meter.phase("reference"):
                 reference_errors = self.reference_errors(step, examples)
-        with self.meter.phase("policy"):
+        with self.meter.phase("policy"), attention.preferred(self.policy.unet):
             self.policy_gradient(examples, reference_errors)
         with self.meter.phase("optimizer"):
             result = self.engine.step(learning_rate(self.config.optim, step, self.config.run.steps))

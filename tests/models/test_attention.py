@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from helpers.pipelines import CPU, Maker, settings, unet_inputs
 from torch import nn
@@ -14,12 +18,13 @@ from torch.nn.attention import SDPBackend
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Inversion, Model
 from smpo_fast.models import attention
-from smpo_fast.models.attention import Attention
+from smpo_fast.models.attention import Attention, keys_values
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference.caller import InferenceCaller
-from smpo_fast.models.inference.kv_cache import cacheable_cross_attentions, cached_keys_values, keys_values
+from smpo_fast.models.inference.kv_cache import cacheable_cross_attentions, cached_keys_values
 from smpo_fast.models.load import load_unet
 from smpo_fast.models.locate import find, schedule_of
+from smpo_fast.models.residual_block import skip_unit_scales
 
 
 def test_attention_choices_agree(sd15_pipeline: Maker) -> None:
@@ -59,7 +64,7 @@ def test_an_input_that_the_selected_kernel_does_not_support_falls_back_to_anothe
     denoiser = Denoiser(unet, source, schedule_of(source, loading.from_dict({}).inversion), "fp32", CPU)
     x, time, cond = unet_inputs(16, sdxl=False)
     expected = denoiser.eps(x, time, cond)
-    unet.set_attn_processor(Attention(SDPBackend.EFFICIENT_ATTENTION))
+    object.__setattr__(unet, "attention_kernels", attention.kernel_order(SDPBackend.EFFICIENT_ATTENTION))
     cached = InferenceCaller(denoiser, Model(), Inversion(), chunk=3).predictor(cond)
     for found in (denoiser.eps(x, time, cond), cached(x, time)):
         assert (found - expected).norm() < 1e-5 * expected.norm()
@@ -107,7 +112,67 @@ def test_an_attention_that_does_more_than_project_keeps_its_own_code(values: dic
 
 
 def test_the_selected_kernel_comes_first_and_the_fallbacks_follow() -> None:
-    order = Attention(SDPBackend.EFFICIENT_ATTENTION).kernels
-    assert order == [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    assert Attention(SDPBackend.CUDNN_ATTENTION).kernels[0] is SDPBackend.CUDNN_ATTENTION
-    assert Attention().kernels == [], "PyTorch's choice"
+    order = attention.kernel_order(SDPBackend.EFFICIENT_ATTENTION)
+    assert order == (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    assert attention.kernel_order(SDPBackend.CUDNN_ATTENTION)[0] is SDPBackend.CUDNN_ATTENTION
+    assert attention.kernel_order(None) == (), "PyTorch's choice"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_selection_holds_for_whole_calls_and_is_entered_once_for_each(
+    sd15_pipeline: Maker, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where gradient checkpointing repeats the layers in the backward pass."""
+    source = find(settings(sd15_pipeline("epsilon")))
+    unet = load_unet(source, settings(source.folder, gradient_checkpointing=checkpointing), torch.float32, CPU).train()
+    object.__setattr__(unet, "attention_kernels", attention.kernel_order(SDPBackend.EFFICIENT_ATTENTION))
+    entered: list[Any] = []
+    cudnn: list[bool] = []
+    enter, attend = attention.sdpa_kernel, F.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda *a, **k: (entered.append(a), enter(*a, **k))[1])
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        cudnn.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    denoiser = Denoiser(unet, source, schedule_of(source, loading.from_dict({}).inversion), "fp32", CPU)
+    loss = denoiser(*unet_inputs(16, sdxl=False)).square().sum()
+    assert len(entered) == 1
+    forward = len(cudnn)
+    with attention.preferred(unet):
+        loss.backward()
+    assert len(cudnn) == forward * (1 + checkpointing) and not any(cudnn)
+    assert torch.backends.cuda.cudnn_sdp_enabled(), "afterwards the choice is PyTorch's again"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_without_divisions_by_one_every_number_is_the_same(kind: str, dtype: torch.dtype) -> None:
+    """Predictions and gradients of the modules that a run uses, and of those of diffusers."""
+    torch.manual_seed(0)
+    added: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    stock = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=24,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4, use_linear_projection=kind == "sdxl",
+        **(added | {"projection_class_embeddings_input_dim": 72} if kind == "sdxl" else {}),
+    ).to(dtype)  # fmt: skip
+    ours = copy.deepcopy(stock)
+    attention.set_attention([ours], "sdpa", CPU)
+    assert skip_unit_scales(ours) == sum(type(m).__name__ == "ResnetBlock2D" for m in stock.modules()) > 0
+    x, time, prompt = torch.randn(4, 4, 8, 8), torch.tensor([7, 7, 500, 500]), torch.randn(4, 5, 24)
+    cond = {"text_embeds": torch.randn(4, 24).to(dtype), "time_ids": torch.ones(4, 6)} if kind == "sdxl" else None
+    found = []
+    for unet in (stock, ours):
+        out = unet(x.to(dtype), time, prompt.to(dtype), added_cond_kwargs=cond).sample
+        with torch.profiler.profile() as profile:
+            out.square().sum().backward()
+        found.append((out, *(p.grad for p in unet.parameters())))
+        divisions = sum(e.count for e in profile.key_averages() if e.key == "DivBackward0")
+        assert (divisions == 0) == (unet is ours)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    assert [type(m).__name__ for m in ours.modules()] == [type(m).__name__ for m in stock.modules()]
+    again = pickle.loads(pickle.dumps(ours))
+    assert torch.equal(again(x.to(dtype), time, prompt.to(dtype), added_cond_kwargs=cond).sample, found[1][0])

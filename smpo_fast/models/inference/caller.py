@@ -21,17 +21,13 @@ from smpo_fast.config.schema import Inversion, Model
 from smpo_fast.method.batch import Conditioning
 from smpo_fast.method.inversion import NoisePredictor
 from smpo_fast.models import kernel_patch
+from smpo_fast.models.attention import keys_values
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference.compilation import compiled, compiled_blocks
 from smpo_fast.models.inference.cuda_graphs import CudaGraphs
 from smpo_fast.models.inference.deep_cache import DeepFeatures
 from smpo_fast.models.inference.float8 import Float8
-from smpo_fast.models.inference.kv_cache import (
-    CallInputs,
-    cacheable_cross_attentions,
-    cached_keys_values,
-    keys_values,
-)
+from smpo_fast.models.inference.kv_cache import CallInputs, cacheable_cross_attentions, cached_keys_values
 
 
 def batch_sizes(chunk: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smpo_fast.models.attention import Attention
+from smpo_fast.models.attention import Attention, plain
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,8 @@ class CallInputs:
 def cacheable_cross_attentions(unet: nn.Module) -> Iterator[Any]:
     """The cross-attentions whose keys and values depend on the prompt alone and whose processor can use cached ones."""
     for name, module in unet.named_modules():
-        if not name.endswith("attn2") or type(getattr(module, "processor", None)) is not Attention:
-            continue
-        attn: Any = module
-        special = (
-            attn.norm_cross,
-            attn.spatial_norm,
-            attn.group_norm,
-            attn.norm_q,
-            attn.norm_k,
-            attn.added_kv_proj_dim,
-        )
-        if not any(special) and not attn.residual_connection and attn.rescale_output_factor == 1.0:
-            yield attn
-
-
-def keys_values(attn: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value of prompts [n, tokens, D] in a cross-attention: [n, heads, tokens, d] each."""
-
-    def split_heads(x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)
-
-    return split_heads(attn.to_k(prompt)), split_heads(attn.to_v(prompt))
+        if name.endswith("attn2") and type(getattr(module, "processor", None)) is Attention and plain(module):
+            yield module
 
 
 @contextmanager
