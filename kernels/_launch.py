@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ def tickets(count: int, device: torch.device) -> Tensor:
     if key not in _TICKETS or len(_TICKETS[key]) < count:
         _TICKETS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
     return _TICKETS[key]
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has; without a GPU, those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def cdiv(a: int, b: int) -> int:

@@ -12,9 +12,11 @@ Backward, the derivative of the above, with ``n = (s - mean) rstd``, ``d = w dy`
 
 Shapes: x, r, s, y [..., C]; w, b [C]. Dtypes: any float in; statistics and sums in fp32 (two passes over a row held in
 registers, so a large mean does not spoil the variance); y and s in x's dtype, each gradient in the dtype of its tensor.
-dw and db add the partial sums of at most 128 programs with fixed rows: deterministic, no atomics.
+dw and db add the partial sums of programs with fixed rows, as many programs as the device runs at once: no atomics, and
+the same bits on every GPU with as many multiprocessors.
 
-Bytes per element in half precision: forward 4, with the residual 8 (eager: 4 and 10); backward 6, with ds 8.
+Bytes per element in half precision: forward 4, with the residual 8 (eager: 4 and 10); backward 6, with ds 8, and the
+partial sums, which are written and read again (16 bytes per program and column; 17 % at 8192 x 640, mostly in cache).
 SDXL at 1024 px with two images: 210 calls per forward pass, 5.0 GB for norms and additions.
 
 Status: not measured on a GPU. Liger and apex have no LayerNorm that includes the residual addition.
@@ -31,12 +33,13 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
+from smpo_fast.kernels._launch import cdiv, check, launch, multiprocessors, on_kernel, operator, power_of_2
 
 MAX_FEATURES = 4096  # because a row is held in registers
-PROGRAMS = (
-    128  # in the backward pass: enough for the 132 SMs of an H100, and partial sums of 8 % of its bytes at 8192 x 1280
-)
+# In the backward pass, warps per multiprocessor: what fits into its registers, and with 32 bytes per thread and tensor
+# 20 KB in flight at SDXL's widths. More programs would also write more partial sums.
+WARPS_EACH = 16
+SUM_ROWS, SUM_COLUMNS = 32, 32  # tile in which partial sums are added up
 
 
 # --- eager reference -------------------------------------------------------------------------------------------
@@ -90,44 +93,76 @@ def _layer_norm_fwd_kernel(
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _layer_norm_bwd_kernel(
     p_total, p_grad_y, p_grad_total, p_weight, p_mean, p_rstd, p_grad_x, p_partial,
     rows, features, rows_each,
     GRAD_TOTAL: tl.constexpr, GRAD_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i handles rows i * rows_each onwards; p_partial [2, programs, features]: sums for weight and bias."""
+    """Program i handles rows i * rows_each onwards, ROWS at a time, a divisor of rows_each.
+
+    p_partial [2, programs, features]: sums for weight and bias. Each thread has the same columns of all ROWS rows, so
+    that adding up rows takes no exchange between threads.
+    """
     i_program = tl.program_id(0).to(tl.int64)
     i_row, o_feature = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     m_feature = o_feature < features
     o = i_row[:, None] * features + o_feature[None, :]
     b_w = tl.load(p_weight + o_feature, mask=m_feature, other=0.0).to(tl.float32)
-    b_grad_w = tl.zeros([ROWS, BLOCK], tl.float32)
-    b_grad_b = tl.zeros([ROWS, BLOCK], tl.float32)
+    share = 1.0 / features
+    b_grad_w = tl.zeros([BLOCK], tl.float32)
+    b_grad_b = tl.zeros([BLOCK], tl.float32)
     for i in range(0, rows_each, ROWS):
         first = i_program * rows_each + i
-        m_row = (i + i_row < rows_each) & (first + i_row < rows)
+        m_row = first + i_row < rows
         m = m_row[:, None] & m_feature[None, :]
         start = first * features
+        b_x = tl.load(p_total + start + o, mask=m, other=0.0)
+        b_dy = tl.load(p_grad_y + start + o, mask=m, other=0.0)
         b_mean = tl.load(p_mean + first + i_row, mask=m_row, other=0.0)
         b_rstd = tl.load(p_rstd + first + i_row, mask=m_row, other=0.0)
-        b_n = tl.load(p_total + start + o, mask=m, other=0.0).to(tl.float32) - b_mean[:, None]
-        b_n = tl.where(m, b_n * b_rstd[:, None], 0.0)
-        b_dy = tl.load(p_grad_y + start + o, mask=m, other=0.0).to(tl.float32)
+        # where nothing was loaded this may not be 0, but the gradient that it is multiplied by is
+        b_n = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
+        b_dy = b_dy.to(tl.float32)
         b_d = b_dy * b_w[None, :]
-        b_c1 = tl.sum(b_d, 1) / features
-        b_c2 = tl.sum(b_d * b_n, 1) / features
-        b_dx = b_rstd[:, None] * (b_d - b_c1[:, None] - b_n * b_c2[:, None])
+        b_c1, b_c2 = tl.reduce((b_d, b_d * b_n), 1, _add_both)
+        b_c1, b_c2 = b_c1 * b_rstd * share, b_c2 * b_rstd * share
+        b_dx = b_d * b_rstd[:, None] - (b_n * b_c2[:, None] + b_c1[:, None])
         if GRAD_TOTAL:
             b_dx += tl.load(p_grad_total + start + o, mask=m, other=0.0).to(tl.float32)
         tl.store(p_grad_x + start + o, b_dx.to(p_grad_x.dtype.element_ty), mask=m)
         if GRAD_WEIGHT:
-            b_grad_w += b_dy * b_n
-            b_grad_b += b_dy
+            b_grad_w += tl.sum(b_dy * b_n, 0)
+            b_grad_b += tl.sum(b_dy, 0)
     if GRAD_WEIGHT:
         o_partial = i_program * features + o_feature
-        tl.store(p_partial + o_partial, tl.sum(b_grad_w, 0), mask=m_feature)
+        tl.store(p_partial + o_partial, b_grad_w, mask=m_feature)
         o_partial += tl.num_programs(0).to(tl.int64) * features
-        tl.store(p_partial + o_partial, tl.sum(b_grad_b, 0), mask=m_feature)
+        tl.store(p_partial + o_partial, b_grad_b, mask=m_feature)
+
+
+@triton.jit
+def _layer_norm_sums_kernel(
+    p_partial, p_grad_weight, p_grad_bias, parts, features, pieces, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Adds up the sums of all programs in BLOCK columns, of the weight or of the bias."""
+    which = tl.program_id(0) // pieces
+    i_row, o = tl.arange(0, ROWS), (tl.program_id(0) % pieces) * BLOCK + tl.arange(0, BLOCK)
+    m = o < features
+    p_partial += which.to(tl.int64) * parts * features
+    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i in range(0, parts, ROWS):
+        m_row = (i + i_row < parts)[:, None] & m[None, :]
+        b_sum += tl.load(p_partial + (i + i_row)[:, None] * features + o[None, :], mask=m_row, other=0.0)
+    b_grad = tl.sum(b_sum, 0).to(p_grad_weight.dtype.element_ty)
+    if which == 0:
+        tl.store(p_grad_weight + o, b_grad, mask=m)
+    else:
+        tl.store(p_grad_bias + o, b_grad, mask=m)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------
@@ -138,6 +173,20 @@ def _tile(x: Tensor) -> dict[str, int]:
     # 32 bytes per thread at SDXL's widths: with 64, fp32 rows of 1280 spill registers on sm_80
     warps = min(16, max(4, block * x.element_size() // 1024))
     return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": warps}
+
+
+def _bwd_tile(x: Tensor) -> dict[str, int]:
+    """Two rows at a time, 8 elements of each per thread: in half precision, two loads of each tensor in flight."""
+    block = power_of_2(x.shape[-1])
+    warps = min(16, max(1, block // 256))
+    return {"ROWS": max(2, 256 // block), "BLOCK": block, "num_warps": warps}
+
+
+def _bwd_split(rows: int, tile: dict[str, int], device: torch.device) -> tuple[int, int]:
+    """The number of programs, as many as run at once, and the rows of each."""
+    most = max(1, multiprocessors(device) * WARPS_EACH // tile["num_warps"])
+    rows_each = cdiv(cdiv(rows, most), tile["ROWS"]) * tile["ROWS"]
+    return cdiv(rows, max(rows_each, 1)), rows_each
 
 
 def _layer_norm_fwd(
@@ -165,19 +214,27 @@ def _layer_norm_bwd(
     """Gradients of x (equal to the residual's), weight and bias (the last two empty unless ``grad_weight``)."""
     total, grad_y, weight = total.contiguous(), grad_y.contiguous(), weight.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
-    grad_x, tile, features, rows = torch.empty_like(total), _tile(total), total.shape[-1], mean.numel()
-    programs = min(PROGRAMS, cdiv(rows, tile["ROWS"]))
+    grad_x, tile, features, rows = torch.empty_like(total), _bwd_tile(total), total.shape[-1], mean.numel()
+    programs, rows_each = _bwd_split(rows, tile, total.device)
     partial = torch.empty((2, programs if grad_weight else 0, features), dtype=torch.float32, device=total.device)
     launch(
         _layer_norm_bwd_kernel, programs, device=total.device,
         p_total=total, p_grad_y=grad_y, p_grad_total=grad_y if grad_total is None else grad_total,
         p_weight=weight, p_mean=mean, p_rstd=rstd, p_grad_x=grad_x, p_partial=partial,
-        rows=rows, features=features, rows_each=cdiv(rows, max(programs, 1)),
+        rows=rows, features=features, rows_each=rows_each,
         GRAD_TOTAL=grad_total is not None, GRAD_WEIGHT=grad_weight, **tile,
     )  # fmt: skip
     if not grad_weight:
         return grad_x, *_no_weights(weight)
-    return grad_x, *(p.sum(0).to(weight.dtype) for p in partial)
+    grad_w, grad_b = torch.empty_like(weight), torch.empty_like(weight)
+    pieces = cdiv(features, SUM_COLUMNS)
+    launch(
+        _layer_norm_sums_kernel, 2 * pieces, device=total.device,
+        p_partial=partial, p_grad_weight=grad_w, p_grad_bias=grad_b,
+        parts=programs, features=features, pieces=pieces,
+        ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return grad_x, grad_w, grad_b
 
 
 def _fwd_shapes(

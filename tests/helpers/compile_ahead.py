@@ -193,7 +193,7 @@ def cuobjdump() -> str:
 
 
 def measure(launch: Launch, capability: int) -> dict[str, Any]:
-    """Registers and bytes of spills, local and shared memory of one kernel, and the widths in bytes of its accesses."""
+    """One kernel's registers, bytes of spills and of shared memory, widths in bytes of its accesses, instructions."""
     kernel, arguments = launch
     options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
     assert options.keys() <= {"num_warps", "num_stages", "enable_fp_fusion"}, f"{kernel.fn.__name__} has no {options}"
@@ -202,16 +202,17 @@ def measure(launch: Launch, capability: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        usage, code = (
+            subprocess.run([cuobjdump(), what, file.name], check=True, capture_output=True, text=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
     spilled = {name: int(usage.partition(f" {name}:")[2].split()[0]) for name in ("STACK", "LOCAL")}
     registers = int(usage.partition("REG:")[2].split()[0])
     return {
         "registers": registers, "spills": sum(spilled.values()), "shared": built.metadata.shared,
         "warps": options["num_warps"],
         "loads": widths(built.asm["ptx"], "ld"), "stores": widths(built.asm["ptx"], "st"),
-        "order": memory_order(built.asm["ptx"]),
+        "order": memory_order(built.asm["ptx"]), "instructions": instructions(code, arguments),
     }  # fmt: skip
 
 
@@ -225,6 +226,22 @@ def widths(ptx: str, access: str) -> dict[str, int]:
         for width in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\][^;]*?\], *(0x[0-9a-f]+|\d+)", ptx):
             found[str(int(width, 0))] = found.get(str(int(width, 0)), 0) + 1
     return found
+
+
+def instructions(sass: str, arguments: dict[str, Any]) -> float | None:
+    """Machine instructions that a thread executes per element of its tile, those of the loop if there is one.
+
+    None for kernels that are not described by one tile.
+    """
+    tile = [arguments[name] for name in ("ROWS", "BLOCK", "P", "CB") if name in arguments]
+    if len(tile) != 2:
+        return None
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", sass)]
+    jumps = [(int(to, 16), at) for at, text in code for to in re.findall(r"\bBRA\b[^;]*?(0x[0-9a-f]+)", text)]
+    loops = [(to, at) for to, at in jumps if to < at]
+    begin, end = loops[0] if loops else (0, code[-1][0])
+    executed = sum(begin <= at <= end and not text.startswith(("NOP", "BRA")) for at, text in code)
+    return executed * 32 * arguments["num_warps"] / (tile[0] * tile[1])
 
 
 def memory_order(ptx: str) -> list[str]:

@@ -50,9 +50,11 @@ CEILINGS = {
     "group_norm_silu contiguous: bwd_groups": (43, 256),
     "group_norm_silu contiguous: bwd_apply": (48, 0),
     "layer_norm 640: layer_norm_fwd": (35, 16),
-    "layer_norm 640: layer_norm_bwd": (64, 4096),
+    "layer_norm 640: layer_norm_bwd": (112, 4096),
+    "layer_norm 640: layer_norm_sums": (40, 512),
     "layer_norm add 1280: layer_norm_fwd": (48, 16),
-    "layer_norm add 1280: layer_norm_bwd": (123, 4096),
+    "layer_norm add 1280: layer_norm_bwd": (122, 8192),
+    "layer_norm add 1280: layer_norm_sums": (40, 512),
     "geglu: geglu_fwd": (39, 0),
     "geglu: geglu_bwd": (42, 0),
     "geglu_linear: geglu_linear": (140, 98336),
@@ -64,10 +66,15 @@ CEILINGS = {
     "adamw8bit all bf16: step": (92, 16),
     "adamw8bit all bf16: block_max": (38, 16),
 }
+# kernel of a case: most machine instructions per element of its tile, over the architectures
+INSTRUCTIONS = {
+    "layer_norm 640: layer_norm_bwd": 21.5,
+    "layer_norm add 1280: layer_norm_bwd": 25.8,
+}
 # These move a few numbers per program; the channels-last cases read one tensor across its memory order.
 NARROW = ("groups", "bwd_groups")
 # These write one number per channel, block or program.
-SUMMING = ("pair_loss", "statistics", "bwd_sums", "block_max")
+SUMMING = ("pair_loss", "statistics", "_sums", "block_max")
 # Bytes of shared memory that a program may use; every launch must fit.
 SHARED = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 WIDE = "geglu_linear wide: geglu_linear"  # chosen only on GPUs with enough shared memory
@@ -119,6 +126,16 @@ def test_global_accesses_are_16_bytes_wide(name: str, capability: str) -> None:
     assert "16" in found["loads"], f"{name}, sm_{capability}: loads {found['loads']}"
     if not name.endswith(SUMMING):
         assert "16" in found["stores"], f"{name}, sm_{capability}: stores {found['stores']}"
+
+
+@pytest.mark.parametrize("capability", MARKED)
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_no_more_instructions_per_element_than_before(name: str, capability: str) -> None:
+    """Kernels that move few bytes per instruction are limited by instructions rather than by memory."""
+    if not triton.__version__.startswith(TABLE_OF):
+        pytest.skip(f"the table is of Triton {TABLE_OF}x")
+    found = compiled(capability)[name]["instructions"]
+    assert 0.8 * INSTRUCTIONS[name] < found <= INSTRUCTIONS[name], f"{name}, sm_{capability}: {found:.1f}"
 
 
 def test_the_harness_sees_a_narrow_access() -> None:

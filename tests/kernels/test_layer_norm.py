@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smpo_fast.kernels import layer_norm as kernel_module
 from smpo_fast.kernels._launch import INTERPRET
 from smpo_fast.kernels.layer_norm import MAX_FEATURES, _bwd_op, _fwd_op, layer_norm, layer_norm_reference
 
@@ -100,13 +101,30 @@ def test_frozen_weights_cost_no_sums(launches: list[str], device: torch.device) 
     inputs = problem((70, 320), torch.float32, device, residual=False)
     alone, both = run(layer_norm, inputs, [0]), run(layer_norm, inputs, [0, 1, 2])
     assert torch.equal(alone["gradient of input 0"], both["gradient of input 0"])
-    assert launches == ["_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"] * 2
+    forward_and_backward = ["_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"]
+    assert launches == [*forward_and_backward, *forward_and_backward, "_layer_norm_sums_kernel"]
 
 
-def test_weight_gradients_over_many_rows(device: torch.device) -> None:
-    """More rows than programs, so that each sums several."""
-    inputs = problem((331 * (1 if INTERPRET else 50), 16), torch.float32, device, residual=False)
-    assert_no_worse_than_eager(layer_norm, layer_norm_reference, inputs, wrt=[0, 1, 2])
+@pytest.mark.parametrize("processors", [1, 7])
+@pytest.mark.parametrize("rows", [1, 63, 331])
+def test_weight_gradients_whatever_the_number_of_programs(
+    rows: int, processors: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One program for all rows, or several of several rows each, the last of which has fewer."""
+    monkeypatch.setattr(kernel_module, "multiprocessors", lambda device: processors)
+    inputs = problem((rows, 300), torch.float32, device, residual=True)
+    assert_no_worse_than_eager(layer_norm, layer_norm_reference, inputs, wrt=range(4))
+
+
+def test_programs_fill_the_device_and_leave_no_row_out() -> None:
+    cpu = torch.device("cpu")
+    for features in (1, 300, 640, 1280, 4096):
+        tile = kernel_module._bwd_tile(torch.empty(1, features))
+        for rows in (0, 1, 17, 256, 2048, 8192, 32768, 100_003):
+            programs, each = kernel_module._bwd_split(rows, tile, cpu)
+            assert programs * each >= rows > (programs - 1) * each or rows == programs == 0
+            assert each % tile["ROWS"] == 0 and programs * tile["num_warps"] <= 132 * kernel_module.WARPS_EACH
+    assert kernel_module._bwd_split(8192, kernel_module._bwd_tile(torch.empty(1, 640)), cpu) == (512, 16)
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
