@@ -33,8 +33,8 @@ class StepCoefficients(NamedTuple):
     last: Tensor  # weight of the last estimate, and
     earlier: Tensor  # of each of the earlier ones
     noise: Tensor  # standard deviation of the added noise, in the units of S
-    first_time: Tensor  # [n], timestep of the first network call
-    renoise_time: Tensor  # [n], timestep of the following ones
+    first_time: Tensor  # [n, 2] int64, timestep of both images in the first network call
+    renoise_time: Tensor  # [n, 2] int64, in the following ones
 
 
 class LandingCoefficients(NamedTuple):
@@ -60,6 +60,10 @@ class CoefficientTable:
         self._starts = parts[0]
         self._landings = torch.stack(parts[1 : 1 + self.landings], 1)
         self._steps = parts[1 + self.landings :]
+        self._times = torch.empty(0, 2, len(paths), 2, dtype=torch.long, device=device)
+        if self._steps:  # an inversion's images, not pairs, have timesteps: repeated here, once for all calls
+            times = torch.stack([step[-2:] for step in self._steps])
+            self._times = times[..., None].expand(-1, -1, -1, 2).to(torch.long, memory_format=torch.contiguous_format)
 
     def start(self, rows: slice) -> StartCoefficients:
         """Where the pairs ``rows`` start."""
@@ -67,9 +71,7 @@ class CoefficientTable:
 
     def step(self, k: int, rows: slice) -> StepCoefficients:
         """Solver step k of the pairs ``rows``."""
-        h, signal, last, earlier, noise, first_time, renoise_time = self._steps[k][:, rows]
-        h, signal, last, earlier, noise = map(column, (h, signal, last, earlier, noise))
-        return StepCoefficients(h, signal, last, earlier, noise, first_time.long(), renoise_time.long())
+        return StepCoefficients(*map(column, self._steps[k][:-2, rows]), *self._times[k, :, rows])
 
     def landing(self, rows: slice) -> LandingCoefficients:
         """All landing points of the pairs ``rows``."""

@@ -53,8 +53,8 @@ from smpo_fast.method.schedule import NoisePath
 class NoisePredictor(Protocol):
     """The network for a chunk of pairs: it predicts the noise in the latents of the chunk's first n pairs.
 
-    x: [n, 2, C, H, W], timesteps: [n] on the device; returns a new float32 tensor like x. ``refinement``: this call
-    re-evaluates nearly the x of the previous call, within the same solver step.
+    x: [n, 2, C, H, W], timesteps: [n, 2] int64 on the device, contiguous; returns a new float32 tensor like x.
+    ``refinement``: this call re-evaluates nearly the x of the previous call, within the same solver step.
     """
 
     def __call__(self, x: Tensor, timesteps: Tensor, *, refinement: bool = False) -> Tensor: ...

@@ -41,8 +41,8 @@ def predict_in_float32(unet: nn.Module) -> None:
 class Denoiser:
     """A UNet as the method uses it: predictions for pairs, in float32 whatever the UNet computes in.
 
-    Shapes: x [B, 2, C, H, W], time [B], conditioning of B rows; a prediction has the shape of x. In half precision the
-    UNet's last convolution is made to compute in float32.
+    Shapes: x [B, 2, C, H, W], time [B] int64, conditioning of B rows; a prediction has the shape of x. In half
+    precision the UNet's last convolution is made to compute in float32.
     """
 
     def __init__(
@@ -57,12 +57,13 @@ class Denoiser:
         if precision == "bf16-autocast":
             self.autocast = partial(torch.autocast, device.type, torch.bfloat16)
         alphas = torch.from_numpy(schedule.alphas_cumprod.astype(np.float64))
-        self.signal = alphas.sqrt().float().to(device)
-        self.noise = (1 - alphas).sqrt().float().to(device)
+        levels = torch.stack([alphas.sqrt(), (1 - alphas).sqrt()], dim=1).float()
+        # A released path starts below timestep 0, at the level of 0: negative indices count from the end.
+        self._levels = torch.cat([levels, levels[:1].expand_as(levels)]).to(device)
 
     def __call__(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """The network's own prediction (eps or v), like x [B, 2, C, H, W]."""
-        return self.predict(x, time, self.unet_inputs(cond))
+        return self.predict(x, time[:, None].expand(-1, 2), self.unet_inputs(cond))
 
     def eps(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """The noise prediction, like x [B, 2, C, H, W], also for a network that predicts v."""
@@ -79,19 +80,18 @@ class Denoiser:
             }
         return inputs
 
-    def predict(self, x: Tensor, time: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Like a call, [B, 2, C, H, W], but with the keyword arguments from ``unet_inputs``."""
+    def predict(self, x: Tensor, timesteps: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Like a call, [B, 2, C, H, W], but given every image's timestep [B, 2], and the results of ``unet_inputs``."""
         with self.autocast(), attention.preferred(self.unet):
-            out = self.unet(x.flatten(0, 1).to(self.dtype), time.repeat_interleave(2), return_dict=False, **inputs)[0]
+            out = self.unet(x.flatten(0, 1).to(self.dtype), timesteps.flatten(), return_dict=False, **inputs)[0]
         return out.float().unflatten(0, x.shape[:2])
 
     def as_eps(self, prediction: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """The noise that a prediction at x implies, like x: ``eps = signal v + noise x`` for a v-prediction."""
         if not self.velocity:
             return prediction
-        at = time.clamp(min=0)
-        signal, noise = (table[at][:, None, None, None, None] for table in (self.signal, self.noise))
-        return signal * prediction + noise * x
+        signal, noise = self._level(time)
+        return torch.addcmul(noise * x, signal, prediction)
 
     def target(self, x_0: Tensor, tau: Tensor, time: Tensor) -> Tensor:
         """The prediction that the network should make at ``x_t = signal_t x_0 + noise_t tau``, [B, 2, C, H, W].
@@ -100,5 +100,9 @@ class Denoiser:
         """
         if not self.velocity:
             return tau
-        signal, noise = (table[time][:, None, None, None, None] for table in (self.signal, self.noise))
-        return signal * tau - noise * x_0
+        signal, noise = self._level(time)
+        return torch.addcmul(signal * tau, noise, x_0, value=-1)
+
+    def _level(self, time: Tensor) -> tuple[Tensor, ...]:
+        """Signal and noise of the timesteps [B], each [B, 1, 1, 1, 1]."""
+        return self._levels[time][..., None, None, None, None].unbind(1)

@@ -43,7 +43,7 @@ class Meter:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._rows: list[Tensor] = []
+        self._columns: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
         self._ids: list[int] = []
         self._times: list[int] = []
         self._marks: list[tuple[str, Any, Any]] = []
@@ -52,7 +52,8 @@ class Meter:
         """Add B examples, with a tensor [B] for each of COLUMNS."""
         self._ids += ids
         self._times += times
-        self._rows.append(torch.stack([columns[name].detach().double() for name in COLUMNS], dim=1))
+        for name, rows in self._columns.items():
+            rows.append(columns[name].detach())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -64,12 +65,13 @@ class Meter:
     def flush(self) -> tuple[StepTable, dict[str, float]]:
         """The table of the step over all ranks, and this rank's seconds per phase; then start over. Collective."""
         head = torch.tensor([self._ids, self._times], dtype=torch.float64, device=self.world.device).T
-        mine = torch.cat([head, torch.cat(self._rows)], dim=1)
+        measured = torch.cat([row for rows in self._columns.values() for row in rows]).view(len(COLUMNS), -1)
+        mine = torch.cat([head, measured.T], dim=1)  # float64, as the head
         table = self._gather(mine).cpu().numpy()
         seconds: dict[str, float] = defaultdict(float)
         for name, start, end in self._marks:
             seconds[name] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-        self._rows, self._ids, self._times, self._marks = [], [], [], []
+        self._columns, self._ids, self._times, self._marks = {name: [] for name in COLUMNS}, [], [], []
         columns = {name: table[:, 2 + i] for i, name in enumerate(COLUMNS)}
         return StepTable(table[:, 0].astype(int), table[:, 1].astype(int), columns), dict(seconds)
 

@@ -35,7 +35,7 @@ def latents(count: int = len(TIMES), dtype: torch.dtype = torch.float32) -> Tens
 
 def network(x: Tensor, time: Tensor, *, refinement: bool = False) -> Tensor:
     """A smooth nonlinear function of latent and time; each picture for itself."""
-    t = (time.to(x.dtype) / 1000)[:, None, None, None, None]
+    t = (time.to(x.dtype) / 1000)[..., None, None, None]
     return torch.tanh(x * (0.5 + t)) + 0.3 * torch.roll(x, 1, dims=-1) * t
 
 
@@ -49,7 +49,7 @@ def lift(
 
 def gaussian_eps(x: Tensor, time: Tensor, *, refinement: bool = False, variance: float = 0.25) -> Tensor:
     """The exact noise prediction for data N(0, variance): eps = noise * x / (signal^2 variance + noise^2)."""
-    alpha = torch.tensor([SCHEDULE.alphas_cumprod[max(int(t), 0)] for t in time], dtype=x.dtype)
+    alpha = torch.tensor([SCHEDULE.alphas_cumprod[max(int(t), 0)] for t in time[:, 0]], dtype=x.dtype)
     alpha = alpha[:, None, None, None, None]
     return (1 - alpha).sqrt() * x / (alpha * variance + 1 - alpha)
 
@@ -64,7 +64,9 @@ def test_agrees_with_a_plain_loop_in_float64(fidelity: str, renoise_steps: int) 
         x_0 = latents(dtype=torch.float64)[i : i + 1]
         x = x_0 * 1.0
         for here, there in zip(path.levels, path.levels[1:], strict=False):
-            times = {"source": torch.tensor([here.timestep]), "destination": torch.tensor([there.timestep])}
+            times = {
+                name: torch.tensor([[level.timestep] * 2]) for name, level in (("source", here), ("destination", there))
+            }
 
             def ddim(eps: Tensor, x: Tensor = x, here=here, there=there) -> Tensor:
                 clean = (x - here.noise * eps) / here.signal
@@ -160,7 +162,7 @@ def test_a_round_trip_returns_to_the_clean_latent_as_steps_grow() -> None:
         path = SCHEDULE.path(time, chosen)
         x = lift(gaussian_eps, x_0, [path], chosen, chunk=1)[0]
         for here, there in zip(path.levels[:0:-1], path.levels[-2::-1], strict=True):
-            eps = gaussian_eps(x, torch.tensor([here.timestep]))
+            eps = gaussian_eps(x, torch.tensor([[here.timestep] * 2]))
             x = there.signal * (x - here.noise * eps) / here.signal + there.noise * eps
         errors.append(((x - x_0).norm() / x_0.norm()).item())
     assert errors[1] < 0.05 and errors[0] / errors[1] > 0.8 * 4, errors
@@ -303,7 +305,7 @@ def test_each_solver_has_its_documented_order(values: dict[str, Any], order: int
         of = {level.timestep: level for level in path.levels}
 
         def exact_eps(x: Tensor, timesteps: Tensor, *, refinement: bool = False) -> Tensor:
-            level = of[int(timesteps)]
+            level = of[int(timesteps[0, 0])]
             return level.noise * x / (level.signal**2 * variance + level.noise**2)
 
         end = path.final_level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,12 @@ def caller(denoiser: Denoiser, chunk: int = PAIRS, **words: Any) -> InferenceCal
     return made
 
 
+def predictor(made: InferenceCaller, cond: Conditioning) -> Callable[..., torch.Tensor]:
+    """The network for a chunk, called with a timestep for each pair."""
+    inner = made.predictor(cond)
+    return lambda x, time, **words: inner(x, time[:, None].expand(-1, 2).contiguous(), **words)
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -61,7 +68,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @torch.no_grad()
 def test_predicts_what_the_plain_call_predicts_for_any_prefix(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
-    eps = caller(denoiser).predictor(cond)
+    eps = predictor(caller(denoiser), cond)
     for n in (PAIRS, 3, 1):
         wanted = denoiser.eps(x[:n], time[:n], cond.take(slice(0, n)))
         assert relative(eps(x[:n], time[:n]), wanted) < 1e-5
@@ -76,7 +83,7 @@ def test_keys_and_values_are_computed_once_for_a_chunk_and_pair(denoiser: Denois
         for n, m in denoiser.unet.named_modules() if n.endswith("attn2") for name in ("to_k", "to_v")
     ]  # fmt: skip
     try:
-        eps = caller(denoiser).predictor(cond)
+        eps = predictor(caller(denoiser), cond)
         for _ in range(3):
             eps(x, time)
     finally:
@@ -89,7 +96,7 @@ def test_keys_and_values_are_computed_once_for_a_chunk_and_pair(denoiser: Denois
 def test_leaves_the_network_as_it_was(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
     before = denoiser.eps(x, time, cond)
-    eps = caller(denoiser, fp8=True, reuse_deep=True).predictor(cond)
+    eps = predictor(caller(denoiser, fp8=True, reuse_deep=True), cond)
     eps(x, time), eps(x, time, refinement=True)
     assert torch.equal(denoiser.eps(x, time, cond), before)
     assert not any("forward" in vars(m) or getattr(m, "cached_key_value", None) for m in denoiser.unet.modules())
@@ -99,7 +106,7 @@ def test_leaves_the_network_as_it_was(denoiser: Denoiser) -> None:
 def test_chunks_of_other_prompts_do_not_see_each_other(denoiser: Denoiser) -> None:
     made = caller(denoiser)
     (x, time, cond), (_, _, other) = inputs(), inputs(seed=1)
-    first, second = made.predictor(cond), made.predictor(other)
+    first, second = predictor(made, cond), predictor(made, other)
     assert relative(first(x, time), denoiser.eps(x, time, cond)) < 1e-5
     assert relative(second(x, time), denoiser.eps(x, time, other)) < 1e-5
 
@@ -111,13 +118,13 @@ def test_weights_updated_in_place_are_seen(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
     made = caller(mine, fp8=True)
     exact = caller(mine)
-    before = made.predictor(cond)(x, time), exact.predictor(cond)(x, time)
+    before = predictor(made, cond)(x, time), predictor(exact, cond)(x, time)
     for p in mine.unet.parameters():
         p.mul_(1.05)
     made.weights_changed()
     wanted = mine.eps(x, time, cond)
-    assert relative(exact.predictor(cond)(x, time), wanted) < 1e-5 < relative(before[1], wanted)
-    assert relative(made.predictor(cond)(x, time), wanted) < 0.5 * relative(before[0], wanted)
+    assert relative(predictor(exact, cond)(x, time), wanted) < 1e-5 < relative(before[1], wanted)
+    assert relative(predictor(made, cond)(x, time), wanted) < 0.5 * relative(before[0], wanted)
 
 
 @torch.no_grad()
@@ -127,19 +134,19 @@ def test_float8_weights_are_rounded_again_when_the_weights_have_changed(denoiser
     mine.unet = copy.deepcopy(denoiser.unet)
     x, time, cond = inputs()
     made = caller(mine, fp8=True)
-    before = made.predictor(cond)(x, time)
+    before = predictor(made, cond)(x, time)
     blocks = [m for m in mine.unet.modules() if type(m).__name__ == "FeedForward"]
     for p in (p for block in blocks for p in block.parameters() if p.ndim == 2):
         p.mul_(1.2)
-    assert torch.equal(made.predictor(cond)(x, time), before), "only float8 layers have changed, and they are stale"
+    assert torch.equal(predictor(made, cond)(x, time), before), "only float8 layers have changed, and they are stale"
     made.weights_changed()
-    after = made.predictor(cond)(x, time)
+    after = predictor(made, cond)(x, time)
     assert not torch.equal(after, before)
     fresh = copy.copy(mine)
     fresh.unet = copy.deepcopy(mine.unet)
     for module in fresh.unet.modules():
         vars(module).pop("float8_weight", None)
-    assert torch.equal(after, caller(fresh, fp8=True).predictor(cond)(x, time))
+    assert torch.equal(after, predictor(caller(fresh, fp8=True), cond)(x, time))
 
 
 @pytest.mark.parametrize("kind", ["sd15", "velocity"])
@@ -158,13 +165,13 @@ def test_other_networks(kind: str) -> None:
     made = Denoiser(unet, source, NoiseSchedule.from_config({"num_train_timesteps": 1000}), "fp32", CPU)
     x, time, cond = inputs()
     cond = Conditioning(cond.prompt[..., :24])
-    assert relative(caller(made).predictor(cond)(x, time), made.eps(x, time, cond)) < 1e-5
+    assert relative(predictor(caller(made), cond)(x, time), made.eps(x, time, cond)) < 1e-5
     assert caller(made).input_dtype is torch.float32
     made.dtype = torch.bfloat16
     wanted = torch.float32 if kind == "velocity" else torch.bfloat16  # the noise that v implies is computed from x
     assert caller(made).input_dtype is wanted
     made.dtype = torch.float32
-    eps = caller(made, reuse_deep=True).predictor(cond)
+    eps = predictor(caller(made, reuse_deep=True), cond)
     full = eps(x, time)
     assert relative(eps(x, time, refinement=True), full) < 1e-5, "at the same x the deep features are the true ones"
 
@@ -172,14 +179,14 @@ def test_other_networks(kind: str) -> None:
 @torch.no_grad()
 def test_float8_is_near_and_not_equal(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
-    error = relative(caller(denoiser, fp8=True).predictor(cond)(x, time), denoiser.eps(x, time, cond))
+    error = relative(predictor(caller(denoiser, fp8=True), cond)(x, time), denoiser.eps(x, time, cond))
     assert 1e-4 < error < 0.1
 
 
 @torch.no_grad()
 def test_shallow_calls_do_little_work_and_stay_near(denoiser: Denoiser) -> None:
     x, time, cond = inputs()
-    eps = caller(denoiser, reuse_deep=True).predictor(cond)
+    eps = predictor(caller(denoiser, reuse_deep=True), cond)
     with FlopCounterMode(display=False) as whole:
         eps(x, time)
     near = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
@@ -194,7 +201,7 @@ def test_shallow_calls_do_little_work_and_stay_near(denoiser: Denoiser) -> None:
 @torch.no_grad()
 def test_shallow_calls_take_the_features_of_the_last_full_one(denoiser: Denoiser) -> None:
     (first, _, _), (x, time, cond) = inputs(seed=1), inputs()
-    eps, fresh = (caller(denoiser, reuse_deep=True).predictor(cond) for _ in range(2))
+    eps, fresh = (predictor(caller(denoiser, reuse_deep=True), cond) for _ in range(2))
     eps(first, time)
     for predict in (eps, fresh):
         predict(x, time)
@@ -208,9 +215,9 @@ def test_lora_and_unknown_processors_work(denoiser: Denoiser) -> None:
     mine.unet = copy.deepcopy(denoiser.unet)
     mine.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
     x, time, cond = inputs()
-    assert relative(caller(mine).predictor(cond)(x, time), mine.eps(x, time, cond)) < 1e-5
+    assert relative(predictor(caller(mine), cond)(x, time), mine.eps(x, time, cond)) < 1e-5
     attention.set_attention([mine.unet], "eager", CPU)
-    assert relative(caller(mine).predictor(cond)(x, time), mine.eps(x, time, cond)) < 1e-5
+    assert relative(predictor(caller(mine), cond)(x, time), mine.eps(x, time, cond)) < 1e-5
 
 
 def test_sizes_are_few_and_reach_the_chunk() -> None:
@@ -229,16 +236,16 @@ def test_compiled_calls_agree_are_padded_and_see_new_weights(
     mine = copy.copy(denoiser)
     mine.unet = copy.deepcopy(denoiser.unet)
     x, time, cond = inputs()
-    eager = caller(mine).predictor(cond)
+    eager = predictor(caller(mine), cond)
     made = caller(mine, compile="inversion")
-    eps = made.predictor(cond)
+    eps = predictor(made, cond)
     for n in (5, 4, 5):
         assert relative(eps(x[:n], time[:n]), eager(x[:n], time[:n])) < 1e-4
     compiled = len(graphs)
     for p in mine.unet.parameters():
         p.mul_(1.02)
-    changed = made.predictor(cond)(x, time)
-    assert relative(changed, caller(mine).predictor(cond)(x, time)) < 1e-4
+    changed = predictor(made, cond)(x, time)
+    assert relative(changed, predictor(caller(mine), cond)(x, time)) < 1e-4
     assert len(graphs) == compiled, "new weights in place need no new code"
     assert (compiled > 0) == (backend == "eager") and all(m._compiled_call_impl is None for m in mine.unet.modules())
 
@@ -265,14 +272,14 @@ def test_approximations_are_compiled_once(denoiser: Denoiser, monkeypatch: pytes
     mine.unet = copy.deepcopy(denoiser.unet)
     x, time, cond = inputs()
     made = caller(mine, compile="inversion", fp8=True, reuse_deep=True)
-    eps = made.predictor(cond)
+    eps = predictor(made, cond)
     first = eps(x, time), eps(x, time, refinement=True)
     compiled = len(graphs)
     made.weights_changed()
-    eps = made.predictor(cond)
+    eps = predictor(made, cond)
     assert torch.equal(eps(x, time), first[0]) and torch.equal(eps(x, time, refinement=True), first[1])
     assert len(graphs) == compiled > 0
-    assert relative(first[0], caller(mine, fp8=True).predictor(cond)(x, time)) < 1e-4
+    assert relative(first[0], predictor(caller(mine, fp8=True), cond)(x, time)) < 1e-4
 
 
 @pytest.mark.slow
@@ -293,7 +300,7 @@ def test_equal_blocks_share_their_code_and_all_variants_have_room(monkeypatch: p
     made = Denoiser(unet, source, NoiseSchedule.from_config({"num_train_timesteps": 1000}), "fp32", CPU)
     x, time, cond = inputs(4)
     cond = Conditioning(cond.prompt[..., :24])
-    eps = caller(made, chunk=4, compile="inversion").predictor(cond)
+    eps = predictor(caller(made, chunk=4, compile="inversion"), cond)
     found = []
     for n in (4, 1, 4):
         eps(x[:n], time[:n])
@@ -353,7 +360,7 @@ def test_replayed_graphs_equal_plain_calls_at_any_size_and_shape_of_images(
             p.mul_(scale)
         x, time, cond = inputs(count, seed=count + height)
         x = torch.cat([x, x], dim=3)[:, :, :, :height]
-        eps, wanted = made.predictor(cond), plain.predictor(cond)
+        eps, wanted = predictor(made, cond), predictor(plain, cond)
         for refinement in (False, True):
             found = eps(x, time, refinement=refinement)
             assert torch.equal(found, wanted(x, time, refinement=refinement)), (count, height, refinement)
@@ -376,7 +383,7 @@ def test_replayed_graphs_agree_and_see_new_weights(denoiser: Denoiser, reuse: bo
     for scale in (1.0, 1.02):
         for p in unet.parameters():
             p.mul_(scale)
-        eps, wanted = made.predictor(cond), plain.predictor(cond)
+        eps, wanted = predictor(made, cond), predictor(plain, cond)
         for n in (5, 4, 2):
             for refinement in (False, True):
                 assert (

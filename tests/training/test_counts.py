@@ -7,6 +7,7 @@ good news: lower the frozen figure here with the change that earned it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import architectures  # noqa: E402
@@ -17,7 +18,12 @@ import torch
 from architectures import SD15, SDXL, SDXL_TOY  # noqa: E402
 
 from smpo_fast.config import loading  # noqa: E402
+from smpo_fast.method.batch import Conditioning  # noqa: E402
+from smpo_fast.method.inversion import EAGER_OPS, SolverOps, invert  # noqa: E402
 from smpo_fast.method.schedule import NoiseSchedule  # noqa: E402
+from smpo_fast.models.denoiser import Denoiser  # noqa: E402
+from smpo_fast.models.inference.caller import InferenceCaller  # noqa: E402
+from smpo_fast.models.locate import ModelSource  # noqa: E402
 
 META = counting.META
 
@@ -133,9 +139,9 @@ WINDOW = {"batch": {"pairs_per_step": 3, "micro_pairs": 1}, "inversion": {"steps
 # A window of 3 pairs in 3 micro-steps on the miniature SDXL; uploads are copies from pageable memory, and the host
 # waits for the device at each of them as it does at a read. (launches, uploads, reads)
 PHASES = {
-    "inversion round": (855.6, 0.4, 0),
-    "reference, a micro-step": (439.33, 0, 0),
-    "policy, a micro-step": (1544, 0, 0),
+    "inversion round": (852, 0.4, 0),
+    "reference, a micro-step": (438.33, 0, 0),
+    "policy, a micro-step": (1535, 0, 0),
     "optimizer": (4086, 0, 2),
     "flush": (2, 1, 1),
 }
@@ -184,6 +190,44 @@ def test_launches_and_host_syncs(phase: str, phases: dict[str, tuple[float, floa
 def test_nothing_is_read_back_inside_a_step() -> None:
     """Up to the optimizer the host never asks the device for a number, however many micro-steps there are."""
     assert all(PHASES[name][2] == 0 for name in ("inversion round", "reference, a micro-step", "policy, a micro-step"))
+
+
+# --- launches outside the networks ------------------------------------------------------------------------------
+
+# by (kernels, v-prediction); with kernels each function of the solver is one launch
+SOLVER_STEP = {(False, False): 15, (True, False): 2, (False, True): 23, (True, True): 10}
+
+
+@pytest.mark.parametrize(("kernels", "velocity"), SOLVER_STEP)
+def test_launches_of_a_solver_step_outside_the_network(kernels: bool, velocity: bool) -> None:
+    """Of a ReNoise step: two calls. What a chunk costs once, at its beginning and end, is left out."""
+    shape = (4, 2, 4, 8, 8)
+    schedule = NoiseSchedule.from_config(architectures.SCHEDULER)
+    config = loading.from_dict({"inversion": {"fidelity": "paper", "solver": "renoise", "steps": 10}})
+    source = ModelSource(Path(), Path(), Path(), "sd15", "v_prediction" if velocity else "epsilon", {}, None)
+    denoiser = Denoiser(_Echo(), source, schedule, "bf16", META)
+    caller = InferenceCaller(denoiser, config.model, config.inversion, chunk=4)
+    fused = SolverOps(*(lambda x, *rest: x.zero_() for _ in range(2)))  # one launch each
+    launches = []
+    for time in (900, 800):
+        with counting.DeviceSpy() as spy:
+            cond = Conditioning(torch.empty(4, 77, 768, device=META))
+            invert(
+                lambda rows, cond=cond: caller.predictor(cond), torch.empty(shape, device=META),
+                [schedule.path(time, config.inversion)] * 4, config.inversion, chunk=4,
+                solver=fused if kernels else EAGER_OPS, dtype=caller.input_dtype,
+            )  # fmt: skip
+        launches.append(sum(spy.launches.values()))
+    assert launches[0] - launches[1] == SOLVER_STEP[kernels, velocity]
+
+
+class _Echo(torch.nn.Module):
+    """Launches nothing, and predicts in float32 as every UNet here does."""
+
+    conv_out = None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        return (torch.empty_like(x, dtype=torch.float32),)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------

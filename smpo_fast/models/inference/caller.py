@@ -84,11 +84,11 @@ class InferenceCaller:
         x_in, times = x, timesteps
         if size > count:
             x_in = torch.cat([x, x[:1].expand(size - count, *x.shape[1:])])
-            times = torch.cat([timesteps, timesteps[:1].expand(size - count)])
+            times = torch.cat([timesteps, timesteps[:1].expand(size - count, -1)])
         shallow = refinement and self._deep is not None
         run = self._run if self._graphs is None else self._graphs.run
         prediction = run(x_in, times, inputs, shallow)[:count]
-        return self.denoiser.as_eps(prediction, x, timesteps)
+        return self.denoiser.as_eps(prediction, x, timesteps[:, 0])
 
     def _run(self, x: Tensor, timesteps: Tensor, inputs: CallInputs, shallow: bool) -> Tensor:
         inputs = inputs.first(len(x))

@@ -15,7 +15,7 @@ from smpo_fast.models.inference.kv_cache import CallInputs
 class CudaGraphs:
     """Calls captured once per image shape and batch size and replayed, without Python or kernel launches in between.
 
-    Shapes: x [B, 2, C, H, W] with B at most ``pairs``, timesteps [B]. All graphs read the same input buffers, which
+    Shapes: x [B, 2, C, H, W] with B at most ``pairs``, timesteps [B, 2]. All graphs read the same input buffers, which
     are made once for ``pairs`` pairs and never replaced: a graph goes on using the addresses that it was captured
     with. They read the weights in place, so an optimizer's in-place update takes effect.
 
@@ -46,7 +46,7 @@ class CudaGraphs:
         """The prediction, a new tensor like x; ``inputs`` as returned by ``placed``."""
         shape, size = x.shape[1:], len(x)
         if shape not in self._latents:
-            self._latents[shape] = x.new_empty(self._pairs, *shape), timesteps.new_empty(self._pairs)
+            self._latents[shape] = x.new_empty(self._pairs, *shape), timesteps.new_empty(self._pairs, 2)
         buffers = tuple(buffer[:size] for buffer in self._latents[shape])
         for place, value in zip(buffers, (x, timesteps), strict=True):
             place.copy_(value)
