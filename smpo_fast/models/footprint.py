@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smpo_fast.common.runtime import COMPUTE_DTYPES
+from smpo_fast.models.inference import float8
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
 from smpo_fast.models.tracing import Autocast, Flops, LiveBytes, fused_attention
 
@@ -106,6 +107,12 @@ def inversion_pairs_within(
     """
     precision = next(name for name, compute in COMPUTE_DTYPES.items() if compute is dtype)
     return pairs_within(gigabytes * 1e9, NetworkSpec.make(unet_config, kind, latent_shape, prompt_shape), precision)
+
+
+@lru_cache(maxsize=64)
+def float8_bytes(network: NetworkSpec) -> int:
+    """Bytes of the weights' second copy for ``inversion.fp8``."""
+    return float8.weight_bytes(network.build())
 
 
 def drop_gradient(parameter: Tensor) -> None:

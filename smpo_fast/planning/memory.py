@@ -82,6 +82,7 @@ def memory(run: PlannedRun, variant: RunVariant) -> Memory:
     parts, zero, phases = _parts(run, variant), zero_layout(variant), {}
     trained, share = run.counts[0], 1 / run.ranks
     stays = parts["weights"] + parts["masters"] + parts["optimizer states"] + parts["window"] + LIBRARY_BYTES
+    stays += parts["weights for the inversion"]
     if zero.gradients_stay:
         stays += parts["gradients"]
     resident = variant.reference in ("replicated", "sharded")
@@ -133,6 +134,7 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
         "gradients": gradients * (not variant.gradients_on_host),
         "reference": whole * size * spread.get(variant.reference, 0.0),
         "window": _step_batch_bytes(run),
+        "weights for the inversion": footprint.float8_bytes(run.network) * run.config.inversion.fp8,
         "activations, inversion": call.at(min(variant.inversion_pairs, run.pairs_of_rank)),
         "activations, reference": frozen_call.at(variant.micro_pairs),
         "activations, policy": backward,

@@ -19,7 +19,7 @@ from smpo_fast.method.batch import Conditioning
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models import attention, load, locate
 from smpo_fast.models.denoiser import Denoiser
-from smpo_fast.models.inference import checks, compilation, cuda_graphs
+from smpo_fast.models.inference import checks, compilation, cuda_graphs, float8
 from smpo_fast.models.inference.caller import InferenceCaller, batch_sizes
 from smpo_fast.models.locate import ModelSource
 
@@ -365,6 +365,34 @@ def test_replayed_graphs_equal_plain_calls_at_any_size_and_shape_of_images(
             found = eps(x, time, refinement=refinement)
             assert torch.equal(found, wanted(x, time, refinement=refinement)), (count, height, refinement)
     assert len(streams) == 1, "every stream has library workspaces of its own"
+
+
+def test_float8_is_refused_on_a_gpu_where_it_would_be_slower_or_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    eager = loading.from_dict({"inversion": {"fp8": True}})
+    with pytest.raises(ConfigError, match=r"slower than half precision.*set model.compile"):
+        checks.check(eager, device, -1)
+    checks.check(eager, CPU, -1)  # where its error is studied
+    fused = loading.from_dict({"inversion": {"fp8": True}, "model": {"compile": "inversion"}})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ConfigError, match=r"8\.9"):
+        checks.check(fused, device, -1)
+
+    def asserts(*args: Any) -> Any:
+        raise RuntimeError("INTERNAL ASSERT FAILED\nat Blas.cpp")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device: torch.zeros(sizes))
+    monkeypatch.setattr(float8, "_product", asserts)
+    with pytest.raises(ConfigError, match=r"with a scale for each row on this GPU \(INTERNAL ASSERT FAILED\)"):
+        checks.check(fused, torch.device("cuda"), -1)
+
+
+@torch.no_grad()
+def test_float8_on_a_cpu_needs_no_float8_product(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", None)  # PyTorch 2.11 has none there with a scale for each row
+    x, time, cond = inputs()
+    assert predictor(caller(denoiser, fp8=True), cond)(x, time).isfinite().all()
 
 
 @pytest.mark.gpu

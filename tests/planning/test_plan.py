@@ -132,6 +132,15 @@ def test_every_optimizer_and_precision_of_the_settings_has_its_bytes() -> None:
     assert set(sums) == set(memory.GRADIENT_BYTES)
 
 
+def test_the_float8_copy_of_the_weights_is_planned_for() -> None:
+    """A byte for each weight of SDXL's transformer blocks but the keys and values of the prompt, and scales."""
+    allocated = []
+    for fp8 in (False, True):
+        s = subject(SDXL, settings(inversion={"fp8": fp8}))
+        allocated.append(memory.memory(s, s.variant()).allocated)
+    assert allocated[1] - allocated[0] == 1_848_192_000
+
+
 def test_states_by_optimizer() -> None:
     """Bytes for SDXL: two fp32 moments, two bytes, and row and column means (0.98 GB in transformers' Adafactor)."""
     network = subject(SDXL, settings()).network

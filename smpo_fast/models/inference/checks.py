@@ -6,6 +6,7 @@ import torch
 
 from smpo_fast.common.errors import ConfigError
 from smpo_fast.config.schema import Config, Inversion, Model
+from smpo_fast.models.inference import float8
 
 
 def check(config: Config, device: torch.device, zero_stage: int) -> None:
@@ -46,5 +47,12 @@ def _check_inversion(model: Model, inversion: Inversion, device: torch.device) -
         raise ConfigError(
             f"inversion.reuse_deep: solver = '{inversion.solver}' makes one call per step: nothing to reuse"
         )
-    if inversion.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ConfigError("inversion.fp8 needs a GPU with float8 matrix products (compute capability 8.9 or newer)")
+    if inversion.fp8 and device.type == "cuda":
+        if model.compile == "off":
+            raise ConfigError(
+                "inversion.fp8 without model.compile is slower than half precision: rounding a layer's input takes 11 "
+                "launches that only the compiler fuses; set model.compile = 'inversion' as well, or leave it off"
+            )
+        if torch.cuda.get_device_capability(device) < (8, 9):
+            raise ConfigError("inversion.fp8 needs a GPU with float8 matrix products (compute capability 8.9 or newer)")
+        float8.check_device(device)
