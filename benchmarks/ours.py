@@ -10,71 +10,25 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import counting
-import numpy as np
 import torch
 from architectures import SCHEDULER, Architecture, make_unet
-from torch import Tensor
-from tqdm import tqdm
 
-from smpo_fast.common.runtime import COMPUTE_DTYPES, World
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
-from smpo_fast.engine import create
-from smpo_fast.models import kernel_checks, kernel_patch, load, locate, step_ops
-from smpo_fast.models.denoiser import Denoiser
-from smpo_fast.models.inference import compilation
+from smpo_fast.models import kernel_checks, kernel_patch, load
 from smpo_fast.models.locate import ModelSource
+from smpo_fast.models.network_spec import NetworkSpec
 from smpo_fast.training import reference
-from smpo_fast.training.loader import Loader
-from smpo_fast.training.policy import load_policy
-from smpo_fast.training.progress import CallHook
 from smpo_fast.training.step import Trainer
+from smpo_fast.tuning.synthetic import synthetic_trainer
 
 Overrides = Mapping[str, Mapping[str, Any]]
-
-
-class SyntheticCache:
-    """A prepared cache of random pairs in memory: the part of ``CachedPairs`` that ``Loader`` uses."""
-
-    def __init__(self, architecture: Architecture, pairs: int, seed: int = 6) -> None:
-        generator = np.random.default_rng(seed)
-        shape = (pairs, 2, 4, architecture.latent, architecture.latent)
-        self.rows = np.arange(pairs)
-        self.rewards = generator.random((pairs, 2))
-        self.labels = np.full(pairs, np.nan)
-        self.prompt_index = np.arange(1, pairs + 1)
-        self.shapes = np.zeros(pairs, np.int32)
-        self.pixels = np.array([[architecture.resolution, architecture.resolution]])
-        self._mean = generator.standard_normal(shape, dtype=np.float32).astype(np.float16)
-        width, pooled = architecture.prompt_width, architecture.pooled_width
-        texts = (pairs + 1, architecture.tokens, width)
-        self._prompts = generator.standard_normal(texts, dtype=np.float32).astype(np.float16)
-        self._pooled = None if pooled is None else generator.standard_normal((pairs + 1, pooled)).astype(np.float16)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def moments(self, index: np.ndarray, flips: np.ndarray) -> tuple[Tensor, Tensor]:
-        mean = torch.from_numpy(self._mean[index]).float()
-        return mean, torch.full_like(mean, 0.05)
-
-    def prompts(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
-        pooled = None if self._pooled is None else torch.from_numpy(self._pooled[indices]).float()
-        return torch.from_numpy(self._prompts[indices]).float(), pooled
-
-
-class NoSignals:
-    """Replaces ``StopSignal``; never stops."""
-
-    def check(self) -> None:
-        """Never stops."""
 
 
 def settings(architecture: Architecture, overrides: Overrides | None = None) -> Config:
@@ -94,29 +48,21 @@ def settings(architecture: Architecture, overrides: Overrides | None = None) -> 
 
 def make_trainer(architecture: Architecture, device: torch.device, overrides: Overrides | None = None) -> Trainer:
     """A trainer ready for ``step(0)``."""
-    run, world = settings(architecture, overrides), World(device=device)
-    here = Path(".")
+    run, here = settings(architecture, overrides), Path(".")
     source = ModelSource(here, here, here, architecture.kind, "epsilon", SCHEDULER, None)
-    precision = run.model.precision
 
     def random_weights(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         return make_unet(architecture, device, dtype)
 
-    schedule = locate.schedule_of(source, run.inversion)
-    as_denoiser = partial(Denoiser, source=source, schedule=schedule, precision=precision, device=device)
     with mock.patch.object(load, "load_network", random_weights):
-        policy = load_policy(run, source, precision, device)
-        engine_ = create.make_engine(policy, run, world, precision, None)
         where = reference.resolve(run, None)
-        frozen = reference.make_reference(where, run, source, world, precision, engine_.unet, as_denoiser, None)
-    if run.model.compile == "all":
-        with frozen() as network:
-            compilation.compile_training(engine_.unet, network.unet)
-    cache: Any = SyntheticCache(architecture, max(16, run.batch.pairs_per_step))
-    loader, before_call = Loader(cache, run, World()), CallHook(cast(Any, NoSignals()), tqdm(disable=True))
-    latent = (4, architecture.latent, architecture.latent)
-    ops = step_ops.select_ops(run, step_ops.resolve(run, device, COMPUTE_DTYPES[precision], latent).enabled)
-    return Trainer(run, world, schedule, engine_, as_denoiser(engine_.unet), frozen, loader, None, before_call, ops)
+        return synthetic_trainer(run, source, network_spec(architecture), run.model.precision, device, where)
+
+
+def network_spec(architecture: Architecture) -> NetworkSpec:
+    """The architecture's UNet at its own resolution."""
+    latent, prompt = (4, architecture.latent, architecture.latent), (architecture.tokens, architecture.prompt_width)
+    return NetworkSpec.make(architecture.unet, architecture.kind, latent, prompt)
 
 
 def planned_peak(architecture: Architecture, checkpointing: bool) -> int:

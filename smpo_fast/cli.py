@@ -104,6 +104,12 @@ def _plan(args: argparse.Namespace) -> int:
     return report.run(arguments.settings_of(args), arguments.arguments_of(commands.PlanArguments, args))
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from smpo_fast.tuning import tune
+
+    return tune.run(arguments.settings_of(args), arguments.arguments_of(commands.TuneArguments, args))
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from smpo_fast.planning import doctor
 
@@ -125,6 +131,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "merge": _merge,
     "plan": _plan,
+    "tune": _tune,
     "doctor": _doctor,
     "settings": _settings,
 }

@@ -41,14 +41,15 @@ def _run(settings: Config, options: TrainArguments) -> int:
     from smpo_fast.training.job import Job
     from smpo_fast.training.overview import overview
     from smpo_fast.training.run import train
+    from smpo_fast.tuning import speed
 
-    job = Job(settings, options.ds_config)
+    job = speed.known(Job(settings, options.ds_config))
     print0(overview(job))
     if options.dry_run:
-        print0(survey(job))
+        print0(f"{survey(job)}\nspeed      {speed.describe(job)}")
         return programs.DONE
     try:
-        train(job)
+        train(job, speed.measured)
     except Stopped as stopped:
         where = f"the state is saved below {settings.run.dir}"
         print0(f"\nstopped by {stopped}; {where}: the same command continues the run")

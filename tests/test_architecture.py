@@ -19,7 +19,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 # Lowest first: a package may import those above it in this list, and nothing else. The programs come last.
 LAYERS = (
     "common", "embedded", "kernels", "config", "method", "models", "data", "engine", "evaluation", "training",
-    "verification", "planning", "train", "cli",
+    "verification", "planning", "tuning", "train", "cli",
 )  # fmt: skip
 # What a package may use of the layers below it, where that is less than all of them.
 ONLY = {
@@ -28,7 +28,7 @@ ONLY = {
     "config": {"common"},
     "method": {"common", "config"},
     "engine": {"common", "config", "kernels"},
-    "train": {"common", "config", "training"},
+    "train": {"common", "config", "training", "tuning"},
 }
 # Each of these libraries is imported in one place (a package, or a module of it) and nowhere else.
 OWNERS = {

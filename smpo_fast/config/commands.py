@@ -173,6 +173,31 @@ class PlanArguments(Section):
     json_output: Annotated[bool, Argument("--json")] = Field(False, description="print JSON")
 
 
+class TuneArguments(Section):
+    """Arguments of ``smpo tune``."""
+
+    minutes: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="time for measuring, not counting the loading of the networks"
+    )
+    memory: Annotated[float, Argument(metavar="GB")] = Field(
+        0.0, ge=0, allow_inf_nan=False, description="memory that a run may use, in units of 1e9 bytes (default: all)"
+    )
+    approximate: Annotated[list[Literal["fp8", "reuse_deep", "pec"]], Argument(metavar="NAME,..")] = Field(
+        [], description="approximations that may be chosen: fp8, reuse_deep, pec; others are only reported"
+    )
+    out: Annotated[Path, Argument(metavar="FILE")] = Field(
+        Path("tuned.toml"), description="where to write the settings, for run.speed (default: tuned.toml)"
+    )
+    ds_config: Annotated[Path | None, Argument("--ds_config", "FILE")] = Field(
+        None, description="DeepSpeed JSON file of the run: its sharding and precision limit what can be chosen"
+    )
+
+    @field_validator("approximate", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return [word for word in value.split(",") if word] if isinstance(value, str) else value
+
+
 class DoctorArguments(Section):
     """Arguments of ``smpo doctor``."""
 
@@ -216,6 +241,11 @@ COMMANDS: dict[str, Command] = {
         "run",
     ),
     "plan": Command("estimate a run's memory, disk and time, and find settings that fit the GPU", PlanArguments, "run"),
+    "tune": Command(
+        "measure which kernels, attention, compilation and batch sizes are fastest for a run on this device",
+        TuneArguments,
+        "run",
+    ),
     "doctor": Command("check this machine: what training will use, and how to repair what is missing", DoctorArguments),
     "settings": Command("print all settings with defaults and meaning, as Markdown", NoArguments),
 }

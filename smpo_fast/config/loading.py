@@ -51,6 +51,28 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
     return _validate(apply_presets({k: dict(v) for k, v in values.items()}), {}, default_origin="settings")
 
 
+def read_overlay(file: Path) -> dict[str, Any]:
+    """The settings of a TOML file that holds some of them, by ``section.key``. Raises ConfigError like ``load``."""
+    values = {f"{section}.{key}": v for section, table in _read_toml(file).items() for key, v in table.items()}
+    for name in values.keys() - dict(keys()).keys():
+        _unknown_key(name, str(file), list(dict(keys())))
+    return values
+
+
+def given(config: Config) -> set[str]:
+    """The settings, by ``section.key``, that a file, the command line or a preset gave to a loaded Config."""
+    return {f"{name}.{key}" for name in config.model_fields_set for key in getattr(config, name).model_fields_set}
+
+
+def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """The settings with other values by ``section.key``. Raises ConfigError like ``load``."""
+    found = config.model_dump()
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        found[section][key] = value
+    return _validate(found, {}, default_origin="settings")
+
+
 def dump(config: Config) -> str:
     """The resolved settings as TOML text that ``load`` reads back to an equal Config."""
     lines: list[str] = []

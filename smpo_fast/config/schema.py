@@ -34,6 +34,12 @@ class Run(Section):
         10, ge=0, description="steps with a non-finite loss or gradient that are skipped before the run stops"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is a GPU, else cpu")
+    speed: str = Field(
+        "auto",
+        description="which measured settings complete those that are given; auto: on CUDA, what smpo tune found for "
+        "this GPU and network, measured at the start of a run of over an hour if nothing is stored; plain: none, and "
+        "no kernels; or a file written by smpo tune, whose values replace the given ones (docs/tuning.md)",
+    )
 
 
 class Model(Section):

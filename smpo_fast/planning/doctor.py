@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smpo_fast.common import programs
+from smpo_fast.planning.gpus import driver
 from smpo_fast.planning.probes import (
     BROKEN,
     MISSING,
@@ -109,16 +109,7 @@ def _torch(found: Mapping[str, Any]) -> Finding:
     if found["state"] != OK:
         return Finding("torch", found["state"], found["why"], _REINSTALL.format("torch"), True)
     built = f"for CUDA {found['cuda']}" if found["cuda"] else "for CPU only"
-    return Finding("torch", OK, f"{found['version']}, {built}; driver {_driver() or 'none found'}")
-
-
-def _driver() -> str:
-    """The NVIDIA driver's version; empty without one."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=20)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+    return Finding("torch", OK, f"{found['version']}, {built}; driver {driver() or 'none found'}")
 
 
 def _devices(found: Mapping[str, Any]) -> Finding:
@@ -128,7 +119,7 @@ def _devices(found: Mapping[str, Any]) -> Finding:
     if listed:
         bf16 = "model.precision = 'auto' is bf16" if found["bf16"] else "no bf16: model.precision = 'auto' is fp32"
         return Finding("devices", OK, f"{'; '.join(listed)}; run.device = 'auto' is cuda; {bf16}")
-    if _driver():
+    if driver():
         fix = _CUDA_TORCH if not found["cuda"] else "nvidia-smi  (and compare the driver with torch's CUDA version)"
         return Finding("devices", BROKEN, f"a GPU is present, but torch cannot use it: {found['why']}", fix)
     return Finding(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from typing import NamedTuple
 
 import torch
@@ -74,6 +76,15 @@ def gpu_named(device: str) -> Gpu | None:
     words = set(device.replace("-", " ").split())
     fitting = [gpu for key, gpu in GPUS.items() if set(key.split("-")) <= words]
     return max(fitting, key=lambda gpu: len(gpu.name), default=None)
+
+
+def driver() -> str:
+    """The NVIDIA driver's version; empty without one."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
 
 
 def _host_bytes() -> float:

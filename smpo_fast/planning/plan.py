@@ -19,12 +19,14 @@ from smpo_fast.engine import batch_size, combinations, ds_config
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models.locate import ModelSource, find, schedule_of
 from smpo_fast.models.network_spec import network_spec
+from smpo_fast.planning import profiles
 from smpo_fast.planning.disk import count_pairs, disk_bytes
 from smpo_fast.planning.gpus import CPU, Gpu, find_gpu, link_gb
 from smpo_fast.planning.memory import memory
 from smpo_fast.planning.planned_run import PlannedRun, RunVariant, is_offloaded
+from smpo_fast.planning.profiles import Profile
 from smpo_fast.planning.search import KEYS, SHIPPED, FittingVariant, changed_settings, fitting_variants
-from smpo_fast.planning.speed import CALL_SECONDS, UTILISATION, measure, modelled_seconds, work
+from smpo_fast.planning.speed import CALL_SECONDS, UTILISATION, measure, measured_rates, modelled_seconds, work
 
 
 def find_configurations(model: Model) -> ModelSource:
@@ -69,6 +71,8 @@ def plan(settings: Config, request: PlanArguments) -> dict[str, Any]:
     network = network_spec(source, settings.data.resolution, settings.model.attention, settings.lora)
     run = PlannedRun(settings, network, precision_of(settings, ds, gpu), request.gpus, request.per_node, ds)
     batch_size.pairs_per_rank(settings, run.ranks)
+    run, speed, profile = _as_tuned(run, here=not (request.gpu or request.gpu_memory))
+    settings = run.config
     schedule, variant = schedule_of(source, settings.inversion), run.variant()
     current, done = memory(run, variant), work(run, schedule, variant.checkpointing)
     fitting = fitting_variants(run, schedule, gpu, ds_file)
@@ -78,6 +82,7 @@ def plan(settings: Config, request: PlanArguments) -> dict[str, Any]:
         "run": f"{source.kind} at {settings.data.resolution} px on {run.ranks} x {gpu.name} "
         f"({gpu.bytes / 1e9:.1f} GB each)",
         "choice": asdict(variant),
+        "speed": speed,
         "parameters": {"trained": run.counts[0], "frozen": run.counts[1]},
         "memory": current.parts,
         "phases": current.phases,
@@ -87,11 +92,21 @@ def plan(settings: Config, request: PlanArguments) -> dict[str, Any]:
         "disk": disk_bytes(run, source),
         "pairs": {"count": pairs, "basis": known},
         "work": {"calls": done.calls, "flops": done.flops},
-        "time": _time(run, variant, schedule, gpu, source if request.measure else None),
+        "time": _time(run, variant, schedule, gpu, source if request.measure else None, profile),
         "best": None if best is None else {
             "words": changed_settings(best, run, ds_file), "needed": best.memory.needed, **_hours(
                 modelled_seconds(with_file_of(run, best), best.variant, schedule, gpu), settings)},
     }  # fmt: skip
+
+
+def _as_tuned(run: PlannedRun, *, here: bool) -> tuple[PlannedRun, str, Profile | None]:
+    """The run with the settings of ``run.speed``, what these are and why, and the profile of this machine's device."""
+    device = torch.device("cuda" if here and torch.cuda.is_available() else "cpu")
+    if not here and run.config.run.speed == profiles.AUTO:
+        return run, "auto: profiles of another machine are not known here", None
+    choice = profiles.choose(run.config, run, device)
+    profile = profiles.find(profiles.key_of(run, device)) if here else None
+    return replace(run, config=choice.apply(run.config)), choice.why, profile
 
 
 def with_file_of(run: PlannedRun, option: FittingVariant) -> PlannedRun:
@@ -118,19 +133,29 @@ def _is_accepted(run: PlannedRun, option: FittingVariant) -> bool:
 
 
 def _time(
-    run: PlannedRun, variant: RunVariant, schedule: NoiseSchedule, gpu: Gpu, source: ModelSource | None
+    run: PlannedRun,
+    variant: RunVariant,
+    schedule: NoiseSchedule,
+    gpu: Gpu,
+    source: ModelSource | None,
+    profile: Profile | None,
 ) -> dict[str, Any]:
+    """The time of a step; source: the networks, if it is to be measured now."""
     if source is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         seconds = measure(run, source, schedule, device)
         alone = "" if run.ranks == 1 else "; exchange between ranks is not included"
         return {"basis": f"measured on {gpu.name} by one call of each phase{alone}", **_hours(seconds, run.config)}
-    found = modelled_seconds(run, variant, schedule, gpu)
+    rates = None if profile is None else measured_rates(profile)
+    found = modelled_seconds(run, variant, schedule, gpu, rates)
     if found is None:
         return {
             "basis": "no figure: the speed of this device is unknown; give --gpu NAME for a model, or --measure",
             **_hours(None, run.config),
         }
+    if profile is not None:
+        reached = ", ".join(f"{phase} {rate / 1e12:.3g}" for phase, rate in profile.rates.items())
+        return {"basis": f"measured by smpo tune on {profile.made}, in TFLOP/s: {reached}", **_hours(found, run.config)}
     rate = gpu.tflops * UTILISATION
     basis = (
         f"modelled: {rate:.0f} TFLOP/s assumed ({UTILISATION:.0%} of {gpu.tflops:g}), {CALL_SECONDS * 1e3:g} ms "

@@ -35,6 +35,7 @@ def render(found: Mapping[str, Any]) -> str:
         f"{variant['optimizer']}, {sharding}; reference {variant['reference']}",
         f"micro_pairs {variant['micro_pairs']}, inversion_pairs {variant['inversion_pairs']}, gradient checkpointing "
         + ("on" if variant["checkpointing"] else "off"),
+        f"speed: {found['speed']}",
         "",
         *_table("memory of a GPU, GB", found["memory"]),
         *_table("peak of each phase, GB", found["phases"]),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
 from smpo_fast.planning.gpus import Gpu, link_gb
 from smpo_fast.planning.memory import state_bytes, zero_layout
 from smpo_fast.planning.planned_run import PlannedRun, RunVariant
+from smpo_fast.planning.profiles import Profile
 
 UTILISATION = 0.35  # share of the dense peak that a UNet reaches; assumed, --measure replaces it
 CALL_SECONDS = 0.005  # per network call regardless of its size: launches and small kernels; assumed
@@ -64,20 +65,46 @@ def _needs_reference(settings: Config) -> bool:
     return OBJECTIVES[settings.objective.name].needs_reference
 
 
-def modelled_seconds(
-    run: PlannedRun, variant: RunVariant, schedule: NoiseSchedule, gpu: Gpu
-) -> dict[str, float] | None:
-    """Modelled seconds of a step by phase; None if the GPU's speed is unknown."""
-    if not gpu.tflops or variant.precision == "fp32":
+class Rates(NamedTuple):
+    """What a device is taken to do: FLOP/s by phase, seconds that each call takes besides, seconds of the optimizer."""
+
+    flops: Mapping[str, float]
+    call: float
+    optimizer: float
+
+
+def assumed_rates(gpu: Gpu, precision: str) -> Rates | None:
+    """``UTILISATION`` of a GPU's peak; None if that is unknown."""
+    if not gpu.tflops or precision == "fp32":
         return None
-    done = work(run, schedule, variant.checkpointing)
-    rate, examples = gpu.tflops * 1e12 * UTILISATION, run.examples_of_rank
+    rate = gpu.tflops * 1e12 * UTILISATION
+    return Rates(dict.fromkeys(("inversion", "reference", "policy"), rate), CALL_SECONDS, 0.0)
+
+
+def measured_rates(profile: Profile) -> Rates:
+    """Those that ``smpo tune`` measured, in which launches are contained."""
+    return Rates(profile.rates, 0.0, profile.seconds["optimizer"])
+
+
+def modelled_seconds(
+    run: PlannedRun, variant: RunVariant, schedule: NoiseSchedule, gpu: Gpu, rates: Rates | None = None
+) -> dict[str, float] | None:
+    """Modelled seconds of a step by phase; None without rates, if the GPU's speed is unknown."""
+    rates = rates or assumed_rates(gpu, variant.precision)
+    if rates is None:
+        return None
+    done, examples = work(run, schedule, variant.checkpointing), run.examples_of_rank
     size = {"inversion": variant.inversion_pairs, "reference": variant.micro_pairs, "policy": variant.micro_pairs}
     calls = {phase: math.ceil(examples * done.calls[phase] / size[phase]) for phase in size}
-    seconds = {phase: examples * done.flops[phase] / rate + calls[phase] * CALL_SECONDS for phase in size}
+    seconds = {
+        phase: examples * done.flops[phase] / rates.flops[phase] + calls[phase] * rates.call
+        for phase in size
+        if done.flops[phase]
+    }
     link = link_gb(run, gpu)
-    seconds |= {"exchange": _exchanged_gb(run, variant, calls) / link, "host": _host_gb(run, variant) / gpu.host_gb}
-    return seconds
+    exchange = _exchanged_gb(run, variant, calls) / link if link else 0.0
+    host = _host_gb(run, variant) / gpu.host_gb
+    return {**seconds, "optimizer": rates.optimizer, "exchange": exchange, "host": host}
 
 
 def _exchanged_gb(run: PlannedRun, variant: RunVariant, calls: Mapping[str, int]) -> float:

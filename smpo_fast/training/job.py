@@ -26,10 +26,13 @@ from smpo_fast.training.facts import checkpoint_facts
 
 
 class Job:
-    """The settings of a run, resolved and checked. Raises UserError, naming the setting, for what cannot work."""
+    """The settings of a run, resolved and checked. Raises UserError, naming the setting, for what cannot work.
 
-    def __init__(self, settings: Config, ds_file: Path | None) -> None:
-        self.config, self.ds_file = settings, ds_file
+    speed: what ``run.speed`` has chosen and why, for the user; the settings contain it already.
+    """
+
+    def __init__(self, settings: Config, ds_file: Path | None, speed: str = "") -> None:
+        self.config, self.ds_file, self.speed = settings, ds_file, speed
         self.world = world_from_environment(settings.run.device)
         self.source: ModelSource = find(settings.model)
         self.precision, self.ds_settings, self.filled = _resolve_engine(settings, ds_file, self.world)

@@ -40,16 +40,19 @@ from smpo_fast.training.step import Trainer
 from smpo_fast.training.trajectories import TrajectoryStore
 
 
-def train(job: Job) -> Path:
+def train(job: Job, completed: Callable[[Job], Job] = lambda job: job) -> Path:
     """Prepare, train, export and evaluate; returns the run folder. Collective over all ranks.
 
-    Raises EnvironmentProblem, on rank 0, while another process trains in the run folder.
+    completed: is given the job when its cache is prepared and the ranks have met, and returns it with the settings that
+    ``run.speed`` chooses. Raises EnvironmentProblem, on rank 0, while another process trains in the run folder.
     """
     watch_launcher()
     with run_lock(job.run_dir) if job.world.rank == 0 else nullcontext():
         prepare_cache(job)
         if job.ds_settings is not None:
             import_deepspeed(job.world)  # ranks meet before they load networks, which may take one of them longer
+        job = completed(job)
+        print0(f"speed      {job.speed}")
         state = train_policy(job)
         collectives.shutdown()
         gc.collect()  # evaluation needs the memory of the networks

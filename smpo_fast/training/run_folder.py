@@ -39,6 +39,7 @@ def describe_run(job: Job, kernels: Selection) -> None:
         "ranks": job.world.size,
         "precision": job.precision,
         "kernels": kernels.facts(),
+        "speed": job.speed,
     }
     write_json(job.run_dir / "environment.json", facts, indent=2)
 

@@ -35,7 +35,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     given["deepspeed"] |= {"compatible": ["cpu_adam"], "installed": []}
     given["bitsandbytes"] |= {"device": "cpu", "moves": True}
     monkeypatch.setattr(doctor, "run_probe", lambda name: given[name])
-    monkeypatch.setattr(doctor, "_driver", lambda: "")
+    monkeypatch.setattr(doctor, "driver", lambda: "")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return given
 
@@ -91,7 +91,7 @@ def test_deepspeed_is_needed_where_its_file_is_given(answers: dict[str, dict[str
 
 
 def test_a_gpu_that_torch_cannot_use(answers: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_driver", lambda: "570.1")
+    monkeypatch.setattr(doctor, "driver", lambda: "570.1")
     devices = found()["devices"]
     assert devices.state == BROKEN and "download.pytorch.org" in devices.fix and "no CUDA" in devices.text
 
