@@ -120,11 +120,12 @@ class Bench:
             caller = InferenceCaller(self._trainer.policy, c.model, c.inversion, chunk=len(examples))
             caller.weights_changed()
             predict, x = caller.predictor(examples.pairs.cond), examples.x_t.to(caller.input_dtype)
+            times = examples.time[:, None].expand(-1, IMAGES_PER_PAIR).contiguous()
             found: list[Tensor] = []
-            first = seconds_once(lambda: found.append(predict(x, examples.time)), self.device)
+            first = seconds_once(lambda: found.append(predict(x, times)), self.device)
             compared = min(len(examples), len(self._base))
             error = self._distance("prediction", found[0][:compared].cpu(), self._truth.prediction[:compared])
-            seconds = seconds_of(lambda: predict(x, examples.time), self.device)
+            seconds = seconds_of(lambda: predict(x, times), self.device)
             peak = peak_bytes(self.device)
         sizes = len(batch_sizes(len(examples))) if c.model.compile != "off" or c.model.cuda_graphs else 1
         return CallTimes(seconds / len(examples), max(0.0, first - seconds) * sizes, peak, error)
