@@ -37,9 +37,13 @@ from architectures import Architecture
 from harness import say
 
 from smpo_fast.common import programs
+from smpo_fast.common.runtime import COMPUTE_DTYPES
 from smpo_fast.models.network_spec import NetworkSpec
-from smpo_fast.planning import memory
+from smpo_fast.planning import memory, profiles
 from smpo_fast.planning.planned_run import PlannedRun
+from smpo_fast.tuning import tune
+from smpo_fast.tuning.candidates import coordinates
+from smpo_fast.tuning.tuner import Trial, describe, start
 
 TOTAL_SECONDS = 505.0  # for all parts together
 START_SECONDS = 120.0  # in which a process has imported its libraries and opened the device
@@ -121,12 +125,6 @@ def _attempt(report: Report, name: str, what: Callable[[], None]) -> None:
 
 
 # --- parts ----------------------------------------------------------------------------------------------------
-
-
-def part_ceilings(report: Report) -> None:
-    """Ceilings of this machine: copies and matrix products on random data."""
-    for name, value in harness.ceilings(report.device).items():
-        report.add(name, value=value)
 
 
 def part_correctness(report: Report) -> None:
@@ -215,8 +213,47 @@ def part_kernels(report: Report) -> None:
         _attempt(report, name, time_it)
 
 
+def part_tune(report: Report) -> None:
+    """The search of smpo tune on SDXL: every candidate, and the settings that it finds fastest."""
+    architecture, precision = report.architecture("sdxl"), "bf16" if report.device.type == "cuda" else "fp32"
+    pairs_ = 64 if report.device.type == "cuda" else 4
+    settings = ours.settings(
+        architecture,
+        {
+            "model": {"precision": precision},
+            "batch": {"pairs_per_step": pairs_, "inversion_pairs": 4, "micro_pairs": 1},
+        },
+    )
+    planned = PlannedRun(settings, ours.network_spec(architecture), precision)
+    with ours.random_weights(architecture, report.device):
+        tuner = tune.make_tuner(planned, ours.source(architecture), report.device, max(5.0, report.left - 15))
+
+    def note(trial: Trial) -> None:
+        values = {"settings": describe(trial.values) or "eager", "pair_seconds": trial.pair_seconds or None}
+        report.add(f"{architecture.name}: {values['settings']}", **values, skipped=trial.reason or None)
+
+    tuner.noted = note
+    begin = start(settings, report.device, COMPUTE_DTYPES[precision], planned.network.latent)
+    best = tuner.fastest(begin, coordinates(report.device.type, pairs_, pairs_))
+    chosen = {name: profiles.get(best, name) for name in profiles.KEYS}
+    report.add(TUNED, chosen=chosen, settings=describe(chosen))
+
+
+def _tuned(report: Report) -> dict[str, dict[str, Any]]:
+    """Overrides with the settings that ``part_tune`` found on this card; empty if it has not run."""
+    file = report.file.with_name("tune.json")
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in next((row["chosen"] for row in rows if "chosen" in row), {}).items():
+        section, _, key = name.partition(".")
+        found.setdefault(section, {})[key] = value
+    return found
+
+
 def part_ladder(report: Report) -> None:
-    """The UNet's no-gradient call, rung by rung, at 2, 16 and 32 images."""
+    """What the card can do, and the UNet's no-gradient call, rung by rung, at 2, 16 and 32 images."""
+    for name, value in harness.ceilings(report.device).items():
+        report.add(name, value=value)
     _ladder(report, report.architecture("sdxl"), (2, 16, 32) if report.device.type == "cuda" else (2, 8))
 
 
@@ -225,7 +262,7 @@ def _ladder(report: Report, architecture: Architecture, batches: tuple[int, ...]
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     with torch.no_grad():
         flops = counting.flops(counting.unet_call(architecture, 1))
-    wanted: dict[int, torch.Tensor] = {}
+    steps, wanted = ladder.Ladder(architecture, device), dict[int, torch.Tensor]()
 
     def timed(name: str, images: int, call: Callable[[], Any], dtype: torch.dtype, tolerance: float) -> None:
         out = call()
@@ -240,7 +277,8 @@ def _ladder(report: Report, architecture: Architecture, batches: tuple[int, ...]
     def autocast() -> None:
         for images in batches:
             if report.left > 5:
-                timed(ladder.AUTOCAST, images, ladder.autocast_call(architecture, device, images), half, 1e-6)
+                with steps.autocast(images) as call:
+                    timed(ladder.AUTOCAST, images, call, half, 1e-6)
 
     _attempt(report, ladder.AUTOCAST, autocast)
     for rung in ladder.RUNGS:
@@ -250,17 +288,16 @@ def _ladder(report: Report, architecture: Architecture, batches: tuple[int, ...]
             continue
 
         def climb(rung: ladder.Rung = rung) -> None:
-            unet = ladder.HalfUNet(architecture, device, rung)
-            tolerance = rung.tolerance
             for images in batches[:2] if rung.few else batches:
                 if report.left > 4 or report.toy:
-                    timed(rung.name, images, unet.call(images), unet.dtype, tolerance)
+                    with steps.call(rung, images) as call:
+                        timed(rung.name, images, call, steps.dtype, rung.tolerance)
 
         _attempt(report, rung.name, climb)
 
 
 def part_pair(report: Report) -> None:
-    """The whole pair by phase: reference, best_eager, ours without and with all kernels."""
+    """The whole pair by phase: reference, best_eager, ours as it is, tuned, and with all kernels."""
     _pairs(report, report.architecture("sdxl"), 8 if report.device.type == "cuda" else 2)
 
 
@@ -277,7 +314,7 @@ def _pairs(report: Report, architecture: Architecture, count: int, *, options: b
         if name == pairs.OURS or not options
     }
     kernels = ours.all_kernels()
-    added = {} if options else {"all kernels": kernels}
+    added = {} if options else {**({TUNED: tuned} if (tuned := _tuned(report)) else {}), "all kernels": kernels}
     if options:
         added = ours.variants(device)
         added |= {f"{name} (approximation)": {**kernels, **v} for name, v in ours.approximations().items()}
@@ -451,16 +488,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+TUNED = "tuned"  # settings that smpo tune found
 # name -> (what it does, seconds it may take), by worth; a file each, of which at most eight come back from a lent card
 PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
     "correctness": (part_correctness, 80),
+    "tune": (part_tune, 90),
     "pair": (part_pair, 100),
-    "ladder": (part_ladder, 80),
-    "memory": (part_memory, 50),
-    "kernels": (part_kernels, 50),
-    "options": (part_options, 90),
-    "sd15": (part_sd15, 35),
-    "ceilings": (part_ceilings, 20),
+    "ladder": (part_ladder, 75),
+    "memory": (part_memory, 45),
+    "kernels": (part_kernels, 40),
+    "options": (part_options, 45),
+    "sd15": (part_sd15, 30),
 }
 
 

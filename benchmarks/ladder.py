@@ -1,27 +1,32 @@
-"""The ladder: ways to run the UNet's no-gradient call, from the released script's to compiled ones.
+"""The ladder: ways to run the UNet's no-gradient call, from the released script's to compiled float8.
 
-Each rung makes a function that runs the call for an architecture, a device and a number of images. A rung that needs a
-GPU, a library or a part of this project that is missing raises ``Unavailable``.
+All but the first are settings of this project, run by the bench of ``smpo tune``. One that needs a GPU or a library
+that is missing raises ``Unavailable``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import ours
 import torch
-from architectures import Architecture, make_inputs, make_unet
+from architectures import Architecture, make_unet
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from smpo_fast.config import loading
 from smpo_fast.models.attention import set_attention
+from smpo_fast.models.denoiser import Denoiser
+from smpo_fast.models.kernel_patch import MODULES
+from smpo_fast.models.locate import schedule_of
+from smpo_fast.tuning.bench import Bench, Rejected
 
 Call = Callable[[], Tensor]
+COMPILED, GRAPHS, LAST = {"model.compile": "inversion"}, {"model.cuda_graphs": True}, {"model.channels_last": True}
+KERNELS: dict[str, Any] = {"kernels.enabled": list(MODULES)}
 
 
 class Unavailable(RuntimeError):
@@ -30,182 +35,86 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to run the call. ``make`` changes or wraps a half-precision UNet and returns what to call."""
+    """One way to run the call: settings by ``section.key``, on top of eager half precision."""
 
     name: str
-    make: Callable[[Any, torch.device], Callable[..., Any]]
-    gpu: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+    few: bool = True  # run at the first two batch sizes only
     approximate: bool = False
-    compiles: bool = False
-    graph: bool = False
-    few: bool = False  # run at the first two batch sizes only
+
+    @property
+    def compiles(self) -> bool:
+        return "model.compile" in self.values
 
     @property
     def tolerance(self) -> float:
         """Allowed relative error against the released script's call; bf16 rounding in a whole network gives 0.02."""
         return 0.5 if self.approximate else 0.06
 
-    channels_last: bool = False
-
-
-def half_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of half-precision rungs: bf16 on a GPU; fp32 on a CPU, where half precision is slow."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _plain(unet: Any, device: torch.device) -> Callable[..., Any]:
-    return unet
-
-
-def _channels_last(unet: Any, device: torch.device) -> Callable[..., Any]:
-    return unet.to(memory_format=torch.channels_last)
-
-
-def _compiled_blocks(unet: Any, device: torch.device) -> Callable[..., Any]:
-    """Compile the transformer blocks, most of the FLOPs; a repeated block is compiled once for each shape."""
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    return unet
-
-
-def _compiled(unet: Any, device: torch.device) -> Callable[..., Any]:
-    return torch.compile(_channels_last(unet, device), fullgraph=True, dynamic=False)
-
-
-def _kernels(unet: Any, device: torch.device) -> Callable[..., Any]:
-    ours.patch_kernels(unet)
-    return _channels_last(unet, device)
-
-
-def _attention(first: SDPBackend) -> Callable[[Any, torch.device], Callable[..., Any]]:
-    """SDPA that prefers one back-end and falls back to the others (e.g. for cross-attention with its 77 keys)."""
-    others = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    order = [first, *(backend for backend in others if backend is not first)]
-
-    def make(unet: Any, device: torch.device) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with sdpa_kernel(order, set_priority=True):
-                return unet(*args, **kwargs)
-
-        return call
-
-    return make
-
-
-def _xformers(unet: Any, device: torch.device) -> Callable[..., Any]:
-    if set_attention([unet], "xformers", device) != "xformers":
-        raise Unavailable("xformers cannot run on this machine")
-    return unet
-
-
-def _flash3(unet: Any, device: torch.device) -> Callable[..., Any]:
-    """FlashAttention 3 through SDPA, if this torch can activate it and its wheel is installed."""
-    attention = importlib.import_module("torch.nn.attention")
-    if not hasattr(attention, "activate_flash_attention_impl"):
-        raise Unavailable("this torch has no activate_flash_attention_impl")
-    attention.activate_flash_attention_impl("FA3")
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return unet(*args, **kwargs)
-
-    return call
-
-
-def _fp8_linears(unet: Any, device: torch.device) -> Callable[..., Any]:
-    """Linear layers with fp8 weights and activations quantised on the fly, in compiled blocks."""
-    try:
-        quantization = importlib.import_module("torchao.quantization")
-    except ImportError as error:
-        raise Unavailable(f"torchao is not importable ({error})") from error
-
-    def wide(module: Any, name: str) -> bool:
-        return isinstance(module, torch.nn.Linear) and min(module.weight.shape) >= 640 and "time" not in name
-
-    config = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
-    quantization.quantize_(unet, config, filter_fn=wide)
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    return unet
-
 
 AUTOCAST = "autocast over fp32 (reference)"
 HALF = "half weights (best_eager)"
 # Ordered by importance, because a report that runs out of time skips the rest.
 RUNGS = (
-    Rung(HALF, _plain),
-    Rung("half weights, CUDA graph", _plain, gpu=True, graph=True, few=True),
-    Rung("compiled blocks", _compiled_blocks, gpu=True, compiles=True, few=True),
-    Rung("compiled blocks, CUDA graph", _compiled_blocks, gpu=True, compiles=True, graph=True, few=True),
-    Rung("kernels", _kernels, channels_last=True),
-    Rung("kernels, CUDA graph", _kernels, gpu=True, graph=True, channels_last=True, few=True),
-    Rung("attention: cuDNN first", _attention(SDPBackend.CUDNN_ATTENTION), gpu=True, few=True),
-    Rung("attention: flash first", _attention(SDPBackend.FLASH_ATTENTION), gpu=True, few=True),
-    Rung("attention: xformers", _xformers, gpu=True, few=True),
-    Rung("fp8 linears, compiled blocks", _fp8_linears, gpu=True, compiles=True, approximate=True, few=True),
-    Rung("channels-last", _channels_last, channels_last=True, few=True),
-    Rung("attention: memory-efficient first", _attention(SDPBackend.EFFICIENT_ATTENTION), gpu=True, few=True),
-    Rung("compiled whole, channels-last", _compiled, gpu=True, compiles=True, channels_last=True, few=True),
-    # last, because torch keeps FlashAttention 3 activated for the rest of the process
-    Rung("attention: flash 3", _flash3, gpu=True, few=True),
+    Rung(HALF, few=False),
+    Rung("CUDA graph", GRAPHS),
+    Rung("compiled blocks, CUDA graph", {**COMPILED, **GRAPHS}),
+    Rung("all kernels, channels-last", {**KERNELS, **LAST}, few=False),
+    Rung("all kernels, channels-last, CUDA graph", {**KERNELS, **LAST, **GRAPHS}, few=False),
+    Rung("attention: cuDNN first", {"model.attention": "cudnn"}),
+    Rung("attention: flash first", {"model.attention": "flash"}),
+    Rung("float8, compiled blocks, CUDA graph", {**COMPILED, **GRAPHS, "inversion.fp8": True}, approximate=True),
+    *(Rung(f"kernel {name}", {"kernels.enabled": [name]}) for name in MODULES),
+    Rung("channels-last", LAST),
+    Rung("compiled blocks", COMPILED),
+    Rung("attention: xformers", {"model.attention": "xformers"}),
+    Rung("attention: memory-efficient first", {"model.attention": "efficient"}),
 )
 
 
-def autocast_call(architecture: Architecture, device: torch.device, images: int) -> Call:
-    """The released script's call: fp32 weights, cast to half precision by autocast at every use."""
-    unet = make_unet(architecture, device, torch.float32).eval()
-    set_attention([unet], "sdpa", device)
-    args, kwargs = make_inputs(architecture, images, device, torch.float32)
-    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+class Ladder:
+    """The no-gradient calls of an architecture with random weights, in bf16; on a CPU, where that is slow, in fp32."""
 
-    @torch.no_grad()
-    def call() -> Tensor:
-        with torch.autocast(device.type, half):
-            return unet(*args, **kwargs)[0].float()
+    def __init__(self, architecture: Architecture, device: torch.device) -> None:
+        self.device, self.precision = device, "bf16" if device.type == "cuda" else "fp32"
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._architecture = architecture
+        self._settings = ours.settings(architecture, {"model": {"precision": self.precision}})
+        source, network = ours.source(architecture), ours.network_spec(architecture)
+        with ours.random_weights(architecture, device):
+            self.bench = Bench(self._settings, source, network, self.precision, device)
 
-    return call
-
-
-class HalfUNet:
-    """One half-precision UNet for a rung at several batch sizes."""
-
-    def __init__(self, architecture: Architecture, device: torch.device, rung: Rung) -> None:
-        if rung.gpu and device.type != "cuda":
+    @contextlib.contextmanager
+    def call(self, rung: Rung, images: int) -> Iterator[Call]:
+        """A rung's call of a number of images, which predicts their noise [images, C, H, W]. Raises Unavailable."""
+        settings = loading.replaced(
+            self._settings, {"kernels.enabled": [], **rung.values, "batch.inversion_pairs": images // 2}
+        )
+        if self.device.type != "cuda" and {"model.cuda_graphs", "model.compile"} & rung.values.keys():
             raise Unavailable("needs a GPU")
-        self.architecture, self.device, self.rung = architecture, device, rung
-        self.dtype = half_dtype(device)
-        unet = make_unet(architecture, device, self.dtype).eval()
-        set_attention([unet], "sdpa", device)
-        self.run = rung.make(unet, device)
+        try:
+            with self.bench.calling(settings) as call:
+                yield lambda: call().flatten(0, 1)
+        except Rejected as error:
+            raise Unavailable(str(error)) from error
 
-    def call(self, images: int) -> Call:
-        """The rung's call for a number of images."""
-        args, kwargs = make_inputs(self.architecture, images, self.device, self.dtype)
-        if self.rung.channels_last:
-            args = (args[0].to(memory_format=torch.channels_last), *args[1:])
+    @contextlib.contextmanager
+    def autocast(self, images: int) -> Iterator[Call]:
+        """The released script's call, like ``call``: fp32 weights, cast to half precision by autocast at every use."""
+        unet: Any = make_unet(self._architecture, self.device, torch.float32).eval()
+        set_attention([unet], "sdpa", self.device)
+        source = ours.source(self._architecture)
+        schedule = schedule_of(source, self._settings.inversion)
+        denoiser = Denoiser(unet, source, schedule, "fp32", self.device)
+        examples = self.bench.inputs(images // 2)
+        half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
 
         @torch.no_grad()
         def call() -> Tensor:
-            return self.run(*args, **kwargs)[0]
+            with torch.autocast(self.device.type, half):
+                return denoiser(examples.x_t, examples.time, examples.pairs.cond).flatten(0, 1)
 
-        return captured(call) if self.rung.graph else call
-
-
-def captured(call: Call) -> Call:
-    """The call as a CUDA graph; every replay writes the same output tensor."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
+        yield call
 
 
 def release(device: torch.device) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,15 +49,27 @@ def settings(architecture: Architecture, overrides: Overrides | None = None) -> 
 
 def make_trainer(architecture: Architecture, device: torch.device, overrides: Overrides | None = None) -> Trainer:
     """A trainer ready for ``step(0)``."""
-    run, here = settings(architecture, overrides), Path(".")
-    source = ModelSource(here, here, here, architecture.kind, "epsilon", SCHEDULER, None)
+    run, network = settings(architecture, overrides), network_spec(architecture)
+    with random_weights(architecture, device):
+        where = reference.resolve(run, None)
+        return synthetic_trainer(run, source(architecture), network, run.model.precision, device, where)
 
-    def random_weights(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+
+@contextmanager
+def random_weights(architecture: Architecture, device: torch.device) -> Iterator[None]:
+    """Inside, networks of the architecture have the same random weights wherever they are loaded."""
+
+    def load_network(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         return make_unet(architecture, device, dtype)
 
-    with mock.patch.object(load, "load_network", random_weights):
-        where = reference.resolve(run, None)
-        return synthetic_trainer(run, source, network_spec(architecture), run.model.precision, device, where)
+    with mock.patch.object(load, "load_network", load_network):
+        yield
+
+
+def source(architecture: Architecture) -> ModelSource:
+    """A pipeline without files."""
+    here = Path(".")
+    return ModelSource(here, here, here, architecture.kind, "epsilon", SCHEDULER, None)
 
 
 def network_spec(architecture: Architecture) -> NetworkSpec:

@@ -202,6 +202,17 @@ def ladder_section(files: Files, part: str) -> str:
     return markdown(("rung", "images", "per call", "TFLOP/s", "of the matmul ceiling", f"against {baseline}"), lines)
 
 
+def tune_section(files: Files) -> str:
+    """The settings that ``smpo tune`` chose, and its candidates with their seconds or why they were rejected."""
+    rows = files.get("tune", {}).get("rows", ())
+    chosen = next((row for row in rows if "chosen" in row), None)
+    if chosen is None:
+        return NOT_YET
+    tried = [[f"`{row['settings']}`", clock(row["pair_seconds"]) if row.get("pair_seconds") else row["skipped"]]
+             for row in rows if "chosen" not in row]  # fmt: skip
+    return f"Chosen: `{chosen['settings']}`\n\n" + markdown(("candidate", "a pair in a step"), tried)
+
+
 def pair_section(files: Files, part: str, counted: Mapping[str, Any]) -> str:
     """Table of the whole pair by phase, with both baselines and the physical limit."""
     rows = [row for row in _rows(files, part) if "contender" in row]
@@ -278,10 +289,11 @@ def kernels_section(files: Files) -> str:
 
 def device_section(files: Files, counted: Mapping[str, Any]) -> list[str]:
     """All results of one GPU."""
-    ceilings = ", ".join(f"{row['name']} {row['value']:.4g}" for row in _rows(files, "ceilings", "value"))
+    ceilings = ", ".join(f"{row['name']} {row['value']:.4g}" for row in _rows(files, "ladder", "value"))
     blocks = [provenance(files), f"Ceilings measured in the same run: {ceilings or NOT_YET}."]
     for title, body in (
         ("The whole pair, SDXL at 1024 px", pair_section(files, "pair", counted)),
+        ("What smpo tune finds, SDXL at 1024 px", tune_section(files)),
         ("The no-gradient call, SDXL at 1024 px", ladder_section(files, "ladder")),
         ("Peak memory, SDXL at 1024 px", memory_section(files)),
         ("The whole pair, SD1.5 at 512 px", pair_section(files, "sd15", counted)),

@@ -114,21 +114,34 @@ class Bench:
 
         Raises Rejected.
         """
-        examples = tiled(self._base, c.batch.inversion_pairs)
+        pairs, found = c.batch.inversion_pairs, list[Tensor]()
+        with self.calling(c) as predict:
+            first = seconds_once(lambda: found.append(predict()), self.device)
+            compared = min(pairs, len(self._base))
+            error = self._distance("prediction", found[0][:compared].cpu(), self._truth.prediction[:compared])
+            seconds = seconds_of(predict, self.device)
+            peak = peak_bytes(self.device)
+        sizes = len(batch_sizes(pairs)) if c.model.compile != "off" or c.model.cuda_graphs else 1
+        return CallTimes(seconds / pairs, max(0.0, first - seconds) * sizes, peak, error)
+
+    @contextmanager
+    def calling(self, c: Config) -> Iterator[Callable[[], Tensor]]:
+        """Inside, the network has these settings; yields its no-gradient call of ``batch.inversion_pairs`` pairs.
+
+        The call predicts the noise in ``inputs`` of as many pairs, [B, 2, C, H, W]. Raises Rejected.
+        """
+        examples = self.inputs(c.batch.inversion_pairs)
         with self._configured(c):
             self._unet.eval()
             caller = InferenceCaller(self._trainer.policy, c.model, c.inversion, chunk=len(examples))
             caller.weights_changed()
             predict, x = caller.predictor(examples.pairs.cond), examples.x_t.to(caller.input_dtype)
             times = examples.time[:, None].expand(-1, IMAGES_PER_PAIR).contiguous()
-            found: list[Tensor] = []
-            first = seconds_once(lambda: found.append(predict(x, times)), self.device)
-            compared = min(len(examples), len(self._base))
-            error = self._distance("prediction", found[0][:compared].cpu(), self._truth.prediction[:compared])
-            seconds = seconds_of(lambda: predict(x, times), self.device)
-            peak = peak_bytes(self.device)
-        sizes = len(batch_sizes(len(examples))) if c.model.compile != "off" or c.model.cuda_graphs else 1
-        return CallTimes(seconds / len(examples), max(0.0, first - seconds) * sizes, peak, error)
+            yield lambda: predict(x, times)
+
+    def inputs(self, pairs: int) -> Examples:
+        """The examples that calls of this many pairs are timed with."""
+        return tiled(self._base, pairs)
 
     def policy(self, c: Config) -> PolicyTimes:
         """Check and time reference, policy and optimizer, in micro-batches; the first time with eager code.

@@ -62,6 +62,7 @@ class Tuner:
     trials: list[Trial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.noted: Callable[[Trial], None] = self._print  # is given each trial when it is done
         self._began, self._calls, self._policies = time.monotonic(), {}, {}  # type: ignore[var-annotated]
 
     @property
@@ -149,6 +150,9 @@ class Tuner:
 
     def _note(self, trial: Trial) -> None:
         self.trials.append(trial)
+        self.noted(trial)
+
+    def _print(self, trial: Trial) -> None:
         print0(f"  {describe(trial.values) or 'eager'}: {self.describe_times(trial)}")
 
     def describe_times(self, trial: Trial) -> str:

@@ -294,6 +294,14 @@ def test_the_report_runs_the_tests_of_the_installed_kernels(tmp_path: Path, monk
     assert asked["words"][1:4] == ["-P", "-m", "pytest"] and asked["env"]["TRITON_INTERPRET"] == "0"
 
 
+def test_the_whole_pair_is_timed_with_the_settings_that_the_search_found(tmp_path: Path) -> None:
+    gpu_results(tmp_path)
+    pair = gpu_report.Report("pair", CPU, tmp_path / "a-gpu" / "pair.json", time.monotonic() + 60, toy=True)
+    assert gpu_report._tuned(pair) == {"batch": {"micro_pairs": 4}}
+    (tmp_path / "a-gpu" / "tune.json").unlink()
+    assert gpu_report._tuned(pair) == {}
+
+
 def test_the_report_plans_a_recipe_with_its_adapters() -> None:
     lora = gpu_report.RECIPES["SDXL, LoRA, within 12 GB"][2]
     full = {**lora, "lora": {"rank": 0}, "model": {"gradient_checkpointing": True}}
@@ -356,10 +364,16 @@ def gpu_results(folder: Path) -> None:
 
     baseline = gpu_report.ladder.AUTOCAST
     rung = {"images": 2, "baseline": baseline, "TFLOPs": 200.0, "share_of_matmul": 0.25}
-    write("ceilings", {"name": "copy_GBps", "value": 4000.0})
     times = {baseline: 0.06, "compiled": 0.03}
     write(
+        "tune",
+        {"name": "sdxl: eager", "settings": "eager", "pair_seconds": 0.5},
+        {"name": "sdxl: model.compile", "settings": 'model.compile="all"', "skipped": "out of memory"},
+        {"name": "tuned", "settings": "batch.micro_pairs=4", "chosen": {"batch.micro_pairs": 4}},
+    )
+    write(
         "ladder",
+        {"name": "copy_GBps", "value": 4000.0},
         *({"name": n, "rung": n, "seconds": s, **rung} for n, s in times.items()),
         {"name": "c", "skipped": ""},
     )
@@ -378,6 +392,10 @@ def test_gpu_results_are_rendered_with_their_ratios(tmp_path: Path) -> None:
     assert "| compiled | 2 | 30 ms | 200 | 25% | x2.00 |" in page
     assert "| ours | 500 ms | 300 ms | 100 ms | 100 ms | 10 ms | x2.00 | x1.60 |" in page
     assert "x3.47" in page, "the physical limit against the reference"
+    assert "copy_GBps 4000" in page
+    assert "Chosen: `batch.micro_pairs=4`" in page
+    assert "| `eager` | 500 ms |" in page
+    assert '| `model.compile="all"` | out of memory |' in page
     assert "| full | 40.0 | 5.0 |" in page and "A GPU, driver 1" in texts[report.README]
     charts = report.charts_of(report.load(tmp_path), json.loads(report.COUNTED.read_text()))
     assert sorted(charts) == ["a-gpu-ladder.png", "a-gpu-memory.png", "a-gpu-pair.png"]
