@@ -73,7 +73,8 @@ class Model(Section):
     cuda_graphs: bool = Field(False, description="replay the inversion's calls as CUDA graphs, at a few batch sizes")
     channels_last: bool = Field(
         False,
-        description="convolutions in channels-last memory layout; faster together with the kernel group_norm_silu",
+        description="convolutions in channels-last memory layout, under DeepSpeed those of the inversion only; "
+        "faster together with the kernel group_norm_silu",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute the activations of UNet blocks in the backward pass: less memory, more time"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smpo_fast.common.runtime import COMPUTE_DTYPES
-from smpo_fast.models.inference import float8
+from smpo_fast.models.inference import float8, weight_copies
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
 from smpo_fast.models.tracing import Autocast, Flops, LiveBytes, fused_attention
 
@@ -113,6 +113,12 @@ def inversion_pairs_within(
 def float8_bytes(network: NetworkSpec) -> int:
     """Bytes of the weights' second copy for ``inversion.fp8``."""
     return float8.weight_bytes(network.build())
+
+
+@lru_cache(maxsize=64)
+def convolution_elements(network: NetworkSpec) -> int:
+    """Elements of the convolution weights, which the inversion copies channels-last under DeepSpeed."""
+    return weight_copies.convolution_elements(network.build())
 
 
 def drop_gradient(parameter: Tensor) -> None:

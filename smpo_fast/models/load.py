@@ -22,9 +22,12 @@ from smpo_fast.models.residual_block import skip_unit_scales
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)  # in the order of TEXT_PARTS
 
 
-def load_unet(source: ModelSource, model: Model, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+def load_unet(
+    source: ModelSource, model: Model, dtype: torch.dtype, device: torch.device, *, flattened: bool = False
+) -> UNet2DConditionModel:
     """A UNet in ``dtype`` on ``device``, with the attention and the gradient checkpointing of ``[model]``.
 
+    flattened: DeepSpeed will flatten the policy's weights, so policy and reference keep the default memory format.
     Two UNets with equal weights give bitwise equal predictions.
     """
     unet = load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
@@ -32,7 +35,7 @@ def load_unet(source: ModelSource, model: Model, dtype: torch.dtype, device: tor
     skip_unit_scales(unet)
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return unet.to(memory_format=torch.channels_last) if model.channels_last else unet
+    return unet.to(memory_format=torch.channels_last) if model.channels_last and not flattened else unet
 
 
 def empty_unet(source: ModelSource) -> UNet2DConditionModel:

@@ -134,13 +134,25 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
         "gradients": gradients * (not variant.gradients_on_host),
         "reference": whole * size * spread.get(variant.reference, 0.0),
         "window": _step_batch_bytes(run),
-        "weights for the inversion": footprint.float8_bytes(run.network) * run.config.inversion.fp8,
+        "weights for the inversion": _copies_bytes(run, variant),
         "activations, inversion": call.at(min(variant.inversion_pairs, run.pairs_of_rank)),
         "activations, reference": frozen_call.at(variant.micro_pairs),
         "activations, policy": backward,
         "gathered weights": min(whole, live) * size * gathers,
         "buckets": _bucket_bytes(run, variant),
     }
+
+
+def _copies_bytes(run: PlannedRun, variant: RunVariant) -> float:
+    """Second copies of weights for the inversion's calls: float8, channels-last, and half-precision adapters."""
+    c, size = run.config, COMPUTE_DTYPES[variant.precision].itemsize
+    turned = c.model.channels_last and variant.stage is not None
+    rounded = bool(c.lora.rank) and not c.lora.use_dora and size < 4 and c.inversion.source == "inversion"
+    return (
+        footprint.float8_bytes(run.network) * c.inversion.fp8
+        + footprint.convolution_elements(run.network) * size * turned
+        + run.counts[0] * size * rounded
+    )
 
 
 def _master_bytes(variant: RunVariant) -> int:

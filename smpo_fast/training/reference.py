@@ -78,7 +78,8 @@ def make_reference(
         return partial(_absent, where)
     if where == "adapters-off":
         return partial(_without_adapters, as_denoiser(policy))
-    unet: nn.Module = load_unet(source, config.model, COMPUTE_DTYPES[precision], world.device)
+    flattened = ds_settings is not None  # the policy: policy and reference must compute with the same kernels
+    unet: nn.Module = load_unet(source, config.model, COMPUTE_DTYPES[precision], world.device, flattened=flattened)
     kernel_patch.patch(unet, config.kernels.listed)
     unet.requires_grad_(False).eval()
     if where == "sharded":

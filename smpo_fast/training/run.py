@@ -75,7 +75,7 @@ def train_policy(job: Job) -> dict[str, Tensor]:
     print0(loader.labels.report)
     latent, gather = loader.cache.info.latent(), partial(collectives.gather, world)
     kernels = step_ops.resolve(c, world.device, COMPUTE_DTYPES[job.precision], latent, gather)
-    policy = load_policy(c, job.source, job.precision, world.device)
+    policy = load_policy(c, job.source, job.precision, world.device, flattened=job.ds_settings is not None)
     engine = create.make_engine(policy, c, world, job.precision, job.ds_settings)
     defaults = fact_defaults(job.facts)
     progress = checkpoint.restore_latest(job.run_dir, engine, world, job.facts, defaults) or Progress()

@@ -209,6 +209,70 @@ def test_shallow_calls_take_the_features_of_the_last_full_one(denoiser: Denoiser
 
 
 @torch.no_grad()
+def test_under_deepspeed_the_inversion_has_channels_last_copies_of_the_convolutions(denoiser: Denoiser) -> None:
+    """The network's own weights, which DeepSpeed flattened, stay as they are; the copies follow them when told."""
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    x, time, cond = inputs()
+    convolutions = [m for m in mine.unet.modules() if isinstance(m, torch.nn.Conv2d)]
+    own, turned = [m.weight for m in convolutions], []
+
+    def note(module: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
+        turned.append(out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous())
+
+    hooks = [m.register_forward_hook(note) for m in convolutions]
+    made = caller(mine, channels_last=True)
+    eps, wanted = predictor(made, cond), predictor(caller(mine), cond)
+    found = eps(x, time)
+    assert len(turned) == len(convolutions) and all(turned)
+    for hook in hooks:
+        hook.remove()
+    assert relative(found, wanted(x, time)) < 1e-5
+    assert all(m.weight is w and w.is_contiguous() for m, w in zip(convolutions, own, strict=True))
+    places = [m.inversion_weight.data_ptr() for m in convolutions]
+    before = eps(x, time)
+    for weight in own:
+        weight.mul_(1.05)
+    assert torch.equal(eps(x, time), before)
+    made.weights_changed()
+    assert relative(eps(x, time), wanted(x, time)) < 1e-5 < relative(before, wanted(x, time))
+    assert places == [m.inversion_weight.data_ptr() for m in convolutions], "captured graphs read this memory"
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@torch.no_grad()
+def test_adapters_are_rounded_for_the_inversion_only(denoiser: Denoiser, dora: bool) -> None:
+    """In float32 an adapter turns its layer's input into float32; the rounding is that of half precision elsewhere."""
+    peft = pytest.importorskip("peft")
+    mine = copy.copy(denoiser)
+    mine.unet, mine.dtype = copy.deepcopy(denoiser.unet).bfloat16(), torch.bfloat16
+    words = {"target_modules": ["to_q", "to_v", "ff.net.2", "conv1"], "init_lora_weights": False, "use_dora": dora}
+    torch.manual_seed(0)
+    mine.unet.add_adapter(peft.LoraConfig(r=4, **words))
+    adapters = [m for name, m in mine.unet.named_modules() if name.endswith((".lora_A.default", ".lora_B.default"))]
+    for m in mine.unet.modules():
+        for p in getattr(m, "lora_magnitude_vector", {}).values() if dora else ():
+            p.weight.data = p.weight.data.float()
+    seen: list[torch.dtype] = []
+    for m in adapters:
+        m.weight.data = 0.1 * m.weight.data.float()
+        m.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    own = [m.weight for m in adapters]
+    x, time, cond = inputs()
+    exact = mine.eps(x, time, cond)
+    assert set(seen) == {torch.float32}
+    eps = predictor(caller(mine), cond)
+    seen.clear()
+    error = relative(eps(x, time), exact)
+    assert (set(seen) == {torch.bfloat16}) == (not dora), "DoRA measures its weights, and keeps them"
+    assert all(m.weight is weight and weight.dtype is torch.float32 for m, weight in zip(adapters, own, strict=True))
+    assert torch.equal(mine.eps(x, time, cond), exact)
+    mine.unet.disable_adapters()
+    rounding = relative(mine.eps(x, time, cond), denoiser.eps(x, time, cond))
+    assert error < 2 * rounding, "no more than half precision costs in the rest of the network"
+
+
+@torch.no_grad()
 def test_lora_and_unknown_processors_work(denoiser: Denoiser) -> None:
     peft = pytest.importorskip("peft")
     mine = copy.copy(denoiser)
@@ -331,7 +395,8 @@ def test_compiled_for_training_equal_weights_predict_equally(denoiser: Denoiser,
     [
         ({"model": {"cuda_graphs": True}}, 0, "CUDA device"),
         ({"model": {"compile": "inversion"}}, 3, "stage 3"),
-        ({"model": {"channels_last": True}}, 2, "DeepSpeed flattens"),
+        ({"model": {"channels_last": True}}, 3, "use ZeRO stage 2"),
+        ({"model": {"channels_last": True}, "inversion": {"source": "noise"}}, 2, "channels_last has no effect"),
         ({"inversion": {"fp8": True}}, 3, "stage 3"),
         ({"inversion": {"reuse_deep": True, "solver": "ddim"}}, 0, "nothing to reuse"),
         ({"inversion": {"fp8": True, "source": "noise"}}, 0, "has no effect"),

@@ -141,6 +141,16 @@ def test_the_float8_copy_of_the_weights_is_planned_for() -> None:
     assert allocated[1] - allocated[0] == 1_848_192_000
 
 
+def test_channels_last_copies_are_planned_for_under_deepspeed() -> None:
+    """0.333 G parameters of SDXL are convolutions; without DeepSpeed they are channels-last themselves."""
+    for ds, extra in ((None, 0), ({"zero_optimization": {"stage": 2}}, 665_000_000)):
+        allocated = []
+        for turned in (False, True):
+            s = subject(SDXL, settings(model={"channels_last": turned, "precision": "bf16"}), ds=ds)
+            allocated.append(memory.memory(s, s.variant()).allocated)
+        assert allocated[1] - allocated[0] == pytest.approx(extra, rel=0.01)
+
+
 def test_states_by_optimizer() -> None:
     """Bytes for SDXL: two fp32 moments, two bytes, and row and column means (0.98 GB in transformers' Adafactor)."""
     network = subject(SDXL, settings()).network

@@ -18,12 +18,16 @@ import torch
 from architectures import SD15, SDXL, SDXL_TOY  # noqa: E402
 
 from smpo_fast.config import loading  # noqa: E402
+from smpo_fast.config.schema import Lora  # noqa: E402
 from smpo_fast.method.batch import Conditioning  # noqa: E402
 from smpo_fast.method.inversion import EAGER_OPS, SolverOps, invert  # noqa: E402
 from smpo_fast.method.schedule import NoiseSchedule  # noqa: E402
+from smpo_fast.models import attention, lora  # noqa: E402
 from smpo_fast.models.denoiser import Denoiser  # noqa: E402
 from smpo_fast.models.inference.caller import InferenceCaller  # noqa: E402
+from smpo_fast.models.inference.weight_copies import WeightCopies  # noqa: E402
 from smpo_fast.models.locate import ModelSource  # noqa: E402
+from smpo_fast.models.residual_block import skip_unit_scales  # noqa: E402
 
 META = counting.META
 
@@ -190,6 +194,25 @@ def test_launches_and_host_syncs(phase: str, phases: dict[str, tuple[float, floa
 def test_nothing_is_read_back_inside_a_step() -> None:
     """Up to the optimizer the host never asks the device for a number, however many micro-steps there are."""
     assert all(PHASES[name][2] == 0 for name in ("inversion round", "reference, a micro-step", "policy, a micro-step"))
+
+
+@pytest.mark.slow
+def test_launches_of_a_call_with_adapters() -> None:
+    """Rank 16 on SDXL's attention layers, two images, with the copies that the inversion makes of the adapters."""
+    unet: Any = architectures.make_unet(SDXL, META, torch.bfloat16)
+    attention.set_processors(unet)
+    skip_unit_scales(unet)
+    lora.add_adapters(unet, Lora(rank=16), 0)
+    args, kwargs = architectures.make_inputs(SDXL, 2, META, torch.bfloat16)
+    copies = WeightCopies(unet, torch.bfloat16, channels_last=False)
+    with torch.no_grad(), counting.fused_attention():
+        copies.refresh()
+        with counting.DeviceSpy() as spy:
+            unet(*args, **kwargs)
+        with copies.active(), counting.DeviceSpy() as halved:
+            unet(*args, **kwargs)
+    check("launches with adapters in float32", 5058, sum(spy.launches.values()))
+    check("launches with adapters in half precision", 3938, sum(halved.launches.values()))
 
 
 # --- launches outside the networks ------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
 from smpo_fast.method import inversion
 from smpo_fast.models import locate
+from smpo_fast.models.inference.weight_copies import WeightCopies
 from smpo_fast.training.run_log import read_metrics
 from smpo_fast.training.step_paths import StepPaths
 
@@ -39,10 +40,17 @@ def test_two_ranks_under_other_stages_agree_with_plain_pytorch(
     assert read_metrics(tmp_path / "run")[0]["logit_max"] == 0.0, "equal networks predict equally under sharding too"
 
 
-def test_eight_bit_adam_trains_under_zero(cache: str, plain: Path, tmp_path: Path) -> None:
-    assert run(tmp_path / "run", cache, "optim.name=adamw8bit", "--ds_config", str(CONFIGS / "ds_zero2.json")) == 0
+def test_eight_bit_adam_and_a_channels_last_inversion_train_under_zero(
+    cache: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, refresh = [], WeightCopies.refresh
+    monkeypatch.setattr(WeightCopies, "refresh", lambda self: (copied.append(len(self._forms)), refresh(self))[1])
+    words = [cache, "optim.name=adamw8bit", "model.channels_last=true"]
+    assert run(tmp_path / "run", *words, "--ds_config", str(CONFIGS / "ds_zero2.json")) == 0
     eight, full = (numbers(d)[-1]["train_loss"] for d in (tmp_path / "run", plain))
     assert abs(eight - full) < 2e-3
+    assert copied and min(copied) > 20, "convolutions, which DeepSpeed has flattened, before every step"
+    assert read_metrics(tmp_path / "run")[0]["logit_max"] == 0.0, "policy and reference have no copies"
 
 
 def test_ranks_make_equally_many_network_calls() -> None:

@@ -28,6 +28,7 @@ from smpo_fast.models.inference.cuda_graphs import CudaGraphs
 from smpo_fast.models.inference.deep_cache import DeepFeatures
 from smpo_fast.models.inference.float8 import Float8
 from smpo_fast.models.inference.kv_cache import CallInputs, cacheable_cross_attentions, cached_keys_values
+from smpo_fast.models.inference.weight_copies import WeightCopies
 
 
 def batch_sizes(chunk: int) -> list[int]:
@@ -49,6 +50,9 @@ class InferenceCaller:
         self._contexts: list[Callable[[], AbstractContextManager[None]]] = kernel_patch.forward_only(bare)
         if model.compile != "off":
             self._contexts.append(partial(compiled, compiled_blocks(bare)))
+        self._copies = None if sharded else WeightCopies(bare, denoiser.dtype, model.channels_last)
+        if self._copies is not None:
+            self._contexts.append(self._copies.active)
         self._float8 = Float8(bare) if inversion.fp8 else None
         if self._float8 is not None:
             self._contexts.append(self._float8.active)
@@ -58,7 +62,9 @@ class InferenceCaller:
 
     @torch.no_grad()
     def weights_changed(self) -> None:
-        """To be called once per step batch: the weights may have changed in place since the last one."""
+        """To be called before the first call, and when the weights have changed in place since the last one."""
+        if self._copies is not None:
+            self._copies.refresh()
         if self._float8 is not None:
             self._float8.quantise()
 

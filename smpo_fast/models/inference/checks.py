@@ -27,15 +27,27 @@ def check(config: Config, device: torch.device, zero_stage: int) -> None:
         if value and model.compile != "all" and inversion.source != "inversion":
             raise ConfigError(f"{name} has no effect: inversion.source = '{inversion.source}' makes no such calls")
     if model.channels_last and zero_stage >= 0:
-        raise ConfigError(
-            "model.channels_last: DeepSpeed flattens weights in the default memory format; leave it off, or train "
-            "without --ds_config"
-        )
+        _check_channels_last_copies(model, inversion, zero_stage)
     if model.compile == "all" and model.reference == "sharded":
         raise ConfigError("model.compile = 'all': a sharded reference cannot run the policy's code; use 'inversion'")
     if model.compile == "all" and config.lora.rank:
         raise ConfigError("model.compile = 'all': with LoRA policy and reference differ as graphs; use 'inversion'")
     _check_inversion(model, inversion, device)
+
+
+def _check_channels_last_copies(model: Model, inversion: Inversion, zero_stage: int) -> None:
+    """Under DeepSpeed only the inversion's calls are channels-last: they have convolution weights of their own."""
+    sharded = inversion.network == "reference" and model.reference == "sharded"
+    if zero_stage == 3 or sharded:
+        raise ConfigError(
+            "model.channels_last: DeepSpeed flattens weights in the default memory format, and sharded weights have no "
+            "copy in another one; leave it off, or use ZeRO stage 2 with model.reference = 'replicated'"
+        )
+    if inversion.source != "inversion":
+        raise ConfigError(
+            "model.channels_last has no effect: DeepSpeed flattens weights in the default memory format, so only the "
+            f"calls of an inversion can be channels-last, and inversion.source = '{inversion.source}' makes none"
+        )
 
 
 def _check_inversion(model: Model, inversion: Inversion, device: torch.device) -> None:
