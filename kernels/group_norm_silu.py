@@ -15,13 +15,16 @@ Shapes: x, y [N, C, *]; w, b [C]; groups of equally many adjacent channels. x ma
 has its own tile shape, nothing is copied; y and dx have x's memory order) and may have gaps between images or channels;
 any other layout is copied first.
 
-Dtypes: any float in; statistics of a tile in fp32 about the tile's own mean (two passes over registers), combined over
+Dtypes: any float in; statistics of a tile in fp32, as deviations from means (two passes over registers), combined over
 tiles in fp64, so a large mean does not spoil the variance; y in x's dtype, dw and db in the weights' dtype.
 
-Work split: an image is cut into tiles of 128 pixels x 64 channels (channels-last) or of up to 4096 elements
+Work split: an image is cut into tiles of 128 pixels x 64 channels (channels-last) or of up to 8192 elements
 (contiguous): 1280 programs for two channels-last images of 320 x 128 x 128, where one program per group would give 64.
 Forward takes three launches (tile statistics, group statistics, apply); backward takes three plus the sums for the
 weights. All sums have a fixed order; there are no atomics.
+
+Machine instructions per element, channels-last in bf16 (``tests/kernels/test_compile_ahead.py``): statistics 10, apply
+13. At fewer bytes per instruction the kernels would be limited by instructions instead of memory.
 
 Bytes per element in half precision: forward 6 (x twice, y once), plus 6 % for partial statistics; backward 10. z is not
 kept: the backward pass recomputes it from x. SDXL at 1024 px with two images: 46 calls per forward pass, 1.9 GB.
@@ -40,12 +43,14 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from triton.language.extra import libdevice
 
-from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
+from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, on_kernel, operator, power_of_2
 
-PIXELS, CHANNELS = 128, 64  # tile of a channels-last image; 64 divides every width of SDXL and SD1.5
-TILE = 4096  # elements per tile of a contiguous image
-WARPS = 8
+# A tile has up to 8 rows of 1024 elements, 8 of each row per thread: threads exchange sums, which costs as much as the
+# arithmetic of 40 elements, once in 64 elements. Backward has half as many rows, because it needs more registers.
+ROWS, ROWS_BACKWARD, ROW, WARPS = 8, 4, 1024, 4
+PIXELS, CHANNELS = 16, 64  # row of a channels-last image; 64 divides every width of SDXL and SD1.5
 S, T, U = ("s_n", "s_c", "s_p"), ("t_n", "t_c", "t_p"), ("u_n", "u_c", "u_p")  # names of strides in the kernels
 
 
@@ -66,25 +71,58 @@ def group_norm_silu_reference(
 # --- kernels ---------------------------------------------------------------------------------------------------
 
 
+if INTERPRET:
+
+    @triton.jit
+    def _sigmoid(b_z):
+        return 1.0 / (1.0 + tl.exp(-b_z))
+
+else:
+
+    @triton.jit
+    def _sigmoid(b_z):
+        # 2 ulp, without the code for arguments and results near the limits of fp32, where SiLU is 0 or its argument
+        return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-b_z))
+
+
 @triton.jit
-def _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P: tl.constexpr, CB: tl.constexpr):
-    """This program's image, pixel chunk and channels; offsets within the tile are relative to its int64 start."""
+def _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, Q: tl.constexpr, CB: tl.constexpr, P: tl.constexpr):
+    """This program's image, pixel chunk and channels, and its elements [Q, CB, P]: offsets from its int64 start.
+
+    Pixel p of row q is q * P + p of the chunk. Each thread has the same channels and pixels of all rows, so that
+    adding up rows takes no exchange between threads.
+    """
     i_block = tl.program_id(0) % blocks
     i_chunk = (tl.program_id(0) // blocks) % chunks
     i_n = (tl.program_id(0) // blocks // chunks).to(tl.int64)
-    o_p, o_c = i_chunk * P + tl.arange(0, P), i_block * CB + tl.arange(0, CB)
-    m = (o_c < channels)[:, None] & (o_p < pixels)[None, :]
-    start = i_n * s_n + (i_chunk * P).to(tl.int64) * s_p + (i_block * CB).to(tl.int64) * s_c
-    o = tl.arange(0, CB)[:, None] * s_c + tl.arange(0, P)[None, :] * s_p
+    o_p = tl.arange(0, Q)[:, None, None] * P + tl.arange(0, P)[None, None, :]
+    o_c = i_block * CB + tl.arange(0, CB)
+    m = (o_c < channels)[None, :, None] & (i_chunk * (Q * P) + o_p < pixels)
+    start = i_n * s_n + (i_chunk * (Q * P)).to(tl.int64) * s_p + (i_block * CB).to(tl.int64) * s_c
+    o = tl.arange(0, CB)[None, :, None] * s_c + o_p * s_p
     return i_n, i_chunk, o_c, m, start, o
+
+
+@triton.jit
+def _load(p, m, EVEN: tl.constexpr):
+    """Elements in fp32; EVEN: all of them exist."""
+    return tl.load(p).to(tl.float32) if EVEN else tl.load(p, mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(p, b, m, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(p, b.to(p.dtype.element_ty))
+    else:
+        tl.store(p, b.to(p.dtype.element_ty), mask=m)
 
 
 @triton.jit
 def _z_and_slope(b_n, b_w, b_b, SILU: tl.constexpr):
     """y = f(z) of the normalised tile, and f'(z); f is SiLU or the identity."""
-    b_z = b_n * b_w[:, None] + b_b[:, None]
+    b_z = b_n * b_w[None, :, None] + b_b[None, :, None]
     if SILU:
-        b_s = 1.0 / (1.0 + tl.exp(-b_z))
+        b_s = _sigmoid(b_z)
         return b_z * b_s, b_s * (1.0 + b_z * (1.0 - b_s))
     else:
         return b_z, 1.0
@@ -92,27 +130,49 @@ def _z_and_slope(b_n, b_w, b_b, SILU: tl.constexpr):
 
 @triton.jit
 def _statistics_kernel(
-    p_x, p_mean, p_m2, pixels, channels, chunks, blocks, s_n, s_c, s_p, P: tl.constexpr, CB: tl.constexpr
-):
-    """Mean and sum of squared deviations of each channel of a tile; both [N, chunks, C]."""
-    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P, CB)
-    b_x = tl.load(p_x + start + o, mask=m, other=0.0).to(tl.float32)
-    count = tl.minimum(pixels - i_chunk * P, P)
-    b_mean = tl.sum(b_x, 1) / count
-    b_x = tl.where(m, b_x - b_mean[:, None], 0.0)
+    p_x, p_mean, p_m2, pixels, channels, chunks, blocks, s_n, s_c, s_p,
+    Q: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of each channel of a tile; both [N, chunks, C].
+
+    Deviations are taken from the mean of the Q pixels that a thread has of a channel, and those means' from the tile's.
+    """
+    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, Q, CB, P)
+    b_x = _load(p_x + start + o, m, EVEN)
+    count = tl.minimum(pixels - i_chunk * (Q * P), Q * P)
+    # with this many equal values of half precision every sum is exact, and so is the mean
+    exact: tl.constexpr = EVEN and p_x.dtype.element_ty.primitive_bitwidth == 16
+    if EVEN:
+        b_own_mean = tl.sum(b_x, 0) * (1.0 / Q)
+        b_x = b_x - b_own_mean[None, :, :]
+        b_mean = tl.sum(b_own_mean, 1) * (1.0 / P)
+        b_apart = b_own_mean - b_mean[:, None]
+        b_weighted = b_apart * Q
+    else:
+        b_own = tl.minimum(tl.maximum((count - tl.arange(0, P) + P - 1) // P, 0), Q).to(tl.float32)[None, :]
+        b_own_mean = tl.sum(b_x, 0) / tl.maximum(b_own, 1.0)
+        b_x = tl.where(m, b_x - b_own_mean[None, :, :], 0.0)
+        b_mean = tl.sum(b_own_mean * b_own, 1) / count
+        b_apart = b_own_mean - b_mean[:, None]
+        b_weighted = b_apart * b_own
+    b_m2 = tl.sum(b_x * b_x, 0) + b_weighted * b_apart
+    if not exact:  # the mean's own rounding error: without it a constant image would not give exactly b
+        b_mean += tl.sum(tl.sum(b_x, 0) + b_weighted, 1) / count
     o_out = (i_n * chunks + i_chunk) * channels + o_c
-    # the mean's own rounding error: without it a constant image would not give exactly b
-    b_rest = tl.sum(b_x, 1) / count
-    tl.store(p_mean + o_out, b_mean + b_rest, mask=o_c < channels)
-    tl.store(p_m2 + o_out, tl.sum(b_x * b_x, 1), mask=o_c < channels)
+    tl.store(p_mean + o_out, b_mean, mask=o_c < channels)
+    tl.store(p_m2 + o_out, tl.sum(b_m2, 1), mask=o_c < channels)
 
 
 @triton.jit
 def _groups_kernel(
-    p_mean, p_m2, p_group_mean, p_group_rstd, pixels, channels, chunks, groups, eps,
+    p_mean, p_m2, p_weight, p_group_mean, p_group_rstd, p_channels,
+    pixels, channels, chunks, groups, eps,
     P: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Mean and rstd of one group of one image, combined from the tile statistics of its channels."""
+    """Mean and rstd of one group of one image, combined from the tile statistics of its channels.
+
+    p_channels [N, 2, C]: the mean and rstd w again for each channel, which spares the next kernel's threads a division.
+    """
     i_n, i_g = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     size = channels // groups
     o_d = tl.arange(0, D)
@@ -139,7 +199,31 @@ def _groups_kernel(
         b_sum += tl.where(m, b_m2 + b_count * b_apart * b_apart, 0.0)
     variance = tl.sum(tl.sum(b_sum, 0), 0) / total
     tl.store(p_group_mean + i_n * groups + i_g, mean.to(tl.float32))
-    tl.store(p_group_rstd + i_n * groups + i_g, (1.0 / tl.sqrt(variance + eps)).to(tl.float32))
+    rstd = (1.0 / tl.sqrt(variance + eps)).to(tl.float32)
+    tl.store(p_group_rstd + i_n * groups + i_g, rstd)
+    o_c = i_g * size + o_d
+    b_w = tl.load(p_weight + o_c, mask=o_d < size, other=0.0).to(tl.float32)
+    p_channels += 2 * i_n * channels
+    tl.store(p_channels + o_c, tl.zeros([D], tl.float32) + mean.to(tl.float32), mask=o_d < size)
+    tl.store(p_channels + channels + o_c, b_w * rstd, mask=o_d < size)
+
+
+@triton.jit
+def _apply_kernel(
+    p_x, p_y, p_channels, p_bias,
+    pixels, channels, chunks, blocks, s_n, s_c, s_p, t_n, t_c, t_p,
+    SILU: tl.constexpr, Q: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """One tile of y; s and t are the strides of x and y; p_channels [N, 2, C]: mean and rstd w of each channel."""
+    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, Q, CB, P)
+    _, _, _, _, start_y, o_y = _tile(pixels, channels, chunks, blocks, t_n, t_c, t_p, Q, CB, P)
+    m_c = o_c < channels
+    p_channels += 2 * i_n * channels
+    b_mean, b_scale = _load(p_channels + o_c, m_c, EVEN), _load(p_channels + channels + o_c, m_c, EVEN)
+    b_b = _load(p_bias + o_c, m_c, EVEN)
+    b_x = _load(p_x + start + o, m, EVEN) - b_mean[None, :, None]
+    b_y, _ = _z_and_slope(b_x, b_scale, b_b, SILU)
+    _store(p_y + start_y + o_y, b_y, m, EVEN)
 
 
 @triton.jit
@@ -153,38 +237,26 @@ def _channel_values(p_mean, p_rstd, p_weight, p_bias, i_n, o_c, channels, groups
     return o_g, m_c, b_mean, b_rstd, b_w, b_b
 
 
-@triton.jit
-def _apply_kernel(
-    p_x, p_y, p_mean, p_rstd, p_weight, p_bias,
-    pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p,
-    SILU: tl.constexpr, P: tl.constexpr, CB: tl.constexpr,
-):  # fmt: skip
-    """One tile of y; s and t are the strides of x and y."""
-    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P, CB)
-    _, _, _, _, start_y, o_y = _tile(pixels, channels, chunks, blocks, t_n, t_c, t_p, P, CB)
-    _, _, b_mean, b_rstd, b_w, b_b = _channel_values(p_mean, p_rstd, p_weight, p_bias, i_n, o_c, channels, groups)
-    b_x = tl.load(p_x + start + o, mask=m, other=0.0).to(tl.float32)
-    b_y, _ = _z_and_slope((b_x - b_mean[:, None]) * b_rstd[:, None], b_w, b_b, SILU)
-    tl.store(p_y + start_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
-
-
 @triton.jit(do_not_specialize=["images"])
 def _bwd_sums_kernel(
     p_x, p_grad_y, p_mean, p_rstd, p_weight, p_bias, p_sums,
     images, pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p,
-    SILU: tl.constexpr, P: tl.constexpr, CB: tl.constexpr,
+    SILU: tl.constexpr, Q: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz n over each channel of a tile: [2, N, chunks, C]; t are the strides of grad_y."""
-    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P, CB)
-    _, _, _, _, start_y, o_y = _tile(pixels, channels, chunks, blocks, t_n, t_c, t_p, P, CB)
+    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, Q, CB, P)
+    _, _, _, _, start_y, o_y = _tile(pixels, channels, chunks, blocks, t_n, t_c, t_p, Q, CB, P)
     _, m_c, b_mean, b_rstd, b_w, b_b = _channel_values(p_mean, p_rstd, p_weight, p_bias, i_n, o_c, channels, groups)
-    b_n = (tl.load(p_x + start + o, mask=m, other=0.0).to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
+    b_n = (_load(p_x + start + o, m, EVEN) - b_mean[None, :, None]) * b_rstd[None, :, None]
     _, b_slope = _z_and_slope(b_n, b_w, b_b, SILU)
-    b_dz = tl.load(p_grad_y + start_y + o_y, mask=m, other=0.0).to(tl.float32) * b_slope
+    b_dz = _load(p_grad_y + start_y + o_y, m, EVEN) * b_slope
+    if not EVEN:
+        b_dz, b_n = tl.where(m, b_dz, 0.0), tl.where(m, b_n, 0.0)
+    b_to_bias, b_to_weight = tl.sum(tl.sum(b_dz, 0), 1), tl.sum(tl.sum(b_dz * b_n, 0), 1)
     o_out = (i_n * chunks + i_chunk) * channels + o_c
-    tl.store(p_sums + o_out, tl.sum(tl.where(m, b_dz, 0.0), 1), mask=m_c)
+    tl.store(p_sums + o_out, b_to_bias, mask=m_c)
     o_out += images.to(tl.int64) * chunks * channels
-    tl.store(p_sums + o_out, tl.sum(tl.where(m, b_dz * b_n, 0.0), 1), mask=m_c)
+    tl.store(p_sums + o_out, b_to_weight, mask=m_c)
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -215,20 +287,21 @@ def _bwd_groups_kernel(
 def _bwd_apply_kernel(
     p_x, p_grad_y, p_grad_x, p_mean, p_rstd, p_weight, p_bias, p_group_means,
     images, pixels, channels, chunks, blocks, groups, s_n, s_c, s_p, t_n, t_c, t_p, u_n, u_c, u_p,
-    SILU: tl.constexpr, P: tl.constexpr, CB: tl.constexpr,
+    SILU: tl.constexpr, Q: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of x; s, t and u are the strides of x, grad_y and grad_x."""
-    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, P, CB)
-    _, _, _, _, start_y, o_y = _tile(pixels, channels, chunks, blocks, t_n, t_c, t_p, P, CB)
-    _, _, _, _, start_x, o_x = _tile(pixels, channels, chunks, blocks, u_n, u_c, u_p, P, CB)
+    i_n, i_chunk, o_c, m, start, o = _tile(pixels, channels, chunks, blocks, s_n, s_c, s_p, Q, CB, P)
+    _, _, _, _, start_y, o_y = _tile(pixels, channels, chunks, blocks, t_n, t_c, t_p, Q, CB, P)
+    _, _, _, _, start_x, o_x = _tile(pixels, channels, chunks, blocks, u_n, u_c, u_p, Q, CB, P)
     o_g, m_c, b_mean, b_rstd, b_w, b_b = _channel_values(p_mean, p_rstd, p_weight, p_bias, i_n, o_c, channels, groups)
-    b_c1 = tl.load(p_group_means + o_g, mask=m_c, other=0.0)
-    b_c2 = tl.load(p_group_means + images.to(tl.int64) * groups + o_g, mask=m_c, other=0.0)
-    b_n = (tl.load(p_x + start + o, mask=m, other=0.0).to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
+    b_c1 = tl.load(p_group_means + o_g, mask=m_c, other=0.0) * b_rstd
+    b_c2 = tl.load(p_group_means + images.to(tl.int64) * groups + o_g, mask=m_c, other=0.0) * b_rstd
+    b_n = (_load(p_x + start + o, m, EVEN) - b_mean[None, :, None]) * b_rstd[None, :, None]
     _, b_slope = _z_and_slope(b_n, b_w, b_b, SILU)
-    b_dz = tl.load(p_grad_y + start_y + o_y, mask=m, other=0.0).to(tl.float32) * b_slope
-    b_dx = b_rstd[:, None] * (b_w[:, None] * b_dz - b_c1[:, None] - b_n * b_c2[:, None])
-    tl.store(p_grad_x + start_x + o_x, b_dx.to(p_grad_x.dtype.element_ty), mask=m)
+    b_dz = _load(p_grad_y + start_y + o_y, m, EVEN) * b_slope
+    b_w = b_w * b_rstd
+    b_dx = b_dz * b_w[None, :, None] - (b_n * b_c2[None, :, None] + b_c1[None, :, None])
+    _store(p_grad_x + start_x + o_x, b_dx, m, EVEN)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------
@@ -246,15 +319,21 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=form)
 
 
-def _tiles(x: Tensor) -> tuple[int, int, dict[str, int]]:
-    """How many chunks of pixels and blocks of channels cover [N, C, pixels], and the tile size."""
+def _tiles(x: Tensor, rows: int) -> tuple[int, int, dict[str, int]]:
+    """How many chunks of pixels and blocks of channels cover [N, C, pixels], and the kernels' options.
+
+    rows: the most rows of a tile. EVEN says whether tiles cover x exactly.
+    """
     channels, pixels = x.shape[1:]
     if x.stride(1) == 1 and channels > 1:
         p, cb = min(PIXELS, power_of_2(pixels)), min(CHANNELS, power_of_2(channels))
     else:
-        p = min(TILE, power_of_2(pixels))
-        cb = min(TILE // p, power_of_2(channels))
-    return cdiv(pixels, p), cdiv(channels, cb), {"P": p, "CB": cb}
+        p = min(ROW, power_of_2(pixels))
+        cb = min(ROW // p, power_of_2(channels))
+    q = min(rows, cdiv(power_of_2(pixels), p))
+    chunks, blocks = cdiv(pixels, q * p), cdiv(channels, cb)
+    even = chunks * q * p == pixels and blocks * cb == channels
+    return chunks, blocks, {"Q": q, "CB": cb, "P": p, "EVEN": even, "num_warps": WARPS}
 
 
 def _strides(names: tuple[str, str, str], x: Tensor) -> dict[str, int]:
@@ -274,23 +353,23 @@ def _group_norm_fwd(
     weight, bias = weight.contiguous(), bias.contiguous()
     a, b = _strided(x), _strided(y)
     n, channels, pixels = a.shape
-    chunks, blocks, tile = _tiles(a)
-    tile_mean, tile_m2 = torch.empty((2, n, chunks, channels), dtype=torch.float32, device=x.device).unbind()
+    chunks, blocks, tile = _tiles(a, ROWS)
+    options = {"dtype": torch.float32, "device": x.device}
+    tile_mean, tile_m2 = torch.empty((2, n, chunks, channels), **options).unbind()
+    of_channels = torch.empty((n, 2, channels), **options)
     programs, sizes = n * chunks * blocks, {"pixels": pixels, "channels": channels, "chunks": chunks}
     launch(
         _statistics_kernel, programs, device=x.device, p_x=a, p_mean=tile_mean, p_m2=tile_m2,
-        **sizes, blocks=blocks, **_strides(S, a), **tile, num_warps=WARPS,
+        **sizes, blocks=blocks, **_strides(S, a), **tile,
     )  # fmt: skip
     launch(
         _groups_kernel, n * groups, device=x.device,
-        p_mean=tile_mean, p_m2=tile_m2, p_group_mean=mean, p_group_rstd=rstd, **sizes, groups=groups, eps=eps,
-        P=tile["P"], **_join(chunks, channels // groups),
+        p_mean=tile_mean, p_m2=tile_m2, p_weight=weight, p_group_mean=mean, p_group_rstd=rstd, p_channels=of_channels,
+        **sizes, groups=groups, eps=eps, P=tile["Q"] * tile["P"], **_join(chunks, channels // groups),
     )  # fmt: skip
     launch(
-        _apply_kernel, programs, device=x.device,
-        p_x=a, p_y=b, p_mean=mean, p_rstd=rstd, p_weight=weight, p_bias=bias,
-        **sizes, blocks=blocks, groups=groups, **_strides(S, a), **_strides(T, b),
-        SILU=silu, **tile, num_warps=WARPS,
+        _apply_kernel, programs, device=x.device, p_x=a, p_y=b, p_channels=of_channels, p_bias=bias,
+        **sizes, blocks=blocks, **_strides(S, a), **_strides(T, b), SILU=silu, **tile,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -301,7 +380,7 @@ def _group_norm_bwd(
     grad_x, weight, bias = _like(x), weight.contiguous(), bias.contiguous()
     a, b, c = _strided(x), _strided(grad_y), _strided(grad_x)
     n, channels, pixels = a.shape
-    chunks, blocks, tile = _tiles(a)
+    chunks, blocks, tile = _tiles(a, ROWS_BACKWARD)
     options = {"dtype": torch.float32, "device": x.device}
     sums = torch.empty((2, n, chunks, channels), **options)
     channel_sums, group_means = torch.empty((2, n, channels), **options), torch.empty((2, n, groups), **options)
@@ -311,7 +390,7 @@ def _group_norm_bwd(
     strides = {**_strides(S, a), **_strides(T, b)}
     launch(
         _bwd_sums_kernel, programs, device=x.device, p_x=a, p_grad_y=b, **values, p_sums=sums,
-        **sizes, blocks=blocks, **strides, SILU=silu, **tile, num_warps=WARPS,
+        **sizes, blocks=blocks, **strides, SILU=silu, **tile,
     )  # fmt: skip
     launch(
         _bwd_groups_kernel, n * groups, device=x.device,
@@ -321,7 +400,7 @@ def _group_norm_bwd(
     launch(
         _bwd_apply_kernel, programs, device=x.device,
         p_x=a, p_grad_y=b, p_grad_x=c, **values, p_group_means=group_means,
-        **sizes, blocks=blocks, **strides, **_strides(U, c), SILU=silu, **tile, num_warps=WARPS,
+        **sizes, blocks=blocks, **strides, **_strides(U, c), SILU=silu, **tile,
     )  # fmt: skip
     of_bias, of_weight = (sums.sum(0).to(weight.dtype) for sums in channel_sums)
     return grad_x, of_weight, of_bias

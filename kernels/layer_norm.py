@@ -93,11 +93,6 @@ def _layer_norm_fwd_kernel(
 
 
 @triton.jit
-def _add_both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
 def _layer_norm_bwd_kernel(
     p_total, p_grad_y, p_grad_total, p_weight, p_mean, p_rstd, p_grad_x, p_partial,
     rows, features, rows_each,
@@ -129,8 +124,8 @@ def _layer_norm_bwd_kernel(
         b_n = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
         b_dy = b_dy.to(tl.float32)
         b_d = b_dy * b_w[None, :]
-        b_c1, b_c2 = tl.reduce((b_d, b_d * b_n), 1, _add_both)
-        b_c1, b_c2 = b_c1 * b_rstd * share, b_c2 * b_rstd * share
+        b_share = b_rstd * share
+        b_c1, b_c2 = tl.sum(b_d, 1) * b_share, tl.sum(b_d * b_n, 1) * b_share
         b_dx = b_d * b_rstd[:, None] - (b_n * b_c2[:, None] + b_c1[:, None])
         if GRAD_TOTAL:
             b_dx += tl.load(p_grad_total + start + o, mask=m, other=0.0).to(tl.float32)

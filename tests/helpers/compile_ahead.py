@@ -9,6 +9,7 @@ and divisibilities of its arguments, as Triton would. Run it without TRITON_INTE
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -233,15 +234,16 @@ def instructions(sass: str, arguments: dict[str, Any]) -> float | None:
 
     None for kernels that are not described by one tile.
     """
-    tile = [arguments[name] for name in ("ROWS", "BLOCK", "P", "CB") if name in arguments]
-    if len(tile) != 2:
+    sides = [[arguments.get(name) for name in names] for names in (("ROWS", "BLOCK"), ("Q", "CB", "P"))]
+    tile = next((math.prod(found) for found in sides if None not in found), 0)
+    if not tile:
         return None
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", sass)]
     jumps = [(int(to, 16), at) for at, text in code for to in re.findall(r"\bBRA\b[^;]*?(0x[0-9a-f]+)", text)]
     loops = [(to, at) for to, at in jumps if to < at]
     begin, end = loops[0] if loops else (0, code[-1][0])
     executed = sum(begin <= at <= end and not text.startswith(("NOP", "BRA")) for at, text in code)
-    return executed * 32 * arguments["num_warps"] / (tile[0] * tile[1])
+    return executed * 32 * arguments["num_warps"] / tile
 
 
 def memory_order(ptx: str) -> list[str]:

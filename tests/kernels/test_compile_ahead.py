@@ -31,29 +31,29 @@ CEILINGS = {
     "renoise_step: correct": (40, 4096),
     "renoise_step channels-last: predict": (40, 0),
     "renoise_step channels-last: correct": (40, 4096),
-    "group_norm_silu 320: statistics": (66, 1024),
+    "group_norm_silu 320: statistics": (70, 512),
     "group_norm_silu 320: groups": (40, 512),
-    "group_norm_silu 320: apply": (64, 0),
-    "group_norm_silu 320: bwd_sums": (102, 1024),
+    "group_norm_silu 320: apply": (80, 0),
+    "group_norm_silu 320: bwd_sums": (80, 512),
     "group_norm_silu 320: bwd_groups": (43, 512),
-    "group_norm_silu 320: bwd_apply": (128, 0),
-    "group_norm_silu 1280: statistics": (66, 1024),
-    "group_norm_silu 1280: groups": (44, 1024),
-    "group_norm_silu 1280: apply": (64, 0),
-    "group_norm_silu 1280: bwd_sums": (102, 1024),
-    "group_norm_silu 1280: bwd_groups": (48, 1024),
-    "group_norm_silu 1280: bwd_apply": (128, 0),
-    "group_norm_silu contiguous: statistics": (35, 32),
-    "group_norm_silu contiguous: groups": (40, 256),
-    "group_norm_silu contiguous: apply": (40, 0),
-    "group_norm_silu contiguous: bwd_sums": (48, 32),
+    "group_norm_silu 320: bwd_apply": (89, 0),
+    "group_norm_silu 1280: statistics": (70, 512),
+    "group_norm_silu 1280: groups": (40, 1024),
+    "group_norm_silu 1280: apply": (80, 0),
+    "group_norm_silu 1280: bwd_sums": (80, 512),
+    "group_norm_silu 1280: bwd_groups": (43, 1024),
+    "group_norm_silu 1280: bwd_apply": (89, 0),
+    "group_norm_silu contiguous: statistics": (62, 16),
+    "group_norm_silu contiguous: groups": (40, 0),
+    "group_norm_silu contiguous: apply": (56, 0),
+    "group_norm_silu contiguous: bwd_sums": (72, 16),
     "group_norm_silu contiguous: bwd_groups": (43, 256),
-    "group_norm_silu contiguous: bwd_apply": (48, 0),
+    "group_norm_silu contiguous: bwd_apply": (80, 0),
     "layer_norm 640: layer_norm_fwd": (35, 16),
-    "layer_norm 640: layer_norm_bwd": (112, 4096),
+    "layer_norm 640: layer_norm_bwd": (110, 4096),
     "layer_norm 640: layer_norm_sums": (40, 512),
     "layer_norm add 1280: layer_norm_fwd": (48, 16),
-    "layer_norm add 1280: layer_norm_bwd": (122, 8192),
+    "layer_norm add 1280: layer_norm_bwd": (118, 8192),
     "layer_norm add 1280: layer_norm_sums": (40, 512),
     "geglu: geglu_fwd": (39, 0),
     "geglu: geglu_bwd": (42, 0),
@@ -68,8 +68,14 @@ CEILINGS = {
 }
 # kernel of a case: most machine instructions per element of its tile, over the architectures
 INSTRUCTIONS = {
+    "group_norm_silu 320: statistics": 10.2,
+    "group_norm_silu 320: apply": 13.0,
+    "group_norm_silu 320: bwd_sums": 35.8,
+    "group_norm_silu 320: bwd_apply": 34.0,
+    "group_norm_silu contiguous: statistics": 8.0,
+    "group_norm_silu contiguous: apply": 12.4,
     "layer_norm 640: layer_norm_bwd": 21.5,
-    "layer_norm add 1280: layer_norm_bwd": 25.8,
+    "layer_norm add 1280: layer_norm_bwd": 26.9,
 }
 # These move a few numbers per program; the channels-last cases read one tensor across its memory order.
 NARROW = ("groups", "bwd_groups")
@@ -135,7 +141,7 @@ def test_no_more_instructions_per_element_than_before(name: str, capability: str
     if not triton.__version__.startswith(TABLE_OF):
         pytest.skip(f"the table is of Triton {TABLE_OF}x")
     found = compiled(capability)[name]["instructions"]
-    assert 0.8 * INSTRUCTIONS[name] < found <= INSTRUCTIONS[name], f"{name}, sm_{capability}: {found:.1f}"
+    assert 0.7 * INSTRUCTIONS[name] < found <= INSTRUCTIONS[name], f"{name}, sm_{capability}: {found:.1f}"
 
 
 def test_the_harness_sees_a_narrow_access() -> None:
