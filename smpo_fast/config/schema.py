@@ -230,8 +230,10 @@ class Inversion(Section):
         "ab2: two-step "
         "Adams-Bashforth, one call a step; pec: predict with the last estimate, correct with one call (docs/method.md)",
     )
-    grid: Literal["anchored", "release"] = Field(
-        "anchored", description="anchored: t, t-D, t-2D, ... > 0; release: 1, 1+D, 1+2D, ... (D = 1000/steps)"
+    grid: Literal["anchored", "even", "release"] = Field(
+        "anchored",
+        description="anchored: t, t-D, t-2D, ... > 0; even: as many steps, of equal length; release: 1, 1+D, 1+2D, ... "
+        "(D = 1000/steps)",
     )
     spacing: Literal["uniform", "sigma"] = Field(
         "uniform", description="spacing of the ceil(t/D) steps of an anchored grid: equal in t, or in sigma^(1/rho)"
@@ -290,16 +292,18 @@ class Inversion(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Inversion:
-        if self.grid == "anchored" and self.landing != "exact":
-            raise ValueError(f"landing = '{self.landing}' needs grid = 'release': an anchored grid always lands on t")
-        if self.grid == "anchored" and self.first_step == "keep":
-            raise ValueError("first_step = 'keep' needs grid = 'release': an anchored grid has no entry below 0")
+        if self.grid != "release" and self.landing != "exact":
+            raise ValueError(f"landing = '{self.landing}' needs grid = 'release': other grids always land on t")
+        if self.grid != "release" and self.first_step == "keep":
+            raise ValueError("first_step = 'keep' needs grid = 'release': other grids have no entry below 0")
+        if self.grid == "even" and self.spacing == "sigma":
+            raise ValueError("spacing = 'sigma' needs grid = 'anchored': an even grid is equal in t")
         if 1000 % self.steps and self.grid == "release":
             raise ValueError(f"steps = {self.steps}: the released grid needs a divisor of 1000")
         if self.source == "noise" and self.per_trajectory > 1:
             raise ValueError("per_trajectory above 1 needs source = 'inversion'")
         if self.grid == "release" and (self.spacing == "sigma" or self.per_trajectory > 1):
-            raise ValueError("spacing = 'sigma' and per_trajectory above 1 need grid = 'anchored'")
+            raise ValueError("spacing = 'sigma' and per_trajectory above 1 need a grid that ends on t: 'anchored'")
         if self.store and self.source == "inversion" and self.network == "policy":
             raise ValueError("store needs network = 'reference' or source = 'noise': a policy's noise changes")
         self._solver_rules()

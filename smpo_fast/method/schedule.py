@@ -137,6 +137,8 @@ class NoiseSchedule:
 
     def _between(self, below: int, time: int, count: int, settings: Inversion) -> list[int]:
         """``count`` ascending timesteps above ``below``, the last one ``time``."""
+        if settings.grid == "even":
+            return [round(below + (time - below) * k / count) for k in range(1, count + 1)]
         if settings.spacing == "uniform":
             return [round(time - k * len(self) / settings.steps) for k in reversed(range(count))]
         low, high = (self.level(t).sigma if t else 0.0 for t in (below, time))

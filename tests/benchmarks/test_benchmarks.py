@@ -28,6 +28,7 @@ from helpers.golden import (
     name_of,
     outputs_of,
 )
+from helpers.paths import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -40,6 +41,8 @@ import kernel_cases  # noqa: E402
 import pairs  # noqa: E402
 import reference_trainer  # noqa: E402
 import report  # noqa: E402
+
+from smpo_fast.config import loading  # noqa: E402
 
 CPU = torch.device("cpu")
 # A pytest of its own, with nothing of the one that it runs in (a process of pytest-xdist disables benchmarks).
@@ -334,6 +337,17 @@ def test_every_published_number_has_a_file_behind_it(document: Path) -> None:
     assert shown == report.documents()[document]
     for name in report.charts_of(report.load(report.RESULTS), json.loads(report.COUNTED.read_text())):
         assert (report.CHARTS / name).is_file()
+
+
+@pytest.mark.parametrize("name", ["sdxl_smpo_fast", "sd15_smpo_fast"])
+def test_the_recipes_state_the_measured_errors_of_their_approximations(name: str) -> None:
+    (file,) = report.RESULTS.glob("*/inversion_frontier.json")
+    text, rows = (CONFIGS / f"{name}.toml").read_text(), json.loads(file.read_text())["rows"]
+    steps = loading.load(CONFIGS / f"{name}.toml").inversion.steps
+    measured = {row["way"]: row["tau_error"] for row in rows if row["steps"] == steps}
+    assert f"error {measured['pec']:.3f} in {steps} steps; the paper's ReNoise {measured['renoise, paper']:.3f}" in text
+    assert f"error {measured['pec, 4 landings']:.3f} by its own fine solution" in text
+    assert re.search(rf"fp8 = true .*{measured['pec, fp8']:.3f}", text)
 
 
 def test_no_time_is_published_outside_the_markers() -> None:

@@ -274,6 +274,22 @@ def test_second_order_solvers_beat_ddim_at_equal_calls() -> None:
     assert error(solver="pec", steps=20) < 0.5 * error(solver="ddim", steps=20)
 
 
+@pytest.mark.parametrize("time", [130, 433, 999])
+def test_an_even_grid_comes_as_near_to_the_exact_flow_with_the_same_calls(time: int) -> None:
+    """Data N(0, v), the paper's ReNoise in 10 steps."""
+    level, x_0 = SCHEDULE.level(time), latents(1)
+    exact = x_0 * (level.signal**2 + level.noise**2 / 0.25) ** 0.5
+    errors, depths = [], []
+    for grid in ("even", "anchored"):
+        chosen = settings(steps=10, grid=grid)
+        (path,) = paths(chosen, (time,))
+        x_t = lift(gaussian_eps, x_0, [path], chosen, chunk=1)[0]
+        errors.append(float((x_t - exact).norm() / exact.norm()))
+        depths.append(path.depth)
+    assert depths[0] == depths[1]
+    assert errors[0] < 0.01 and errors[0] < 1.5 * errors[1]
+
+
 def path_of(steps: int) -> NoisePath:
     """A uniform grid in t of SDXL's schedule, continued to t = 0, where a latent is clean; timesteps number levels."""
     logs = np.log(np.concatenate([[1.0], SCHEDULE.alphas_cumprod]))

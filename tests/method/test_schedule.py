@@ -50,6 +50,25 @@ def test_anchored_path_lands_on_t_in_ceil_steps(schedule: NoiseSchedule, time: i
     assert ((inner >= 1000 // steps - 1) & (inner <= 1000 // steps + 1)).all(), "only the first step may be short"
 
 
+@pytest.mark.parametrize("time", [0, 1, 2, 99, 100, 101, 433, 999])
+@pytest.mark.parametrize("steps", [1, 5, 10, 7, 1000])
+def test_an_even_path_has_as_many_steps_of_equal_length(schedule: NoiseSchedule, time: int, steps: int) -> None:
+    path = schedule.path(time, settings(steps=steps, grid="even"))
+    times = [level.timestep for level in path.levels]
+    assert times[-1] == time == path.final_level.timestep
+    assert path.depth == schedule.path(time, settings(steps=steps)).depth
+    lengths = np.diff([0, *times[1:]])
+    assert lengths.max() - lengths.min() <= 1
+    assert all(a.sigma < b.sigma for a, b in zip(path.levels, path.levels[1:], strict=False))
+
+
+def test_even_paths_reach_every_landing(schedule: NoiseSchedule) -> None:
+    path = schedule.path((50, 433, 999), settings(steps=10, grid="even"))
+    times = [level.timestep for level in path.levels]
+    assert [times[landing.step] for landing in path.landings] == [50, 433, 999]
+    assert times[2:6] == [146, 242, 337, 433]  # from 50 to 433 in four steps
+
+
 def test_released_path_by_hand(schedule: NoiseSchedule) -> None:
     release = settings(fidelity="release", steps=10)
 
@@ -164,6 +183,9 @@ def test_a_pairs_landings_spread_and_the_steps_stay_uniform(schedule: NoiseSched
         ({"fidelity": "release", "spacing": "sigma"}, "anchored"),
         ({"fidelity": "release", "per_trajectory": 2}, "anchored"),
         ({"source": "noise", "per_trajectory": 2}, "per_trajectory"),
+        ({"grid": "even", "spacing": "sigma"}, "equal in t"),
+        ({"grid": "even", "landing": "mismatch"}, "always land on t"),
+        ({"grid": "even", "first_step": "keep"}, "below 0"),
         ({"store": "x"}, "store"),
     ],
 )
