@@ -7,14 +7,13 @@ touches a device.
 Every launcher is registered as an operator of the library ``smpo_fast`` together with a function that computes the
 shapes of its results, so that ``torch.compile`` includes it in its graph unchanged. The operators define no gradients:
 each module wraps them in a ``torch.autograd.Function``, which costs half the host time of
-``torch.library.custom_op``.
+``torch.library.custom_op``, and calls them directly where no gradient is needed.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -36,6 +35,11 @@ def on_kernel(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRET) and x.dtype in FLOATS
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def operator(name: str, signature: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
     """Register ``run`` as torch.ops.smpo_fast.<name> and return it; ``shapes`` allocates its results without data."""
     _LIBRARY.define(name + signature)
@@ -48,13 +52,18 @@ def launch(kernel: Any, programs: int, *, device: torch.device, **arguments: Any
     """Run ``programs`` programs of a kernel on ``device``, which need not be the current one.
 
     ``arguments`` are all of the kernel's parameters and, if needed, options of the compiler (``num_warps``, ...).
+    Products and sums are contracted unless ``enable_fp_fusion`` is False; versions of Triton differ in the default.
     Raises KeyError for a parameter that is missing.
     """
     if programs == 0:
         return
     # by position, since Triton passes keywords through three calls
     values = [arguments.pop(name) for name in kernel.arg_names]
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    arguments.setdefault("enable_fp_fusion", True)
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        kernel[(programs,)](*values, **arguments)
+        return
+    with torch.cuda.device(device):
         kernel[(programs,)](*values, **arguments)
 
 

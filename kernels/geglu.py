@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from smpo_fast.kernels._launch import cdiv, check, launch, on_kernel, operator, power_of_2
+from smpo_fast.kernels._launch import cdiv, check, launch, needs_gradient, on_kernel, operator, power_of_2
 
 TILE = 1024  # elements per program: part of one row at the widths of SDXL and SD1.5, several rows if they are narrow
 WARPS = 4
@@ -150,7 +150,7 @@ def geglu(x: Tensor) -> Tensor:
     )
     if not on_kernel(x):
         return geglu_reference(x)
-    return _Geglu.apply(x)
+    return _Geglu.apply(x) if needs_gradient(x) else _fwd_op(x)
 
 
 class FusedGEGLU(nn.Module):

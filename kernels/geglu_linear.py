@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, on_kernel, operator
+from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, needs_gradient, on_kernel, operator
 
 GROUP = 8  # rows of tiles that are processed together
 WIDE_SHARED = 200 * 1024  # bytes of shared memory per program that the widest tile needs
@@ -158,13 +158,9 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     check(bias is None or bias.shape == weight.shape[:1], "the bias has one entry per row of the weight")
     tensors = [t for t in (x, weight, bias) if t is not None]
     check(all(t.dtype == x.dtype for t in tensors), f"dtypes differ: {[str(t.dtype) for t in tensors]}")
-    if not on_kernel(x) or _needs_gradient(*tensors):
+    if not on_kernel(x) or needs_gradient(*tensors):
         return geglu_linear_reference(x, weight, bias)
     return _op(x, weight, bias)
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 _is_forward_only = False
@@ -196,7 +192,7 @@ class FusedGEGLULinear(nn.Module):
         if not _is_forward_only or args or kwargs or not plain(proj) or not on_kernel(x):
             return super().forward(hidden_states, *args, **kwargs)
         weight, bias = proj.weight, proj.bias
-        if _needs_gradient(x, weight, weight if bias is None else bias):
+        if needs_gradient(x, weight, bias):
             return super().forward(hidden_states)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

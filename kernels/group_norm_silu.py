@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from triton.language.extra import libdevice
 
-from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, on_kernel, operator, power_of_2
+from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, needs_gradient, on_kernel, operator, power_of_2
 
 # A tile has up to 8 rows of 1024 elements, 8 of each row per thread: threads exchange sums, which costs as much as the
 # arithmetic of 40 elements, once in 64 elements. Backward has half as many rows, because it needs more registers.
@@ -470,6 +470,8 @@ def group_norm_silu(
     check(weight.shape == bias.shape == (channels,), f"weights {tuple(weight.shape)} for {channels} channels")
     if not on_kernel(x):
         return group_norm_silu_reference(x, weight, bias, num_groups=num_groups, eps=eps, silu=silu)
+    if not needs_gradient(x, weight, bias):
+        return _fwd_op(x, weight, bias, num_groups, eps, silu)[0]
     return _GroupNorm.apply(x, weight, bias, num_groups, eps, silu)
 
 

@@ -33,7 +33,16 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from smpo_fast.kernels._launch import cdiv, check, launch, multiprocessors, on_kernel, operator, power_of_2
+from smpo_fast.kernels._launch import (
+    cdiv,
+    check,
+    launch,
+    multiprocessors,
+    needs_gradient,
+    on_kernel,
+    operator,
+    power_of_2,
+)
 
 MAX_FEATURES = 4096  # because a row is held in registers
 # In the backward pass, warps per multiprocessor: what fits into its registers, and with 32 bytes per thread and tensor
@@ -320,6 +329,9 @@ def layer_norm(
     check(x.shape[-1] <= MAX_FEATURES, f"rows of {x.shape[-1]} elements; at most {MAX_FEATURES} are supported")
     if not on_kernel(x):
         return layer_norm_reference(x, weight, bias, residual, eps=eps)
+    if not needs_gradient(x, weight, bias, residual):
+        total, y, _, _ = _fwd_op(x, residual, weight, bias, eps)
+        return y if residual is None else (total, y)
     if residual is None:
         return _LayerNorm.apply(x, weight, bias, eps)
     return _AddLayerNorm.apply(x, residual, weight, bias, eps)

@@ -197,6 +197,7 @@ def measure(launch: Launch, capability: int) -> dict[str, Any]:
     """One kernel's registers, bytes of spills and of shared memory, widths in bytes of its accesses, instructions."""
     kernel, arguments = launch
     options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
+    options.setdefault("enable_fp_fusion", True)  # as launch does
     assert options.keys() <= {"num_warps", "num_stages", "enable_fp_fusion"}, f"{kernel.fn.__name__} has no {options}"
     target = GPUTarget("cuda", capability, 32)
     built = triton.compile(source(kernel, arguments), target=target, options=options)
