@@ -121,7 +121,7 @@ class Bench:
             error = self._distance("prediction", found[0][:compared].cpu(), self._truth.prediction[:compared])
             seconds = seconds_of(predict, self.device)
             peak = peak_bytes(self.device)
-        sizes = len(batch_sizes(pairs)) if c.model.compile != "off" or c.model.cuda_graphs else 1
+        sizes = len(batch_sizes(pairs)) if c.model.cuda_graphs else 1
         return CallTimes(seconds / pairs, max(0.0, first - seconds) * sizes, peak, error)
 
     @contextmanager

@@ -7,6 +7,7 @@ good news: lower the frozen figure here with the change that earned it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from smpo_fast.method.inversion import EAGER_OPS, SolverOps, invert  # noqa: E40
 from smpo_fast.method.schedule import NoiseSchedule  # noqa: E402
 from smpo_fast.models import attention, lora  # noqa: E402
 from smpo_fast.models.denoiser import Denoiser  # noqa: E402
+from smpo_fast.models.inference import compilation  # noqa: E402
 from smpo_fast.models.inference.caller import InferenceCaller  # noqa: E402
 from smpo_fast.models.inference.weight_copies import WeightCopies  # noqa: E402
 from smpo_fast.models.locate import ModelSource  # noqa: E402
@@ -213,6 +215,39 @@ def test_launches_of_a_call_with_adapters() -> None:
             unet(*args, **kwargs)
     check("launches with adapters in float32", 5058, sum(spy.launches.values()))
     check("launches with adapters in half precision", 3938, sum(halved.launches.values()))
+
+
+@pytest.mark.slow
+def test_one_compiled_code_serves_all_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL at true size, without a graph break; images that are not square get code of their own once."""
+    graphs: list[Any] = []
+
+    def compiler(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler, fullgraph=True))
+    unet: Any = architectures.make_unet(SDXL, META, torch.bfloat16).eval()
+    attention.set_processors(unet)
+    skip_unit_scales(unet)
+    config = loading.from_dict({"model": {"compile": "inversion"}})
+    source = ModelSource(Path(), Path(), Path(), "sdxl", "epsilon", {}, None)
+    denoiser = Denoiser(unet, source, NoiseSchedule.from_config(architectures.SCHEDULER), "bf16", META)
+    caller = InferenceCaller(denoiser, config.model, config.inversion, chunk=16)
+    found = []
+    with torch.no_grad(), counting.fused_attention():
+        for pairs, height, width in ((16, 128, 128), (5, 128, 128), (12, 128, 128), (12, 96, 168), (7, 168, 96)):
+            prompt, pooled, sizes = (torch.empty(pairs, *n, device=META) for n in ((77, 2048), (1280,), (6,)))
+            eps = caller.predictor(Conditioning(prompt, pooled, sizes))
+            x = torch.empty(pairs, 2, 4, height, width, device=META, dtype=torch.bfloat16)
+            for moving in (pairs, pairs - 2):
+                eps(x[:moving], torch.zeros(moving, 2, device=META, dtype=torch.long))
+            found.append(len(graphs))
+    assert len(compilation.compiled_blocks(unet)) == 87
+    check("compilations for square images", 16, found[0])
+    assert found[:3] == found[:1] * 3, "no further ones for other batch sizes"
+    check("compilations with images that are not square", 17, found[-1])
 
 
 # --- launches outside the networks ------------------------------------------------------------------------------

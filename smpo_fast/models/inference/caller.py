@@ -1,8 +1,8 @@
 """No-gradient calls of a UNet, as the inversion makes them.
 
 Inversion takes most of a training step, and all of its calls see the same weights. So whatever depends on a pair's
-prompt alone (the keys and values of the cross-attention) is computed once per chunk of pairs; transformer blocks may be
-compiled, and whole calls replayed as CUDA graphs, at a few fixed batch sizes; and two approximations can be enabled.
+prompt alone (the keys and values of the cross-attention) is computed once per chunk of pairs; blocks may be compiled,
+and whole calls replayed as CUDA graphs at a few fixed batch sizes; and two approximations can be enabled.
 
 The network itself is unchanged after every call.
 """
@@ -32,7 +32,7 @@ from smpo_fast.models.inference.weight_copies import WeightCopies
 
 
 def batch_sizes(chunk: int) -> list[int]:
-    """The batch sizes, in pairs, that calls are compiled and captured for: a chunk and its quarters."""
+    """The batch sizes, in pairs, that calls are captured for: a chunk and its quarters."""
     return sorted({-(-chunk * quarter // 4) for quarter in (1, 2, 3, 4)})
 
 
@@ -57,7 +57,7 @@ class InferenceCaller:
         if self._float8 is not None:
             self._contexts.append(self._float8.active)
         self._deep = DeepFeatures(bare, 2 * chunk) if inversion.reuse_deep else None
-        self._sizes = batch_sizes(chunk) if model.cuda_graphs or model.compile != "off" else []
+        self._sizes = batch_sizes(chunk) if model.cuda_graphs else []
         self._graphs = CudaGraphs(self._run, chunk) if model.cuda_graphs else None
 
     @torch.no_grad()

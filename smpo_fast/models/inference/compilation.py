@@ -11,8 +11,8 @@ from torch import nn
 
 from smpo_fast.config.schema import Model
 
-# Compiled variants of a block: widths (13 among SDXL's residual blocks) x batch sizes x image shapes, with and without
-# gradients. A block that reaches the limit would run uncompiled for the rest of the run.
+# Compiled variants of a block: widths (13 among SDXL's residual blocks) x the few sizes that get code of their own, or
+# with gradients all sizes. A block that reaches the limit would run uncompiled for the rest of the run.
 _SPECIALISATIONS = 1024
 
 
@@ -21,11 +21,12 @@ def compiled_blocks(unet: nn.Module) -> list[nn.Module]:
     return [m for m in unet.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")]
 
 
-def _compiled_impl(block: nn.Module) -> Callable[..., Any]:
+def _compiled_impl(block: nn.Module, *, dynamic: bool) -> Callable[..., Any]:
+    """dynamic: one code for all batch sizes and image sizes, but for those that the compiler tells apart."""
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _SPECIALISATIONS)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _SPECIALISATIONS)
-    return torch.compile(block._call_impl, dynamic=False)
+    return torch.compile(block._call_impl, dynamic=dynamic)
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def compiled(blocks: list[nn.Module]) -> Iterator[None]:
     try:
         for block in blocks:
             if not hasattr(block, "inversion_impl"):
-                object.__setattr__(block, "inversion_impl", _compiled_impl(block))
+                object.__setattr__(block, "inversion_impl", _compiled_impl(block, dynamic=True))
             block._compiled_call_impl = cast(Any, block.inversion_impl)
         yield
     finally:
@@ -53,7 +54,7 @@ def compile_training(*unets: nn.Module) -> None:
     for unet in unets:
         unet.requires_grad_(True)
         for block in compiled_blocks(getattr(unet, "module", unet)):
-            block._compiled_call_impl = _compiled_impl(block)
+            block._compiled_call_impl = _compiled_impl(block, dynamic=False)  # one size: the micro-batch
 
 
 def through_policy_code(model: Model) -> AbstractContextManager[Any]:
