@@ -92,9 +92,9 @@ def training_cost(network: NetworkSpec, precision: str, checkpointing: bool) -> 
 
 
 def pairs_within(budget_bytes: float, network: NetworkSpec, precision: str, trained: bool = True) -> int:
-    """The most pairs whose no-gradient call stays within a memory budget, not counting the weights; at least 1."""
+    """The most pairs whose inversion stays within a memory budget, not counting the weights; at least 1."""
     peak = inference_cost(network, precision, trained).peak
-    return max(1, int((budget_bytes - peak.fixed) // peak.per_pair))
+    return max(1, int((budget_bytes - peak.fixed) // (peak.per_pair + prompt_bytes(network, precision))))
 
 
 def inversion_pairs_within(
@@ -107,6 +107,14 @@ def inversion_pairs_within(
     """
     precision = next(name for name, compute in COMPUTE_DTYPES.items() if compute is dtype)
     return pairs_within(gigabytes * 1e9, NetworkSpec.make(unet_config, kind, latent_shape, prompt_shape), precision)
+
+
+@lru_cache(maxsize=64)
+def prompt_bytes(network: NetworkSpec, precision: str) -> int:
+    """Bytes that the cross-attentions' keys and values of a pair's prompt take during the calls of its inversion."""
+    cross = (m for name, m in network.build().named_modules() if name.endswith("attn2"))
+    width = sum(int(attention.inner_kv_dim) for attention in cross)  # type: ignore[arg-type]
+    return 2 * width * network.prompt[0] * COMPUTE_DTYPES[precision].itemsize
 
 
 @lru_cache(maxsize=64)

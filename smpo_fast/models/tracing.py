@@ -79,9 +79,10 @@ class LiveBytes(TorchDispatchMode):
         self.device, self.now, self.peak = device, 0, 0
         self._sizes: dict[int, int] = {}
         for tensor in alive:
-            self._add(tensor)
+            self.add(tensor)
 
-    def _add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor of any shape from now on, if it is on the device."""
         if tensor.device.type != self.device:
             return
         storage = tensor.untyped_storage()
@@ -100,7 +101,7 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in tree_iter(out):
             if isinstance(x, Tensor):
-                self._add(x)
+                self.add(x)
         return out
 
 

@@ -73,8 +73,13 @@ class Memory:
 
     @property
     def needed(self) -> float:
-        """What the GPU must have: the peak, the allocator's losses and the CUDA context."""
-        return self.allocated * (1 + ALLOCATOR_SHARE) + CONTEXT_BYTES
+        """What the GPU must have: the peak, the allocator's losses and the CUDA context.
+
+        Captured calls keep their memory between steps, free but of no use to the other phases.
+        """
+        graphs = self.parts["CUDA graphs"]
+        peak = max(used + graphs * (phase != "inversion") for phase, used in self.phases.items())
+        return peak * (1 + ALLOCATOR_SHARE) + CONTEXT_BYTES
 
 
 def memory(run: PlannedRun, variant: RunVariant) -> Memory:
@@ -122,7 +127,10 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
         footprint.training_cost(run.network, variant.precision, variant.checkpointing).peak.at(variant.micro_pairs),
         trained * size * (share if zero.gradients_sharded else 0.0),  # a micro-batch's gradients before they are added
     )
-    call = footprint.inference_cost(run.network, variant.precision).peak
+    inverted = min(variant.inversion_pairs, run.pairs_of_rank)
+    prompts = footprint.prompt_bytes(run.network, variant.precision) * inverted
+    call = footprint.inference_cost(run.network, variant.precision).peak.at(inverted)
+    graphs = run.config.model.cuda_graphs
     frozen_call = footprint.inference_cost(run.network, variant.precision, trained=False).peak
     gathers = variant.offload_weights or (run.ranks > 1 and (zero.weights_sharded or variant.reference == "sharded"))
     # DeepSpeed keeps what is used again within the second of these, even beyond the first
@@ -135,7 +143,8 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
         "reference": whole * size * spread.get(variant.reference, 0.0),
         "window": _step_batch_bytes(run),
         "weights for the inversion": _copies_bytes(run, variant),
-        "activations, inversion": call.at(min(variant.inversion_pairs, run.pairs_of_rank)),
+        "activations, inversion": call + prompts * (1 + graphs),  # graphs read copies of them
+        "CUDA graphs": (call + prompts) * graphs,
         "activations, reference": frozen_call.at(variant.micro_pairs),
         "activations, policy": backward,
         "gathered weights": min(whole, live) * size * gathers,
