@@ -91,11 +91,13 @@ class Bench:
         reset: Callable[[], Any] | None = None,
         seconds: float = 0.3,
         most: int = 200,
+        graph: bool = False,
     ) -> None:
         """Compare the result of ``call`` with that of ``reference``, then time it.
 
         baseline: the implementation of the same case that ratios refer to. flops and moved: the FLOPs of a call, and
-        the bytes it must move at least. Raises WrongResult, without timing, if the results differ.
+        the bytes it must move at least. graph: see ``harness.measure``. Raises WrongResult, without timing, if the
+        results differ.
         """
         extra: dict[str, Any] = {}
         if reference is not None:
@@ -105,7 +107,7 @@ class Bench:
             if reset is not None:
                 reset()
             extra["error"] = harness.agree(f"{group}, {case}, {implementation}", call(), wanted, tolerance)
-        timing = harness.measure(call, self.device, seconds=seconds, most=most, reset=reset)
+        timing = harness.measure(call, self.device, seconds=seconds, most=most, reset=reset, graph=graph)
         extra |= {"flops": flops, "bytes": moved, "peak_bytes": timing.peak_bytes}
         extra |= harness.shares(timing.median, flops, moved, dtype, harness.ceilings(self.device))
         self.record(group, case, implementation, timing.seconds, baseline=baseline, extra=extra)

@@ -145,12 +145,22 @@ class _Shapes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_TRACED: dict[tuple[str, int], dict[str, Counter[tuple[int, ...]]]] = {}
+
+
 def op_shapes(architecture: Architecture, images: int = 2) -> dict[str, Counter[tuple[int, ...]]]:
-    """Shapes of the inputs of each fusible operation in one UNet call, and how often each occurs, found by tracing.
+    """Shapes of the inputs of each fusible operation in one UNet call, and how often each occurs; traced once.
 
     group_norm_silu: [B, C, H, W] normalised (and mostly passed on to SiLU); layer_norm: [B, L, C];
     geglu: [B, L, 2C], value and gate concatenated.
     """
+    key = repr(architecture), images
+    if key not in _TRACED:
+        _TRACED[key] = _traced_shapes(architecture, images)
+    return _TRACED[key]
+
+
+def _traced_shapes(architecture: Architecture, images: int) -> dict[str, Counter[tuple[int, ...]]]:
     with fused_attention(), torch.no_grad(), _Shapes() as shapes:
         unet_call(architecture, images)()
     table: dict[str, Counter[tuple[int, ...]]] = {"group_norm_silu": Counter(), "layer_norm": Counter()}

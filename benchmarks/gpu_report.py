@@ -204,7 +204,7 @@ def part_kernels(report: Report) -> None:
             run = {"eager": case.reference, "fused": case.run}.get(implementation)
             call = prepared.call(run or torch.compile(case.reference, dynamic=False), mode)
             error = harness.agree(name, call(), prepared.call(case.reference, mode)(), harness.TOLERANCE[dtype])
-            timing = harness.measure(call, report.device, seconds=0.1)
+            timing = harness.measure(call, report.device, seconds=0.1, graph=mode != "backward")
             rates = harness.shares(timing.median, 0, prepared.moved(mode), dtype, limits)
             report.add(name, op=case.op, shape=list(case.shape), mode=mode, implementation=implementation,
                        baseline="eager", seconds=timing.median, spread=timing.spread, error=error,

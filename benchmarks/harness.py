@@ -1,7 +1,10 @@
 """How times are measured: check the result, warm up, time many calls, report the median.
 
 On a GPU, CUDA events around each call measure the time, with the L2 cache flushed before it; on a CPU,
-``perf_counter``. To put times into relation, the ceilings of the same machine are measured in the same run.
+``perf_counter``. A call of a few microseconds takes the host longer to launch than the device to run, and events would
+measure the host: such calls are timed as copies in a CUDA graph, each after a flush of the cache, and the time of a
+graph of the flushes alone is subtracted. To put times into relation, the ceilings of the same machine are measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ LIBRARIES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "bitsa
 # largest relative error (2-norm) that a result may have to be timed, by the dtype it was computed in
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 FLUSH_BYTES = 256 << 20  # several times any L2
+GRAPH_CALLS = 20  # copies of a call in a CUDA graph, so that the noise of the flushes is divided by it
 
 
 class WrongResult(AssertionError):
@@ -92,8 +96,13 @@ def measure(
     most: int = 200,
     warmup: int = 3,
     reset: Callable[[], Any] | None = None,
+    graph: bool = False,
 ) -> Timing:
-    """Time a call repeatedly, for about ``seconds``; ``reset`` runs untimed before each call."""
+    """Time a call repeatedly, for about ``seconds``; ``reset`` runs untimed before each call.
+
+    graph: on a GPU, time copies of the call in a CUDA graph, without the host's launches; not for a backward pass
+    alone, which runs on the stream of its forward pass. Raises RuntimeError if the call cannot be captured.
+    """
     began = time.perf_counter()
     for _ in range(warmup):
         if reset is not None:
@@ -102,6 +111,8 @@ def measure(
     synchronize(device)
     once = max((time.perf_counter() - began) / warmup, 1e-7) if warmup else 1e-3
     rounds = max(least, min(most, int(seconds / once)))
+    if device.type == "cuda" and graph:
+        return _measure_graph(call, device, least)
     if device.type == "cuda":
         return _measure_cuda(call, device, rounds, reset)
     taken = []
@@ -133,6 +144,46 @@ def _measure_cuda(
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return Timing(tuple(s.elapsed_time(e) / 1e3 for s, e in marks), peak)
+
+
+def _measure_graph(call: Callable[[], Any], device: torch.device, rounds: int) -> Timing:
+    """Device seconds of one call with a cold cache: of graphs of flushes and calls, less those of flushes alone."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    kept: list[Any] = []  # results, whose memory later nodes of the graph must not share
+
+    def flushed_call() -> None:
+        flush.zero_()
+        kept.append(call())
+
+    alone = statistics.median(replayed(flush.zero_, device, rounds))
+    both = replayed(flushed_call, device, rounds)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    if min(both) <= alone:
+        raise RuntimeError("the captured calls take no time: they ran on another stream, or are shorter than the noise")
+    return Timing(tuple((seconds - alone) / GRAPH_CALLS for seconds in both), peak)
+
+
+def replayed(body: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
+    """Seconds of each replay of a CUDA graph that contains ``body`` GRAPH_CALLS times. Raises RuntimeError."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # autograd and libraries allocate in a first call
+        body()
+    torch.cuda.current_stream(device).wait_stream(side)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded, stream=side):
+        for _ in range(GRAPH_CALLS):
+            body()
+    recorded.replay()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for start, end in marks:
+        start.record()
+        recorded.replay()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in marks]
 
 
 def synchronize(device: torch.device) -> None:

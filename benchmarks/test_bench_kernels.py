@@ -39,5 +39,5 @@ def test_kernel(
     bench(
         f"kernel {case.op}", f"{case.name} {str(dtype).removeprefix('torch.')} {mode}", implementation, call,
         baseline="eager", reference=prepared.call(case.reference, mode), tolerance=harness.TOLERANCE[dtype],
-        moved=prepared.moved(mode), dtype=dtype, seconds=0.2 if ON_GPU else 0.1,
+        moved=prepared.moved(mode), dtype=dtype, seconds=0.2 if ON_GPU else 0.1, graph=mode != "backward",
     )  # fmt: skip

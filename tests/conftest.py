@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Triton, which torch imports, decides when it is imported whether kernels are interpreted: they are where no GPU is.
-if not any(Path("/dev").glob("nvidia[0-9]*")):
+# Triton, which torch imports, decides when it is imported whether kernels are interpreted: they are where no GPU is
+# (on Windows' Linux a GPU is /dev/dxg).
+if not any(path for name in ("nvidia[0-9]*", "dxg") for path in Path("/dev").glob(name)):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# With this folder on the path, tests/kernels looks like the Hugging Face package of that name, and bitsandbytes prints
+# that it has no get_kernel.
+if "kernels" not in sys.modules:
+    sys.modules["kernels"] = None  # type: ignore[assignment]
 
 import pytest
 import torch

@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,6 +216,30 @@ def test_every_timed_call_follows_a_reset_and_a_warm_up() -> None:
     timing = harness.measure(lambda: order.append("call"), CPU, seconds=0, least=4, reset=lambda: order.append("reset"))
     assert len(timing.seconds) == 4 and order == ["reset", "call"] * 7
     assert timing.median > 0
+
+
+def test_a_small_call_is_timed_in_a_graph_without_the_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device whose flush takes 80 us and whose call takes 3 us."""
+    clock = [0.0]
+
+    def spend(seconds: float) -> None:
+        clock[0] += seconds
+
+    def replayed(body: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
+        began = clock[0]
+        for _ in range(harness.GRAPH_CALLS):
+            body()
+        return [clock[0] - began] * rounds
+
+    flush = SimpleNamespace(zero_=lambda: spend(80e-6))
+    zero = dict.fromkeys(("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"), lambda device: 0)
+    monkeypatch.setattr(harness, "replayed", replayed)
+    monkeypatch.setattr(harness.torch, "empty", lambda *_, **__: flush)
+    monkeypatch.setattr(harness.torch, "cuda", SimpleNamespace(**zero))
+    timing = harness._measure_graph(lambda: spend(3e-6), CPU, 5)
+    assert timing.seconds == pytest.approx([3e-6] * 5)
+    with pytest.raises(RuntimeError, match="take no time"):
+        harness._measure_graph(lambda: None, CPU, 5)
 
 
 def test_contenders_invert_alike_and_a_wrong_one_is_refused() -> None:

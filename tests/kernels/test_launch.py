@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cProfile
+import importlib.util
 import pstats
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -92,3 +93,8 @@ def test_without_gradients_autograd_is_not_involved(
         with cProfile.Profile() as profile:
             call()
     assert pstats.Stats(profile).total_calls <= MOST_CALLS[name] + 5  # versions of Python differ by a few
+
+
+def test_this_folder_is_not_taken_for_a_library_called_kernels() -> None:
+    """bitsandbytes prints that such a library has no get_kernel."""
+    assert importlib.util.find_spec("kernels") is None
