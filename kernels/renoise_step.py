@@ -13,7 +13,7 @@ ReNoise inversion: Garibi et al., ECCV 2024, arXiv 2403.14602. An image's state 
 
     ddim                          (1, -)        renoise, last of K + 1      (1, 0)
     renoise, mean of K + 1        (1/(K+1), 1/(K+1))                        heun, pec          (1/2, 1/2)
-    ab2, ratio r of the sigma steps: (1 + r/2, -r/2), rest = the previous step's estimate
+    ab2, extrapolated by a share s: (1 + s, -s), rest = the previous step's estimate
 
 Shapes and dtypes: x_0 [B, 2, C, H, W] any float; S fp32; e any float; rest fp32 for the predictor, which adds to it,
 any float for the corrector, which only reads it; coefficients fp32, B elements in any shape; x keeps its dtype and

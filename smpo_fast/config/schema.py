@@ -260,10 +260,10 @@ class Inversion(Section):
     renoise_time: Literal["source", "destination"] = Field(
         "destination", description="timestep given to the network in the corrections"
     )
-    average: Literal["mean", "last", "renoise"] = Field(
+    average: Literal["mean", "last", "renoise", "angle"] = Field(
         "renoise",
         description="which noise estimate moves the latent; renoise: the mean below timestep "
-        "average_below, the last one above",
+        "average_below, the last one above; angle: a mean of two, weighted as if they were linear in atan(sigma)",
     )
     average_below: int = Field(250, ge=0, description="timestep below which average = 'renoise' takes the mean")
     noise: float = Field(
@@ -311,10 +311,15 @@ class Inversion(Section):
 
     def _solver_rules(self) -> None:
         for key, value in SOLVER_PRESETS[self.solver].items():
-            if getattr(self, key) != value:
+            if getattr(self, key) != value and (key, self.average) != ("average", "angle"):
                 raise ValueError(
                     f"solver = '{self.solver}' has {key} = {value!r}: leave the key out, or solver = 'renoise'"
                 )
+        if self.average == "angle" and self.renoise_steps != 1:
+            raise ValueError(
+                f"average = 'angle' is of two estimates, and renoise_steps = {self.renoise_steps} makes "
+                f"{self.renoise_steps + 1} a step"
+            )
         if self.noise and self.solver in ("ab2", "pec"):
             raise ValueError(f"noise = {self.noise}: solver = '{self.solver}' reuses estimates that noise makes stale")
 

@@ -6,6 +6,7 @@ so that it broadcasts against latents [n, 2, C, H, W].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -99,18 +100,43 @@ def _step_of(path: NoisePath, k: int, settings: Inversion) -> tuple[float, ...]:
     """One pair's StepCoefficients; beyond the end of its path a step of size 0."""
     source, destination = (path.levels[min(i, path.depth)] for i in (k, k + 1))
     h = destination.sigma - source.sigma
-    averaged = {"mean": True, "last": False, "renoise": destination.timestep < settings.average_below}[settings.average]
-    share = averaged / (settings.renoise_steps + 1)
-    last = 1.0 - settings.renoise_steps * share
-    renoise_time = settings.renoise_time
+    renoise_time, last = settings.renoise_time, 1.0
+    share = 0.0  # of each estimate but the last
     if settings.solver == "ab2" and k == 0:
-        share, last, renoise_time = 0.5, 0.5, "destination"  # a heun step
+        last, renoise_time = angle_share(source, destination, destination), "destination"  # a heun step
+        share = 1.0 - last
     elif settings.solver == "ab2" and k < path.depth:
-        share = -0.5 * h / (source.sigma - path.levels[k - 1].sigma)
+        share = angle_share(source, destination, path.levels[k - 1])  # extrapolated: negative
         last = 1.0 - share
+    elif settings.average == "angle":
+        last = angle_share(source, destination, destination)
+        share = 1.0 - last
+    elif settings.average == "mean" or (
+        settings.average == "renoise" and destination.timestep < settings.average_below
+    ):
+        share = 1.0 / (settings.renoise_steps + 1)
+        last = share
     noise = settings.noise * _ddim_deviation(source, destination) / destination.signal
     times = {"source": source.timestep, "destination": destination.timestep}
     return h, destination.signal, last, share, noise, times[settings.first_time], times[renoise_time]
+
+
+def angle_share(source: Level, destination: Level, other: Level) -> float:
+    """The weight of an estimate at ``other`` in the mean of the estimates over a step, next to one at ``source``.
+
+    The mean over sigma of a function that is linear in the angle atan(sigma), in which noise levels are evenly apart
+    also where sigma grows without bound. It is 1/2 for a short step up to ``other``, and 1 for one to pure noise.
+    """
+    if destination.sigma == source.sigma:
+        return 0.0
+    start = math.atan(source.sigma)
+    mean = (_angle_integral(destination.sigma) - _angle_integral(source.sigma)) / (destination.sigma - source.sigma)
+    return (mean - start) / (math.atan(other.sigma) - start)
+
+
+def _angle_integral(sigma: float) -> float:
+    """The integral of atan from 0 to sigma."""
+    return sigma * math.atan(sigma) - 0.5 * math.log1p(sigma * sigma)
 
 
 def _landing_of(path: NoisePath, m: int) -> tuple[float, ...]:

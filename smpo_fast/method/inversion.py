@@ -17,16 +17,18 @@ ddim     ``e_0 = eps(x, source)``: the DDIM step run upwards (arXiv 2010.02502) 
 renoise  ``e_0``, then K times ``e_k = eps(x + h e_{k-1}, destination)`` from the same x; below      1      1 + K
          ``average_below`` their mean, above it the last one (ReNoise, arXiv 2403.14602)
 heun     renoise with K = 1 and always the mean: the trapezoidal (Heun) step                        2      2
-ab2      Adams-Bashforth: ``(1 + r/2) e_0 - (r/2) e'_0`` with the previous step's ``e'_0`` and       2      1
-         ``r = h / h'``; the first step is heun: near the clean latent sigma grows like the square
-         root of the timestep, and a first step of order 1 would leave the whole path at order 1
+ab2      Adams-Bashforth: ``e_0`` and the previous step's ``e'_0``, extrapolated linearly in        2      1
+         ``atan(sigma)`` and integrated over the step; the first step is heun: near the clean
+         latent sigma grows like the square root of the timestep, and a first step of order 1
+         would leave the whole path at order 1
 pec      UniPC of order 1 run upwards (arXiv 2302.04867): predict with the previous step's last     2      1
          estimate (UniP-1), evaluate once at the destination, correct with the mean of the two
          (UniC-1); the first step is heun
 =======  ========================================================================================  =====  ============
 
 The paper and the released script use renoise with K = 1. The paper's rule (mean below 250, last above) is of order 1,
-as is K > 1; only the mean with K = 1 is of order 2.
+as is K > 1; only the mean with K = 1 is of order 2. ``average = "angle"`` weighs the two estimates of renoise, heun or
+pec by the same rule as ab2's: with the noise level far apart, the estimate at the noisier end counts more.
 
 The pairs are processed in chunks, each through all of its steps before the next one begins, so that whatever depends
 on the prompts alone is computed once per chunk. Chunks are ragged: pairs are sorted by path length, deepest first, and

@@ -19,6 +19,8 @@ from smpo_fast.common.runtime import rng, uniform
 from smpo_fast.config.schema import Inversion
 
 _MOST_TIMESTEPS = 100_000  # of a schedule; far more would exhaust the memory
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TERMINAL_ALPHA = 2.0**-24  # at the last timestep of a schedule with zero terminal SNR: sigma = 4096
 
 
 class Level(NamedTuple):
@@ -78,34 +80,29 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any], dtype: str = "float64") -> NoiseSchedule:
         """The schedule of a ``scheduler_config.json``; ``dtype`` float16 rounds it as the released script does.
 
-        Raises ModelError for beta schedules other than scaled_linear and linear, for trained betas, and for
-        zero-terminal-SNR rescaling (the inversion's target does not divide by the signal there, but the paths of
-        such schedules have not been verified); and for values that make no schedule.
+        With ``rescale_betas_zero_snr`` (arXiv 2305.08891) the last timestep has no signal. As in diffusers' samplers
+        its alphas_cumprod is then ``TERMINAL_ALPHA``, so that sigma is finite: on Gaussians, where the exact flow is
+        known, landings on that timestep are as accurate as those before it (``tests/method/test_zero_snr.py``).
+
+        Raises ModelError for other beta schedules than ``BETAS``, for trained betas or values that make no schedule,
+        and for a network that predicts noise at a timestep that has no signal.
         """
-        kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
-        start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-        if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
-            raise ModelError("scheduler: trained_betas and rescale_betas_zero_snr are not supported")
+        steps = config.get("num_train_timesteps", 1000)
         if type(steps) is not int or not 1 <= steps <= _MOST_TIMESTEPS:
             raise ModelError(
                 f"scheduler: num_train_timesteps = {steps!r:.40} is not a whole number from 1 to {_MOST_TIMESTEPS}"
             )
-        for name, beta in (("beta_start", start), ("beta_end", end)):
-            if type(beta) not in (int, float) or not 0 < beta < 1:
-                raise ModelError(f"scheduler: {name} = {beta!r:.40}: a number between 0 and 1 is expected")
-        if kind == "scaled_linear":
-            betas = np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
-        elif kind == "linear":
-            betas = np.linspace(start, end, steps)
-        else:
-            raise ModelError(
-                f"scheduler: beta_schedule {kind!r:.40} is not supported; supported: scaled_linear, linear"
-            )
-        alphas = np.cumprod(1.0 - betas).astype(dtype)
+        alphas = np.cumprod(1.0 - _betas(config, steps))
+        if config.get("rescale_betas_zero_snr"):
+            if config.get("prediction_type", "epsilon") == "epsilon":
+                raise ModelError(
+                    "scheduler: rescale_betas_zero_snr leaves no signal at the last timestep, where predicted noise "
+                    "says nothing about the image: the network should predict v (prediction_type = v_prediction)"
+                )
+            alphas = _rescaled(alphas)
+        alphas = alphas.astype(dtype)
         if not alphas[-1] > 0:
-            raise ModelError(
-                f"scheduler: beta_start = {start} to beta_end = {end} leave no signal after {steps} timesteps"
-            )
+            raise ModelError(f"scheduler: its betas leave no signal after {steps} timesteps")
         return cls(alphas)
 
     def level(self, timestep: int) -> Level:
@@ -194,3 +191,44 @@ def _released_grid(num_train: int, steps: int) -> list[int]:
     """Source timesteps of the released script: DDIMInverseScheduler of diffusers 0.20, offset 1, list rolled by one."""
     spacing = num_train // steps
     return [1 + spacing * k for k in range(-1, steps - 1)]
+
+
+def _betas(config: Mapping[str, Any], steps: int) -> np.ndarray:
+    """The betas [steps] of a scheduler's configuration, float64. Raises ModelError for what is none."""
+    trained = config.get("trained_betas")
+    if trained is not None:
+        return _trained_betas(trained, steps)
+    kind, start, end = (
+        config.get("beta_schedule", "linear"),
+        config.get("beta_start", 1e-4),
+        config.get("beta_end", 0.02),
+    )
+    if kind not in BETAS:
+        raise ModelError(f"scheduler: beta_schedule {kind!r:.40} is not supported; supported: {', '.join(BETAS)}")
+    for name, beta in (("beta_start", start), ("beta_end", end)):
+        if type(beta) not in (int, float) or not 0 < beta < 1:
+            raise ModelError(f"scheduler: {name} = {beta!r:.40}: a number between 0 and 1 is expected")
+    if kind == "scaled_linear":
+        return np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
+    if kind == "linear":
+        return np.linspace(start, end, steps)
+    signal = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1.0 - signal[1:] / signal[:-1], 0.999)
+
+
+def _trained_betas(values: Any, steps: int) -> np.ndarray:
+    if not isinstance(values, (list, tuple)) or len(values) != steps:
+        raise ModelError(f"scheduler: trained_betas should list {steps} numbers, one for each timestep")
+    wrong = [i for i, beta in enumerate(values) if type(beta) not in (int, float) or not 0 < beta < 1]
+    if wrong:
+        raise ModelError(
+            f"scheduler: trained_betas[{wrong[0]}] = {values[wrong[0]]!r:.40}: a number between 0 and 1 is expected"
+        )
+    return np.array(values, dtype=np.float64)
+
+
+def _rescaled(alphas: np.ndarray) -> np.ndarray:
+    """alphas_cumprod [T] shifted and scaled in their square roots: 0 at the end, unchanged at the start."""
+    signal = np.sqrt(alphas)
+    shifted = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    return np.maximum(shifted**2, TERMINAL_ALPHA)

@@ -136,8 +136,11 @@ def test_on_grid_timesteps_have_no_mismatch(schedule: NoiseSchedule) -> None:
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
-        ({**SDXL, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid.*supported: linear, scaled_linear, squaredcos_cap_v2"),
+        ({**SDXL, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr.*should predict v"),
+        ({"trained_betas": [0.1, 0.2]}, "should list 1000 numbers"),
+        ({"trained_betas": [0.1, "x"], "num_train_timesteps": 2}, r"trained_betas\[1\] = 'x'"),
+        ({"trained_betas": 0.1}, "should list 1000 numbers"),
     ],
 )
 def test_unknown_schedules_are_refused_by_name(given: dict, word: str) -> None:

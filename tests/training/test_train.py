@@ -108,6 +108,26 @@ def test_sd15_trains(prediction: str, sd15_pipeline: Callable[[str], Path], tmp_
     assert read_metrics(tmp_path / "run")[0]["logit_max"] == 0.0
 
 
+def test_v_prediction_with_zero_terminal_snr_trains(sd15_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
+    """With four timesteps and four pairs a step, each of them is trained, also the one without signal."""
+    base = tmp_path / "base"
+    shutil.copytree(sd15_pipeline("v_prediction"), base)
+    file = base / "scheduler" / "scheduler_config.json"
+    changed = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "num_train_timesteps": 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    table = pair_table(tmp_path / "pairs.parquet", [{"label_0": 1.0}, {"label_0": 0.0}] * 2)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    words = [f"model.path={base}", f"data.pairs={table}", "data.resolution=16", "run.steps=2", "batch.pairs_per_step=4",
+             "inversion.steps=2", "inversion.solver=pec", "inversion.average=angle", "eval.steps=2",
+             f"eval.prompts={tmp_path / 'prompts.txt'}", "eval.scorer="]  # fmt: skip
+    assert run(tmp_path / "run", *words) == 0
+    rows = read_metrics(tmp_path / "run")
+    assert rows[0]["logit_max"] == 0.0
+    assert all(row["applied"] and np.isfinite(row["train_loss"]) and row["ref_mse"] < 100 for row in rows)
+    exported = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "export", safety_checker=None)
+    assert exported.scheduler.alphas_cumprod[-1] == 0.0
+
+
 @pytest.mark.parametrize(
     ("columns", "rows", "reported"),
     [
