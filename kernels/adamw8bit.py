@@ -22,6 +22,9 @@ unbounded ones.
 Weights are fp32, or bf16 with stochastic rounding: at a learning rate of 1e-5 a step is a fraction of bf16's spacing,
 and rounding to nearest would leave the weight unchanged.
 
+A block in which a gradient, or the v that follows from it, is not finite is left as it was, weights and states: its
+scales would become infinite or NaN, and with them the states of all its elements.
+
 Random numbers are Philox4x32-10 (Salmon et al., SC 2011) with key ``seed`` and counter (i // 4, step), i the element's
 index in its parameter. Element i uses word i % 4: the upper half for v, the lower half for the weight. Blocks too are
 counted from the parameter's start. A slice therefore gives exactly the bits that the whole parameter gives; only a
@@ -38,6 +41,7 @@ Status: not measured on a GPU. On a CPU, and without Triton, the eager reference
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -111,16 +115,17 @@ def adamw8bit_step_reference(
         lead = first % BLOCK
         m, v = _moments(g, codes_m, codes_v, m_scale[blocks], v_scale[blocks], beta1, beta2, grad_scale, lead)
         words = _random_words(m.numel(), first - lead, step, seed, weight.device).view_as(m)
-        for codes, scale, found, joint in ((codes_m, m_scale, m, m_max), (codes_v, v_scale, v, v_max)):
-            largest = found.abs().amax(1)
-            if joint is not None:
-                largest = torch.where(joint[blocks] >= 0, joint[blocks], largest)
-            scale[blocks] = largest
-            encoded = _encode_m(found, largest) if codes is codes_m else _encode_v(found, largest, words)
-            codes.copy_(_flat(encoded, lead, len(w)))
+        largest_m, largest_v = _largest(m.abs(), m_max, blocks), _largest(v, v_max, blocks)
+        finite = largest_v < math.inf
+        m_scale[blocks] = torch.where(finite, largest_m, m_scale[blocks])
+        v_scale[blocks] = torch.where(finite, largest_v, v_scale[blocks])
+        kept = _flat(finite[:, None].expand_as(m).contiguous(), lead, len(w))
+        codes_m.copy_(torch.where(kept, _flat(_encode_m(m, largest_m), lead, len(w)), codes_m))
+        codes_v.copy_(torch.where(kept, _flat(_encode_v(v, largest_v, words), lead, len(w)), codes_v))
         update = _flat(m / (_sqrt(v) * root + eps), lead, len(w))
         new = w.float() * decay - update * rate
-        w.copy_(new if w.dtype == torch.float32 else _round_stochastically(new, _flat(words, lead, len(w))))
+        new = new if w.dtype == torch.float32 else _round_stochastically(new, _flat(words, lead, len(w)))
+        w.copy_(torch.where(kept, new, w))
 
 
 def adamw8bit_block_max_reference(
@@ -173,11 +178,18 @@ def _moments(
     grad: Tensor, m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor,
     beta1: float, beta2: float, grad_scale: Tensor | float, lead: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """m and v of this step, [blocks, BLOCK] fp32."""
+    """m and v of this step, [blocks, BLOCK] fp32; v is infinite where it is not finite, and never NaN."""
     g = _by_block(grad, lead).float() * (grad_scale.float() if isinstance(grad_scale, Tensor) else grad_scale)
     m8, v8 = _by_block(m8, lead).float(), _by_block(v8, lead).float()
     m, v = _fourth_power(m8, M_CODES) * m8.sign() * m_scale[:, None], _fourth_power(v8, V_CODES) * v_scale[:, None]
-    return m * beta1 + g * (1 - beta1), v * beta2 + g * g * (1 - beta2)
+    v = v * beta2 + g * g * (1 - beta2)
+    return m * beta1 + g * (1 - beta1), torch.where(v < math.inf, v, math.inf)
+
+
+def _largest(x: Tensor, joint: Tensor | None, blocks: slice) -> Tensor:
+    """The largest value of each block [blocks], or the given one where that is not negative."""
+    largest = x.amax(1)
+    return largest if joint is None else torch.where(joint[blocks] >= 0, joint[blocks], largest)
 
 
 def _fourth_power(code: Tensor, codes: int) -> Tensor:
@@ -255,7 +267,10 @@ def _new_moments(
     n, lead, blocks, beta1, beta2, new1, new2,
     SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, M_CODES: tl.constexpr, V_CODES: tl.constexpr,
 ):  # fmt: skip
-    """This step's m and v [ROWS, BLOCK]; the block indices [ROWS] and element offsets, each with its mask."""
+    """This step's m and v [ROWS, BLOCK]; the block indices [ROWS] and element offsets, each with its mask.
+
+    v is infinite where it is not finite, and never NaN, which a maximum would ignore.
+    """
     i_block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_block = i_block < blocks
     o = i_block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :] - lead
@@ -270,18 +285,18 @@ def _new_moments(
     b_v = _fourth_power_of(b_v8, V_CODES) * tl.load(p_v_scale + i_block, mask=m_block, other=0.0)[:, None]
     b_m = b_m * beta1 + b_grad * new1
     b_v = b_v * beta2 + b_grad * b_grad * new2
+    b_v = tl.where(b_v < float("inf"), b_v, float("inf"))
     return b_m, b_v, i_block, m_block, o, m
 
 
 @_jit
-def _store_largest(p_scale, p_joint, b_x, i_block, m_block, JOINT: tl.constexpr):
-    """The largest value of each block, or the given one if JOINT; stored, and returned as [ROWS, 1]."""
+def _largest_of(p_joint, b_x, i_block, m_block, JOINT: tl.constexpr):
+    """The largest value of each block [ROWS]; if JOINT the given one, where that is not negative."""
     b_largest = tl.max(b_x, 1)
     if JOINT:
         b_joint = tl.load(p_joint + i_block, mask=m_block, other=0.0)
         b_largest = tl.where(b_joint >= 0, b_joint, b_largest)
-    tl.store(p_scale + i_block, b_largest, mask=m_block)
-    return b_largest[:, None]
+    return b_largest
 
 
 @_jit
@@ -323,11 +338,17 @@ def _step_kernel(
     SCALE: tl.constexpr, M_JOINT: tl.constexpr, V_JOINT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, M_CODES: tl.constexpr, V_CODES: tl.constexpr,
 ):  # fmt: skip
-    """Update the weights, codes and scales of ROWS blocks."""
+    """Update the weights, codes and scales of ROWS blocks, except of those with a v that is not finite."""
     b_m, b_v, i_block, m_block, o, m = _new_moments(
         p_grad, p_m8, p_v8, p_m_scale, p_v_scale, p_grad_scale, grad_scale,
         n, lead, blocks, beta1, beta2, new1, new2, SCALE, ROWS, BLOCK, M_CODES, V_CODES,
     )  # fmt: skip
+    b_largest_m = _largest_of(p_m_max, tl.abs(b_m), i_block, m_block, M_JOINT)
+    b_largest_v = _largest_of(p_v_max, b_v, i_block, m_block, V_JOINT)
+    m_block &= b_largest_v < float("inf")
+    m &= m_block[:, None]
+    tl.store(p_m_scale + i_block, b_largest_m, mask=m_block)
+    tl.store(p_v_scale + i_block, b_largest_v, mask=m_block)
     b_words = _words(i_block + first_block, seed_low, seed_high, step, ROWS, BLOCK // 4)
     b_new = tl.load(p_weight + o, mask=m, other=0.0).to(tl.float32) * decay
     b_new -= tl.div_rn(b_m, tl.sqrt_rn(b_v) * root + eps) * rate
@@ -335,12 +356,10 @@ def _step_kernel(
         tl.store(p_weight + o, _round_to_bf16(b_new, b_words), mask=m)
     else:
         tl.store(p_weight + o, b_new, mask=m)
-    b_scale = _store_largest(p_m_scale, p_m_max, tl.abs(b_m), i_block, m_block, M_JOINT)
-    b_code = _code(tl.abs(b_m), b_scale, 0.5, M_CODES)
+    b_code = _code(tl.abs(b_m), b_largest_m[:, None], 0.5, M_CODES)
     tl.store(p_m8 + o, tl.where(b_m < 0, -b_code, b_code).to(tl.int8), mask=m)
-    b_scale = _store_largest(p_v_scale, p_v_max, b_v, i_block, m_block, V_JOINT)
     b_chance = ((b_words >> 16).to(tl.float32) + 0.5) * 0.0000152587890625
-    b_code = tl.maximum(_code(b_v, b_scale, b_chance, V_CODES), 1.0)
+    b_code = tl.maximum(_code(b_v, b_largest_v[:, None], b_chance, V_CODES), 1.0)
     tl.store(p_v8 + o, tl.where(b_v > 0, b_code, 0.0).to(tl.int32).to(tl.uint8), mask=m)
 
 
@@ -350,13 +369,13 @@ def _block_max_kernel(
     n, lead, blocks, beta1, beta2, new1, new2,
     SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, M_CODES: tl.constexpr, V_CODES: tl.constexpr,
 ):  # fmt: skip
-    """The largest |m| and v of ROWS blocks."""
+    """The largest |m| and v of ROWS blocks; v infinite where it is not finite."""
     b_m, b_v, i_block, m_block, _o, _m = _new_moments(
         p_grad, p_m8, p_v8, p_m_scale, p_v_scale, p_grad_scale, grad_scale,
         n, lead, blocks, beta1, beta2, new1, new2, SCALE, ROWS, BLOCK, M_CODES, V_CODES,
     )  # fmt: skip
-    _store_largest(p_m_max, p_m_max, tl.abs(b_m), i_block, m_block, False)
-    _store_largest(p_v_max, p_v_max, b_v, i_block, m_block, False)
+    tl.store(p_m_max + i_block, _largest_of(p_m_max, tl.abs(b_m), i_block, m_block, False), mask=m_block)
+    tl.store(p_v_max + i_block, _largest_of(p_v_max, b_v, i_block, m_block, False), mask=m_block)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------
@@ -447,7 +466,8 @@ def adamw8bit_step(
     contiguous, as ``adamw8bit_state`` makes them. step: 1, 2, ...; grad_scale: a number, or a tensor of one on the
     weight's device; seed: 0 to 2^63 - 1; offset: the index of the first element in its parameter. m_max, v_max:
     [blocks touched] fp32, used as the blocks' largest values instead of the maxima over this slice, except where
-    negative; needed for blocks that are divided between slices. Raises ValueError for other shapes and dtypes.
+    negative; needed for blocks that are divided between slices. A block whose new v is not finite, or whose v_max is
+    infinite, stays as it is. Raises ValueError for other shapes and dtypes.
     """
     _check(weight, grad, m8, v8, m_scale, v_scale, offset)
     check(weight.dtype in (torch.float32, torch.bfloat16), f"weights are fp32 or bf16; found {weight.dtype}")
@@ -474,7 +494,8 @@ def adamw8bit_block_max(
     """The largest |m| and v of each block touched after the next step: two tensors [blocks touched] fp32.
 
     For blocks divided between slices: take the maximum of both sides (``all_reduce`` with MAX) and pass it to
-    ``adamw8bit_step`` as m_max and v_max. Arguments and errors as there; nothing is written.
+    ``adamw8bit_step`` as m_max and v_max. The largest v is infinite where it is not finite, so that all slices of the
+    block skip the step. Arguments and errors as there; nothing is written.
     """
     _check(grad, grad, m8, v8, m_scale, v_scale, offset)
     run = _block_max if triton is not None and on_kernel(grad) else adamw8bit_block_max_reference

@@ -32,7 +32,7 @@ def test_local_engine_is_adamw_on_the_whole_batch() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adamw8bit_aligned", "adafactor"])
 def test_a_nonfinite_step_leaves_no_trace(optimizer: str, precision: str) -> None:
     settings = toy.settings(optimizer, precision)
     plain, skipping = toy.make(settings), toy.make(settings)
@@ -41,6 +41,9 @@ def test_a_nonfinite_step_leaves_no_trace(optimizer: str, precision: str) -> Non
     for factor in (math.nan, math.inf, -math.inf):
         toy.accumulate(skipping, settings, 1, factor=factor)
         assert not skipping.step(1e-3).applied
+    with toy.infinite_gradient(skipping):  # of a single weight, while the loss is finite
+        assert math.isfinite(toy.accumulate(skipping, settings, 1))
+    assert not skipping.step(1e-3).applied
     toy.train(skipping, settings, [2])
     assert toy.same(plain.full_state(), skipping.full_state())
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,23 @@ def accumulate(
         trained.backward(loss, last=last)
         total += loss.item()
     return total
+
+
+@contextmanager
+def infinite_gradient(trained: Engine) -> Iterator[None]:
+    """Inside, backward passes give one weight an infinite gradient."""
+    first = next(trained.unet.parameters())
+
+    def poison(gradient: Tensor) -> Tensor:
+        poisoned = gradient.clone()
+        poisoned.view(-1)[0] = math.inf
+        return poisoned
+
+    hook = first.register_hook(poison)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def train(

@@ -31,6 +31,7 @@ from smpo_fast.kernels.adamw8bit import (
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 BETAS = {"beta1": 0.9, "beta2": 0.999}
 WEIGHTS = (torch.float32, torch.bfloat16)
+BOTH = pytest.mark.parametrize("step", [adamw8bit_step, adamw8bit_step_reference], ids=["op", "eager"])
 
 
 def gradients(n: int, steps: int, spread: float = 1.0, *, device: Any = "cpu") -> Iterator[Tensor]:
@@ -130,7 +131,7 @@ def cut_steps(weight: Tensor, grads: list[Tensor], cuts: list[int], step: Callab
 
 
 @pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
-@pytest.mark.parametrize("step", [adamw8bit_step, adamw8bit_step_reference], ids=["op", "eager"])
+@BOTH
 def test_cutting_changes_no_bit(step: Callable[..., None], dtype: torch.dtype, device: torch.device) -> None:
     n, steps = 1900, 3
     weight, grads = draw(n, seed=3, dtype=dtype, device=device), list(gradients(n, steps, device=device))
@@ -304,24 +305,64 @@ def test_bf16_weights_learn_where_rounding_to_nearest_does_not_move_them() -> No
 ALL_ONES = float(np.int32(0x7FFFFFFF).view(np.float32))  # a NaN to which rounding could carry a bit too many
 
 
-@pytest.mark.parametrize(
-    "value", [float("nan"), ALL_ONES, float("inf"), -float("inf")], ids=["nan", "ones", "inf", "-inf"]
-)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
-@pytest.mark.parametrize("step", [adamw8bit_step, adamw8bit_step_reference], ids=["op", "eager"])
-def test_a_nonfinite_gradient_shows_in_its_weight_alone(
+@BOTH
+def test_a_nonfinite_weight_stays_one_and_changes_no_other(
     step: Callable[..., None], dtype: torch.dtype, value: float, device: torch.device
 ) -> None:
     weight, grad = draw(700, seed=8, dtype=dtype, device=device), next(gradients(700, 1, device=device))
-    clean = follow(step, weight, iter([grad]))[0]
-    grad[300] = value
-    found = follow(step, weight, iter([grad]))[0]
-    assert found[300].isnan()
-    found[300] = clean[300]
-    assert same_bits(found, clean)
+    clean = follow(step, weight, iter([grad]))
+    weight[300] = value
+    found = follow(step, weight, iter([grad]))
+    assert found[0][300].isnan() if weight[300].isnan() else found[0][300] == value
+    found[0][300] = clean[0][300]
+    assert all(same_bits(a, b) for a, b in zip(found, clean, strict=True))
 
 
-@pytest.mark.parametrize("step", [adamw8bit_step, adamw8bit_step_reference], ids=["op", "eager"])
+@BOTH
+def test_a_damaged_scale_makes_bf16_weights_nan(step: Callable[..., None], device: torch.device) -> None:
+    """Rounding to bf16 must not carry a bit out of a NaN, which would make it a number."""
+    weight, state = draw(700, seed=8, dtype=torch.bfloat16, device=device), adamw8bit_state(700, device)
+    for t, grad in enumerate(gradients(700, 2, device=device), 1):
+        step(weight, grad, *state, step=t, **HYPER)
+        state.m_scale[1] = ALL_ONES
+    assert weight[256:512].isnan().all() and weight[:256].isfinite().all() and weight[512:].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e20], ids=["nan", "inf", "-inf", "big"])
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+@BOTH
+def test_a_block_with_a_nonfinite_gradient_stays_as_it_was(
+    step: Callable[..., None], dtype: torch.dtype, value: float, device: torch.device
+) -> None:
+    """Or with one whose square overflows. The blocks beside it, and its own next step, are those of a clean run."""
+    weight, offset, bad = draw(700, seed=8, dtype=dtype, device=device), 100, slice(156, 412)
+    first, second = gradients(700, 2, device=device)
+    before = follow(step, weight, iter([first]), offset=offset)
+    clean = follow(step, weight, iter([first, second]), offset=offset)
+    second = second.clone()
+    second[300] = value
+    found = follow(step, weight, iter([first, second]), offset=offset)
+    for now, old, good in zip(found[:3], before[:3], clean[:3], strict=True):
+        assert same_bits(now[bad], old[bad]) and not same_bits(good[bad], old[bad])
+        assert same_bits(now[: bad.start], good[: bad.start]) and same_bits(now[bad.stop :], good[bad.stop :])
+    for now, old, good in zip(found[3:], before[3:], clean[3:], strict=True):
+        assert now[1] == old[1] != good[1] and (now[[0, 2, 3]] == good[[0, 2, 3]]).all()
+
+
+@BOTH
+def test_slices_of_a_block_with_a_nonfinite_gradient_all_skip_the_step(
+    step: Callable[..., None], device: torch.device
+) -> None:
+    weight, (grad,) = draw(700, seed=8, device=device), gradients(700, 1, device=device)
+    grad[300] = float("nan")
+    whole = follow(step, weight, iter([grad]))[0]
+    assert same_bits(cut_steps(weight, [grad], [290, 400], step)[0], whole)
+    assert same_bits(whole[256:512], weight[256:512])
+
+
+@BOTH
 def test_gradients_of_zero(step: Callable[..., None], device: torch.device) -> None:
     """Only weight decay happens, also in a block whose other elements have gradients, and also in later steps."""
     weight = draw(600, seed=9, device=device)
