@@ -18,7 +18,6 @@ from architectures import Architecture, make_unet
 from torch import Tensor
 
 from smpo_fast.config import loading
-from smpo_fast.models.attention import set_attention
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.kernel_patch import MODULES
 from smpo_fast.models.locate import schedule_of
@@ -102,7 +101,6 @@ class Ladder:
     def autocast(self, images: int) -> Iterator[Call]:
         """The released script's call, like ``call``: fp32 weights, cast to half precision by autocast at every use."""
         unet: Any = make_unet(self._architecture, self.device, torch.float32).eval()
-        set_attention([unet], "sdpa", self.device)
         source = ours.source(self._architecture)
         schedule = schedule_of(source, self._settings.inversion)
         denoiser = Denoiser(unet, source, schedule, "fp32", self.device)

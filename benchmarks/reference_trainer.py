@@ -10,7 +10,8 @@ xformers (the ladder times both).
 half-precision weights over fp32 masters, SDPA, cached latents and prompts, schedule numbers on the host, and
 one read of the device per optimizer step.
 
-Both follow the ``release`` fidelity (docs/method.md), and both reproduce the released script's values in fp32.
+Both run the UNet as diffusers makes it, with its own attention and residual blocks. Both follow the ``release``
+fidelity (docs/method.md), and both reproduce the released script's values in fp32.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ import torch
 import torch.nn.functional as F
 from architectures import SCHEDULER, Architecture, make_text_encoders, make_unet, make_vae
 from torch import Tensor, nn
-
-from smpo_fast.models.attention import set_attention
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -186,7 +185,6 @@ class ReferenceTrainer:
         """With random weights."""
         unet = make_unet(architecture, device, torch.float32)
         reference = make_unet(architecture, device, compute).requires_grad_(False).eval()
-        set_attention([unet, reference], "sdpa", device)
         return cls(
             unet, reference, recipe or Recipe.of(architecture), device, compute,
             make_vae(architecture, device, compute), make_text_encoders(architecture, device, compute),
@@ -327,7 +325,6 @@ class BestEager:
         """With random weights."""
         unet = make_unet(architecture, device, torch.float32)
         reference = make_unet(architecture, device, compute).requires_grad_(False).eval()
-        set_attention([unet, reference], "sdpa", device)
         return cls(unet, reference, recipe or Recipe.of(architecture, checkpointing=False), device, compute)
 
     def _adopt(self, parameter: nn.Parameter) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import resnet
+from diffusers.models.attention_processor import AttnProcessor2_0
 from helpers.golden import (
     SMPO_STEPS,
     Run,
@@ -83,6 +85,16 @@ def test_golden_baselines(which: str, run: Run) -> None:
         "loss": result.loss, **gradients_of(trainer.unet),
     }  # fmt: skip
     assert_golden(found, outputs_of(run, values))
+
+
+def test_baselines_run_the_networks_of_diffusers() -> None:
+    """Without what this project leaves out of attention and residual blocks; else a ratio would count that for both."""
+    for trainer in (reference_trainer.ReferenceTrainer, reference_trainer.BestEager):
+        made = trainer.build(architectures.TOY_OF["sdxl"], CPU, torch.float32)
+        for unet in (made.unet, made.reference):
+            assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
+            blocks = {type(m) for m in unet.modules() if type(m).__name__ == "ResnetBlock2D"}
+            assert blocks == {resnet.ResnetBlock2D}
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
