@@ -13,7 +13,8 @@ from transformers import CLIPTokenizer
 from smpo_fast.common.captions import bounded
 from smpo_fast.models.identity import encoders_identity
 from smpo_fast.models.load import TEXT_ENCODERS, load_network, load_tokenizer
-from smpo_fast.models.locate import TEXT_PARTS, ModelSource
+from smpo_fast.models.locate import ModelSource
+from smpo_fast.models.pipeline_folder import TEXT_PARTS
 
 
 class Encoders:

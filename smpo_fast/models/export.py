@@ -1,7 +1,4 @@
-"""Writing a trained pipeline as a diffusers folder.
-
-Beside the files that loaders read, an export has ``export.json``: size and SHA-256 of each of them.
-"""
+"""Writing a trained pipeline as a diffusers folder."""
 
 from __future__ import annotations
 
@@ -12,13 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smpo_fast.common import storage
 from smpo_fast.common.errors import ModelError
 from smpo_fast.models.load import empty_unet
-from smpo_fast.models.locate import OPTIONAL_PARTS, PARTS, ModelSource
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-EXPORT_INFO = "export.json"
+from smpo_fast.models.locate import ModelSource
+from smpo_fast.models.pipeline_folder import OPTIONAL_PARTS, PARTS, begin_export, publish_export
 
 
 def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
@@ -63,45 +57,6 @@ def to_export_dtype(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor
             "bfloat16 or float32, and check that the training has not diverged"
         )
     return cast
-
-
-def begin_export(folder: Path) -> Path:
-    """An empty folder next to ``folder``, to write its new content to; what a killed export left there is removed."""
-    building = folder.resolve().with_name(f".{folder.resolve().name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    return building
-
-
-def publish_export(building: Path, folder: Path) -> None:
-    """Describe and sync the files of ``building``, and put it in the place of an earlier export, all at once.
-
-    Files of the earlier one that no export writes, such as a README, are kept.
-    """
-    folder = folder.resolve()
-    files = {f.relative_to(building).as_posix(): storage.file_facts(f) for f in building.rglob("*") if f.is_file()}
-    storage.write_json(building / EXPORT_INFO, storage.sealed({"files": dict(sorted(files.items()))}), indent=1)
-    _keep_other_files(folder, building)
-    _finish_files(building)
-    storage.replace_folder(building, folder)
-
-
-def _finish_files(folder: Path) -> None:
-    """Sync all files of a folder, and give weights the umask's permissions: safetensors makes them 0600."""
-    mode = storage.default_mode(folder)
-    for file in folder.rglob("*"):
-        if file.suffix == ".safetensors":
-            file.chmod(mode)
-        if file.is_file():
-            storage.sync(file)
-
-
-def _keep_other_files(earlier: Path, folder: Path) -> None:
-    ours = {"model_index.json", LORA_FILE, EXPORT_INFO, *PARTS, *OPTIONAL_PARTS}
-    for file in earlier.iterdir() if earlier.is_dir() else ():
-        if file.name not in ours:
-            copy = shutil.copytree if file.is_dir() else shutil.copy2
-            copy(file, folder / file.name)
 
 
 def _copy_part(here: Path, there: Path, variant: str | None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from smpo_fast.models.locate import FILE_PATTERNS, TEXT_PARTS, ModelSource
+from smpo_fast.models.locate import FILE_PATTERNS, ModelSource
+from smpo_fast.models.pipeline_folder import TEXT_PARTS
 
 
 def encoders_identity(source: ModelSource) -> str:

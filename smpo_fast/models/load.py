@@ -16,7 +16,8 @@ from smpo_fast.common.runtime import warn0
 from smpo_fast.config.schema import Model
 from smpo_fast.models.attention import set_attention
 from smpo_fast.models.config_files import check_weight_index, read_object, whole_number
-from smpo_fast.models.locate import TEXT_PARTS, ModelSource
+from smpo_fast.models.locate import ModelSource
+from smpo_fast.models.pipeline_folder import TEXT_PARTS
 from smpo_fast.models.residual_block import skip_unit_scales
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)  # in the order of TEXT_PARTS

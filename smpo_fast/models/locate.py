@@ -20,6 +20,7 @@ from smpo_fast.config import schema
 from smpo_fast.config.schema import Inversion, Model
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models.config_files import read_object, shown
+from smpo_fast.models.pipeline_folder import OPTIONAL_PARTS, PARTS
 
 # Their progress bars count the shards of a weight file, which tells a user nothing about the run.
 diffusers_logging.disable_progress_bar()
@@ -27,12 +28,6 @@ transformers_logging.disable_progress_bar()
 
 KINDS = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 PREDICTIONS = ("epsilon", "v_prediction")
-TEXT_PARTS = {
-    "sdxl": (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
-    "sd15": (("tokenizer", "text_encoder"),),
-}
-PARTS = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-OPTIONAL_PARTS = ("feature_extractor", "safety_checker")
 FILE_PATTERNS = ("*.json", "*.txt", "*.safetensors")
 
 

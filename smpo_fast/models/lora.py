@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from smpo_fast.common.errors import ConfigError, EnvironmentProblem, ModelError
 from smpo_fast.common.runtime import rng
 from smpo_fast.config.schema import Config, Lora
-from smpo_fast.models.export import LORA_FILE as FILE
-from smpo_fast.models.export import begin_export, export_pipeline, publish_export, to_export_dtype
+from smpo_fast.models.export import export_pipeline, to_export_dtype
 from smpo_fast.models.load import empty_unet, load_unet, pipeline_class
 from smpo_fast.models.locate import ModelSource
+from smpo_fast.models.pipeline_folder import LORA_FILE as FILE
+from smpo_fast.models.pipeline_folder import begin_export, publish_export
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),

@@ -23,9 +23,9 @@ from smpo_fast.common.verification import (
     read_description,
 )
 from smpo_fast.config.schema import Model
-from smpo_fast.models.export import EXPORT_INFO, LORA_FILE
 from smpo_fast.models.load import TEXT_ENCODERS, load_network, load_tokenizer
-from smpo_fast.models.locate import OPTIONAL_PARTS, PARTS, TEXT_PARTS, ModelSource, find
+from smpo_fast.models.locate import ModelSource, find
+from smpo_fast.models.pipeline_folder import EXPORT_INFO, LORA_FILE, OPTIONAL_PARTS, PARTS, TEXT_PARTS
 
 _ADVICE = "export again (start the finished run again, or smpo merge), or put back a good copy"
 _UNLISTED = "a loader might read it; remove it if it is not yours"

@@ -29,9 +29,10 @@ from smpo_fast.data.rewards.scoring import score
 from smpo_fast.engine import checkpoint
 from smpo_fast.engine.checkpoint import Progress
 from smpo_fast.evaluation.report import write_report
-from smpo_fast.models.export import LORA_FILE, begin_export, export_pipeline, publish_export
+from smpo_fast.models.export import export_pipeline
 from smpo_fast.models.load import empty_unet
 from smpo_fast.models.locate import find
+from smpo_fast.models.pipeline_folder import LORA_FILE, begin_export, publish_export
 from smpo_fast.training.run_folder import describe_end
 from smpo_fast.training.trajectories import TrajectoryStore
 from smpo_fast.verification.artifacts import Request, recognise

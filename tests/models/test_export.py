@@ -23,10 +23,11 @@ from smpo_fast.common.errors import ModelError
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.models import lora
-from smpo_fast.models.export import EXPORT_INFO, export_pipeline
+from smpo_fast.models.export import export_pipeline
 from smpo_fast.models.identity import encoders_identity
 from smpo_fast.models.load import load_unet
 from smpo_fast.models.locate import ModelSource, find
+from smpo_fast.models.pipeline_folder import EXPORT_INFO
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
