@@ -18,7 +18,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["smpo_fast", "smpo_fast.*"]), "smpo_fast.kernels"],
     package_dir={"smpo_fast": "smpo_fast", "smpo_fast.kernels": "kernels"},
-    package_data={"smpo_fast.embedded": ["default.toml", "assets/*", "assets/**/*"]},
+    package_data={
+        "smpo_fast.embedded": ["default.toml", "assets/*", "assets/**/*"],
+        "smpo_fast.models": ["public/*", "public/**/*"],
+    },
     install_requires=[
         "torch>=2.10,<2.14",
         "diffusers>=0.42,<1",

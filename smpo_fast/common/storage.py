@@ -39,6 +39,11 @@ def atomic_write(file: Path) -> Iterator[Path]:
         raise
 
 
+def user_cache() -> Path:
+    """The folder for what can be made again: ``smpo_fast`` in XDG_CACHE_HOME or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smpo_fast"
+
+
 def remove_drafts(folder: Path) -> None:
     """Remove what killed processes left of ``atomic_write`` in a folder in which nobody else writes."""
     for draft in folder.glob("*.tmp"):

@@ -45,12 +45,26 @@ class Run(Section):
 class Model(Section):
     """The networks."""
 
-    path: str = Field(EMBEDDED, description="'embedded', a diffusers pipeline folder, or a hub id")
+    path: str = Field(
+        EMBEDDED,
+        description="'embedded', a diffusers pipeline folder, a hub id, a .safetensors checkpoint of SDXL or SD1.5 "
+        "(docs/models.md), or 'sdxl' or 'sd15': the public configurations without weights, for smpo plan",
+    )
     revision: str = Field("", description="hub revision (branch, tag or commit)")
     variant: str = Field("", description="file variant of the weights, e.g. 'fp16'")
     vae: str = Field("", description="VAE (folder or hub id) to use instead of the pipeline's")
     unet: str = Field(
-        "", description="UNet (folder or hub id) that policy and reference start from, instead of the pipeline's"
+        "",
+        description="UNet (folder, hub id or .safetensors file) that policy and reference start from, instead of the "
+        "pipeline's",
+    )
+    prediction: Literal["auto", "epsilon", "v"] = Field(
+        "auto", description="what the UNet predicts; auto: as its scheduler, or the file's markers and metadata, say"
+    )
+    zero_terminal_snr: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="whether its noise schedule was rescaled to end without any signal; auto: as its scheduler, or the "
+        "file's markers and metadata, say",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "bf16-autocast"] = Field(
         "auto",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def shown(value: Any) -> str:
     """A value of a file as a message can show it: printable, and not too long."""
     text = printable(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names of tensors, and how many there are."""
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def check_weight_index(folder: Path) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from smpo_fast.common.errors import ModelError
+from smpo_fast.models.config_files import read_object
 from smpo_fast.models.load import empty_unet
 from smpo_fast.models.locate import ModelSource
-from smpo_fast.models.pipeline_folder import OPTIONAL_PARTS, PARTS, begin_export, publish_export
+from smpo_fast.models.pipeline_folder import OPTIONAL_PARTS, PARTS, begin_export, publish_export, write_scheduler
 
 
 def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
@@ -32,6 +33,8 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
     for part in (*PARTS[2:], *OPTIONAL_PARTS):
         if (source.folder / part).is_dir():
             _copy_part(source.folder / part, building / part, source.variant)
+    if source.scheduler != read_object(source.folder / "scheduler" / "scheduler_config.json"):
+        write_scheduler(building, read_object(source.folder / "model_index.json"), source.scheduler)
     _copy_part(source.vae_folder, building / "vae", source.variant)
     unet.save_pretrained(building / "unet", safe_serialization=True)
     publish_export(building, folder)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -15,9 +15,10 @@ from smpo_fast.common.errors import ModelError
 from smpo_fast.common.runtime import warn0
 from smpo_fast.config.schema import Model
 from smpo_fast.models.attention import set_attention
-from smpo_fast.models.config_files import check_weight_index, read_object, whole_number
+from smpo_fast.models.config_files import check_weight_index, read_object, some, whole_number
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.pipeline_folder import TEXT_PARTS
+from smpo_fast.models.public_pipelines import check_weights
 from smpo_fast.models.residual_block import skip_unit_scales
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)  # in the order of TEXT_PARTS
@@ -69,6 +70,7 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
     for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):
         parts[encoder] = load_network(cls, source.folder / encoder, source.variant, dtype)
         parts[tokenizer] = load_tokenizer(source.folder / tokenizer, parts[encoder])
+    parts["scheduler"] = getattr(diffusers, source.scheduler["_class_name"]).from_config(dict(source.scheduler))
     return pipeline_class(source).from_pretrained(
         source.folder, dtype=dtype, variant=source.variant, use_safetensors=True, **parts
     )
@@ -81,6 +83,7 @@ def load_network(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype
     the folder cannot be loaded as such a network, and where tensors are missing: the libraries would leave them
     uninitialised or draw them at random.
     """
+    check_weights(folder)
     if variant and not list(folder.glob(f"*.{variant}*.safetensors")):
         warn0(f"{folder} has no '{variant}' weights: its plain ones are used")
         variant = None
@@ -97,12 +100,12 @@ def load_network(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype
     missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith("position_ids"))
     if missing:
-        extra = f"; it has {_some(unexpected)} instead" if unexpected else ""
+        extra = f"; it has {some(unexpected)} instead" if unexpected else ""
         raise ModelError(
-            f"{folder}: the weights are not those of a complete {cls.__name__}: {_some(missing)} missing{extra}"
+            f"{folder}: the weights are not those of a complete {cls.__name__}: {some(missing)} missing{extra}"
         )
     if unexpected:
-        warn0(f"{folder}: {_some(unexpected)} not used: {cls.__name__} has no such weights")
+        warn0(f"{folder}: {some(unexpected)} not used: {cls.__name__} has no such weights")
     return network
 
 
@@ -122,9 +125,3 @@ def load_tokenizer(folder: Path, encoder: Any) -> CLIPTokenizer:
     if not 2 < tokens <= config.vocab_size:
         raise ModelError(f"{folder}: the vocabulary has {tokens} tokens, its text encoder {config.vocab_size}")
     return tokenizer
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of many names, and how many there are."""
-    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

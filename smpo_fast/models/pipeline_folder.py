@@ -6,7 +6,9 @@ Beside the files that loaders read, such a folder has ``export.json``: size and 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from smpo_fast.common import storage
 
@@ -18,6 +20,14 @@ PARTS = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenize
 OPTIONAL_PARTS = ("feature_extractor", "safety_checker")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EXPORT_INFO = "export.json"
+
+
+def write_scheduler(folder: Path, index: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+    """Write a pipeline's scheduler, and ``model_index.json`` with the values ``index`` and the scheduler's class."""
+    (folder / "scheduler").mkdir(exist_ok=True)
+    storage.write_json(folder / "scheduler" / "scheduler_config.json", dict(scheduler), indent=2)
+    found = {**index, "scheduler": ["diffusers", scheduler["_class_name"]]}
+    storage.write_json(folder / "model_index.json", found, indent=2)
 
 
 def begin_export(folder: Path) -> Path:

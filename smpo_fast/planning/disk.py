@@ -27,13 +27,17 @@ def disk_bytes(run: PlannedRun, source: ModelSource) -> dict[str, float]:
     flips, moments = 1 + settings.data.flip, 2
     stepped = 4 if variant.master == "fp32" else COMPUTE_DTYPES[variant.precision].itemsize
     checkpoint = stepped * trained + state_bytes(variant.optimizer, run.network)
-    others = sum(f.stat().st_size for part in ("vae", "text_encoder", "text_encoder_2")
-                 for f in (source.folder / part).glob("*.safetensors"))  # fmt: skip
+    parts = ("vae", "text_encoder", "text_encoder_2")
+    if source.file is None:
+        others = sum(f.stat().st_size for part in parts for f in (source.folder / part).glob("*.safetensors"))
+    else:
+        others = sum(source.file.bytes_of(part) for part in parts if part in source.file.parts)
     examples = settings.batch.pairs_per_step * FILE_BYTES * IMAGES_PER_PAIR * latent
     return {
         "cache": pairs * FILE_BYTES * (IMAGES_PER_PAIR * flips * moments * latent + prompt + pooled),
         "checkpoints": (settings.run.keep + 1) * checkpoint,  # one more while the next is written
         "export": (trained + frozen) * getattr(torch, settings.model.export_dtype).itemsize + others,
+        "converted model": 0.0 if source.file is None else others + source.file.bytes_of("unet"),
         "trajectories": examples * settings.run.steps if settings.inversion.store else 0.0,
     }
 

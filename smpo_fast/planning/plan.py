@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from smpo_fast.common import remote
-from smpo_fast.common.errors import ConfigError, EnvironmentProblem, UserError
+from smpo_fast.common.errors import ConfigError, UserError
 from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
 from smpo_fast.config.commands import PlanArguments
-from smpo_fast.config.schema import Config, Model
+from smpo_fast.config.schema import Config
 from smpo_fast.engine import batch_size, combinations, ds_config
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models.locate import ModelSource, find, schedule_of
@@ -27,20 +25,6 @@ from smpo_fast.planning.planned_run import PlannedRun, RunVariant, is_offloaded
 from smpo_fast.planning.profiles import Profile
 from smpo_fast.planning.search import KEYS, SHIPPED, FittingVariant, changed_settings, fitting_variants
 from smpo_fast.planning.speed import CALL_SECONDS, UTILISATION, measure, measured_rates, modelled_seconds, work
-
-
-def find_configurations(model: Model) -> ModelSource:
-    """Where the networks are; from the hub only the configuration files are fetched. Raises UserError like ``find``."""
-
-    def small(where: str) -> str:
-        if Path(where).is_dir() or not remote.is_hub_id(where):
-            return where
-        try:
-            return str(remote.fetch_repository(where, revision=model.revision, only=["*.json", "*/*.json"]))
-        except EnvironmentProblem as error:
-            raise EnvironmentProblem(f"model.path: {error}") from error
-
-    return find(model.model_copy(update={key: small(getattr(model, key)) for key in ("path", "vae", "unet")}))
 
 
 def precision_of(settings: Config, ds: Mapping[str, Any] | None, gpu: Gpu) -> str:
@@ -65,7 +49,7 @@ def plan(settings: Config, request: PlanArguments) -> dict[str, Any]:
     """
     if request.measure and (request.gpu or request.gpu_memory):
         raise ConfigError("--measure times the device of this machine: leave --gpu and --gpu-memory out")
-    gpu, source = find_gpu(request.gpu, request.gpu_memory), find_configurations(settings.model)
+    gpu, source = find_gpu(request.gpu, request.gpu_memory), find(settings.model, weights=False)
     ds = None if request.ds_config is None else ds_config.read_ds_file(request.ds_config)
     ds_file = "" if request.ds_config is None else str(request.ds_config)
     network = network_spec(source, settings.data.resolution, settings.model.attention, settings.lora)
@@ -81,6 +65,7 @@ def plan(settings: Config, request: PlanArguments) -> dict[str, Any]:
     return {
         "run": f"{source.kind} at {settings.data.resolution} px on {run.ranks} x {gpu.name} "
         f"({gpu.bytes / 1e9:.1f} GB each)",
+        "model": source.describe(),
         "choice": asdict(variant),
         "speed": speed,
         "parameters": {"trained": run.counts[0], "frozen": run.counts[1]},

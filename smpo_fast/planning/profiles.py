@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ import torch
 
 from smpo_fast.common.errors import ConfigError
 from smpo_fast.common.runtime import warn0
-from smpo_fast.common.storage import json_hash, sealed, unsealed, write_json, write_text
+from smpo_fast.common.storage import json_hash, sealed, unsealed, user_cache, write_json, write_text
 from smpo_fast.config import loading
 from smpo_fast.config.presets import SOLVER_PRESETS
 from smpo_fast.config.schema import Config
@@ -96,8 +95,7 @@ def _machine(device_type: str) -> dict[str, Any]:
 
 def folder_of(key: Mapping[str, Any]) -> Path:
     """Where a profile with this key is stored."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "smpo_fast" / "tuned" / json_hash(key)[:16]
+    return user_cache() / "tuned" / json_hash(key)[:16]
 
 
 def find(key: Mapping[str, Any]) -> Profile | None:

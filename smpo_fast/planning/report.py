@@ -31,6 +31,7 @@ def render(found: Mapping[str, Any]) -> str:
     )
     lines = [
         found["run"],
+        f"model: {found['model']}",
         f"{count['trained'] / 1e6:,.1f}{frozen} million parameters trained; {variant['precision']}, "
         f"{variant['optimizer']}, {sharding}; reference {variant['reference']}",
         f"micro_pairs {variant['micro_pairs']}, inversion_pairs {variant['inversion_pairs']}, gradient checkpointing "

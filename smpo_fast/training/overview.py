@@ -17,7 +17,7 @@ def overview(job: Job) -> str:
     engine = f"DeepSpeed {job.ds_file} (filled in: {json.dumps(job.filled)})" if job.ds_file else "plain PyTorch"
     return "\n".join(
         [
-            f"model      {job.source.kind}, {job.source.prediction_type}, {job.source.folder}",
+            f"model      {job.source.describe()}",
             f"objective  {c.objective.name}, beta {c.objective.beta:g}; x_t by {c.inversion.source} "
             f"({c.inversion.fidelity}, {c.inversion.solver}), {_calls_per_image(job):.2f} no-gradient calls per image",
             f"step       {c.batch.pairs_per_step} pairs = {job.world.size} ranks x {pairs_per_rank(c, job.world.size)} "
