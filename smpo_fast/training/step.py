@@ -72,7 +72,7 @@ class Trainer:
                 examples = self.invert(step, step_batch, paths)
             with self.meter.phase("reference"):
                 reference_errors = self.reference_errors(step, examples)
-        with self.meter.phase("policy"), attention.preferred(self.policy.unet):
+        with self.meter.phase("policy"):
             self.policy_gradient(examples, reference_errors)
         with self.meter.phase("optimizer"):
             result = self.engine.step(learning_rate(self.config.optim, step, self.config.run.steps))
@@ -130,7 +130,8 @@ class Trainer:
                 weight = self.objective.weigh(micro.pairs.weight)
                 prediction = self.policy(micro.x_t, micro.time, micro.pairs.cond)
                 out = self.ops.pair_loss(prediction, next(frozen), self._target(micro), weight, beta)
-                self.engine.backward(out.loss.sum() / total, last=done == total)
+                with attention.preferred(self.policy.unet):  # checkpointing repeats the forward pass in here
+                    self.engine.backward(out.loss.sum() / total, last=done == total)
                 self.meter.add(
                     micro.pairs.ids, micro.times,
                     loss=out.loss, logit=out.logit, weight=weight,

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
+from smpo_fast.models import attention
 from smpo_fast.models.locate import find
 from smpo_fast.models.network_spec import network_spec
 from smpo_fast.tuning import bench as benching
@@ -124,6 +126,25 @@ def test_a_wrong_gradient_is_rejected(whole: tuple[Bench, Config], monkeypatch: 
     )
     with pytest.raises(Rejected, match="the gradient is 0.01 from that of fp32"):
         bench.policy(c)
+
+
+def test_a_backward_pass_prefers_the_attention_of_its_forward_pass(
+    whole: tuple[Bench, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without the rest of a step around it: checkpointing repeats attention there, and must save the same."""
+    bench, c = whole
+    seen: list[Any] = []
+    engine = type(bench._trainer.engine)
+    backward = engine.backward
+
+    def watched(self: Any, loss: Tensor, *, last: bool) -> None:
+        seen.append(torch.backends.cuda.math_sdp_enabled())
+        backward(self, loss, last=last)
+
+    monkeypatch.setattr(engine, "backward", watched)
+    monkeypatch.setattr(attention, "_SDPA_FALLBACKS", (SDPBackend.FLASH_ATTENTION,))  # leaves out the math kernel
+    bench.policy(loading.replaced(c, {"model.attention": "flash", "model.gradient_checkpointing": True}))
+    assert seen and not any(seen)
 
 
 def test_what_the_device_cannot_run_is_rejected_with_its_error(
