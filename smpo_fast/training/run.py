@@ -66,6 +66,9 @@ def prepare_cache(job: Job) -> None:
     if not location.exists(job.cache_dir):
         encoders = Encoders(job.source, job.world.device)
         prepare.prepare(job.config, encoders, job.world.device, job.cache_dir, world=job.world)
+        del encoders
+        if job.world.device.type == "cuda":
+            torch.cuda.empty_cache()  # training needs blocks of other sizes
 
 
 def train_policy(job: Job) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from smpo_fast.config.schema import Config, Labels
 from smpo_fast.data import aspect_buckets
 from smpo_fast.data.aspect_buckets import fit
 from smpo_fast.data.cache import identity as cache_identity
-from smpo_fast.data.cache import location, pipeline, prepare
+from smpo_fast.data.cache import location, pipeline, prepare, stages
 from smpo_fast.data.cache.format import CacheError
 from smpo_fast.data.cache.reader import CachedPairs
 from smpo_fast.data.cache.visits import visited
@@ -820,3 +820,21 @@ def test_real_pairs_with_labels_rewards_or_both(tmp_path: Path, kinds: str) -> N
         assert (report.compared, report.agreement) == (6, 1.0)
         with pytest.raises(UserError, match="16 of 23 pairs have no rewards"):
             weigh(Labels(source="reward"), pairs.rewards, pairs.labels)
+
+
+def test_a_call_of_the_vae_has_few_large_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    class Counting(FakeEncoders):
+        def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            calls.append(len(pixels))
+            return super().encode_images(pixels)
+
+    given = settings(write_table(tmp_path / "t.parquet", 4))
+    side = given.data.resolution
+    monkeypatch.setattr(stages, "CALL_PIXELS", 3 * side * side)
+    run(given, tmp_path / "few", encoders=Counting(), batch=8)
+    monkeypatch.setattr(stages, "CALL_PIXELS", 1)
+    few, _ = max(calls), calls.clear()
+    run(given, tmp_path / "one", encoders=Counting(), batch=8)
+    assert (few, max(calls)) == (3, 1)

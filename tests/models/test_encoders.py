@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from architectures import SDXL, make_vae
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers.pipelines import CPU, Maker, settings
+from transformers import CLIPTextConfig
 
+from smpo_fast.data.cache import stages
 from smpo_fast.embedded import shapes
 from smpo_fast.models.encoders import Encoders
+from smpo_fast.models.load import TEXT_ENCODERS
 from smpo_fast.models.locate import find
+from smpo_fast.models.tracing import META, LiveBytes, fused_attention
+from smpo_fast.planning.memory import ALLOCATOR_SHARE, CONTEXT_BYTES
 
 
 def test_prompts_are_encoded_as_the_sdxl_pipeline_does() -> None:
@@ -56,3 +63,14 @@ def test_images_that_overflow_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(encoders.vae, "encode", lambda pixels: SimpleNamespace(latent_dist=posterior))
     with pytest.raises(FloatingPointError):
         encoders.encode_images(torch.zeros(1, 3, 32, 32))
+
+
+def test_preparing_sdxl_fits_a_card_of_12_gb() -> None:
+    """The VAE's largest call, followed tensor by tensor at true size, next to the text encoders."""
+    vae: Any = make_vae(SDXL, META, torch.float32)
+    with torch.device(META):
+        text = [cls(CLIPTextConfig(**config)) for cls, config in zip(TEXT_ENCODERS, SDXL.text, strict=True)]
+    images = stages.CALL_PIXELS // SDXL.resolution**2
+    with torch.no_grad(), fused_attention(), LiveBytes(p for m in (vae, *text) for p in m.parameters()) as live:
+        vae.encode(torch.empty(images, 3, SDXL.resolution, SDXL.resolution, device=META))
+    assert images >= 1 and live.peak * (1 + ALLOCATOR_SHARE) + CONTEXT_BYTES < 12e9

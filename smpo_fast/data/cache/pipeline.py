@@ -39,7 +39,7 @@ Chunks = Sequence[Sequence[int]]  # the rows of each part
 class Pipeline:
     """Runs the rows of a pair table through the stages of ``smpo_fast.data.cache.stages``.
 
-    path: of the pair table.  batch: pairs handled, and images in a call of the VAE, at a time.
+    path: of the pair table.  batch: pairs handled, and at most so many images in a call of the VAE, at a time.
     """
 
     def __init__(

@@ -48,8 +48,9 @@ def prepare(
     work. All return when the cache is complete, and its bytes do not depend on how many they were.
 
     scorer: computes rewards for pairs without stored ones (default: the one that data.scorer names, on ``device``).
-    batch: pairs handled, and images in a call of the VAE, at a time.  world: rank 0 shows a progress bar and uploads
-    the cache to a ``data.cache`` that is a URL; the size is used for the forecast of the remaining time.
+    batch: pairs handled, and at most so many images in a call of the VAE, at a time.  world: rank 0 shows a progress
+    bar and uploads the cache to a ``data.cache`` that is a URL; the size is used for the forecast of the time that
+    remains.
     Raises DataError for unreadable data, an ``out`` that holds something else, and when no pair is usable; CacheError
     if ``out`` is a cache that was made with other settings.
     """
