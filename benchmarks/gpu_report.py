@@ -408,11 +408,13 @@ def _reference_parameters(trainer: Any) -> list[torch.Tensor]:
 _SMALL: dict[str, dict[str, Any]] = {
     "model": {"gradient_checkpointing": True, "reference": "streamed"},
     "optim": {"name": "adamw8bit_aligned", "master": "none", "offload": "states"},
-    "batch": {"pairs_per_step": 8, "micro_pairs": 1, "inversion_pairs": 4},
+    "batch": {"pairs_per_step": 8, "micro_pairs": 2, "inversion_pairs": 8},
+    "inversion": {"steps": 2},  # more of them need no more memory
 }
 _LORA: dict[str, dict[str, Any]] = {
     "model": {"gradient_checkpointing": True, "reference": "adapters-off"}, "lora": {"rank": 64},
     "optim": {"name": "adamw"}, "batch": {"pairs_per_step": 8, "micro_pairs": 1, "inversion_pairs": 8},
+    "inversion": {"steps": 2},
 }  # fmt: skip
 _OFFLOADED = {**_SMALL, "optim": {**_SMALL["optim"], "offload": "states+gradients"}}
 # Recipes for small cards: name -> (model family, bytes that PyTorch may use, settings)
@@ -434,11 +436,11 @@ def _recipe(report: Report, name: str) -> None:
     architecture, device = report.architecture(kind), report.device
     precision = "bf16" if device.type == "cuda" or "lora" not in overrides else "fp32"
     overrides = {**overrides, "model": {**overrides["model"], "precision": precision}}
+    trainer: Any = ours.make_trainer(architecture, device, overrides)  # draws weights in float32, which no run does
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(card / torch.cuda.get_device_properties(device).total_memory, device)
     try:
-        trainer: Any = ours.make_trainer(architecture, device, overrides)
         _reset_peak(device)
         for step in range(2):
             trainer.step(step)

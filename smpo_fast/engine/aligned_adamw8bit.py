@@ -87,6 +87,8 @@ class AlignedAdamW8bit(torch.optim.Optimizer):
         maxima = self._maxima_of_cut_blocks(updates, scale) if self._slots else None
         for group, p, gradient in updates:
             self._update(group, p, gradient, scale, maxima)
+        if self._on_host and self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)  # once: the states are then in the host's memory
 
     def _maxima_of_cut_blocks(
         self, updates: list[tuple[dict[str, Any], Tensor, Tensor]], scale: Tensor | float
@@ -136,7 +138,7 @@ class AlignedAdamW8bit(torch.optim.Optimizer):
             p.copy_(weight.view(p.shape))
         for name, moved in zip(STATE_NAMES, states, strict=True):
             if moved is not state[name]:
-                state[name].copy_(moved)
+                state[name].copy_(moved, non_blocking=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like torch's, which would cast the 8-bit codes to the dtype of the weights."""

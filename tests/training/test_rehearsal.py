@@ -23,11 +23,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 Plant = Callable[[Any], None]
 
 
-def rehearse(architecture: Architecture, plant: Plant = lambda trainer: None, steps: int = 1) -> FakeCuda:
+def rehearse(architecture: Architecture, plant: Plant = lambda trainer: None, steps: int = 1, **optim: str) -> FakeCuda:
     """Steps with the settings of a run on CUDA; ``plant`` changes the trainer before. Raises Fault."""
     with FakeCuda(torch.bfloat16) as fake:
         with fake.waiting():  # loading a network may copy as it likes
-            trainer: Any = ours.make_trainer(architecture, CUDA, OVERRIDES)
+            trainer: Any = ours.make_trainer(
+                architecture, CUDA, {**OVERRIDES, "optim": {**OVERRIDES["optim"], **optim}}
+            )
         may_wait(fake, trainer.engine, "step")
         may_wait(fake, trainer.meter, "flush")
         plant(trainer)
@@ -58,6 +60,12 @@ def test_waits_and_uploads_of_a_step() -> None:
     assert {name: four[name] - one[name] for name in ("reads", "waits", "uploads")} == {
         "reads": 9, "waits": 12, "uploads": 24
     }  # fmt: skip
+
+
+def test_offloaded_states_cost_one_wait() -> None:
+    """They travel through pinned memory, all at once: the host does not wait for each of a network's parameters."""
+    here, offloaded = (rehearse(SDXL_TOY, offload=where).counts["waits"] for where in ("none", "states"))
+    assert offloaded == here + 1
 
 
 # --- each fault is seen ---------------------------------------------------------------------------------------
