@@ -85,7 +85,7 @@ class Memory:
 def memory(run: PlannedRun, variant: RunVariant) -> Memory:
     """The memory plan of a run; counts by shape, so nothing is allocated."""
     parts, zero, phases = _parts(run, variant), zero_layout(variant), {}
-    trained, share = run.counts[0], 1 / run.ranks
+    trained = run.counts[0]
     stays = parts["weights"] + parts["masters"] + parts["optimizer states"] + parts["window"] + LIBRARY_BYTES
     stays += parts["weights for the inversion"]
     if zero.gradients_stay:
@@ -102,7 +102,7 @@ def memory(run: PlannedRun, variant: RunVariant) -> Memory:
         if works:
             phases[phase] = stays + held + parts[f"activations, {phase}"] + parts["gathered weights"]
     phases["policy"] += gradients + parts["buckets"]
-    step = trained * zero.step_bytes * share * (not variant.offload_optimizer)
+    step = _step_elements(run, variant) * zero.step_bytes * (not variant.offload_optimizer)
     phases["optimizer"] = stays + gradients + step + (frozen if resident else 0.0)
     return Memory(parts, phases, _host(run, variant))
 
@@ -123,10 +123,7 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
     states = state_bytes(variant.optimizer, run.network) * (share if zero.states_sharded else 1.0)
     gradients = GRADIENT_BYTES[variant.accumulate] * trained * (share if zero.gradients_sharded else 1.0)
     spread = {"sharded": share, "replicated": 1.0, "streamed": 1.0}
-    backward = max(
-        footprint.training_cost(run.network, variant.precision, variant.checkpointing).peak.at(variant.micro_pairs),
-        trained * size * (share if zero.gradients_sharded else 0.0),  # a micro-batch's gradients before they are added
-    )
+    backward = footprint.training_cost(run.network, variant.precision, variant.checkpointing).peak
     inverted = min(variant.inversion_pairs, run.pairs_of_rank)
     prompts = footprint.prompt_bytes(run.network, variant.precision) * inverted
     call = footprint.inference_cost(run.network, variant.precision).peak.at(inverted)
@@ -146,7 +143,7 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
         "activations, inversion": call + prompts * (1 + graphs),  # graphs read copies of them
         "CUDA graphs": (call + prompts) * graphs,
         "activations, reference": frozen_call.at(variant.micro_pairs),
-        "activations, policy": backward,
+        "activations, policy": backward.at(variant.micro_pairs),
         "gathered weights": min(whole, live) * size * gathers,
         "buckets": _bucket_bytes(run, variant),
     }
@@ -167,6 +164,12 @@ def _copies_bytes(run: PlannedRun, variant: RunVariant) -> float:
 def _master_bytes(variant: RunVariant) -> int:
     """Bytes per trained parameter of fp32 master weights."""
     return max(MASTER_BYTES[variant.precision] * (variant.master == "fp32"), 4 * zero_layout(variant).masters_always)
+
+
+def _step_elements(run: PlannedRun, variant: RunVariant) -> float:
+    """Parameters whose gradients have a second copy at a time in the optimizer step: ZeRO 3 goes group by group."""
+    mine = run.counts[0] / run.ranks
+    return min(run.ds_number("sub_group_size"), mine) if variant.stage == 3 else mine
 
 
 def _bucket_bytes(run: PlannedRun, variant: RunVariant) -> float:

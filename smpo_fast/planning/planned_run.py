@@ -16,7 +16,10 @@ from smpo_fast.training.reference import resolve as resolve_reference
 
 PAGED = "paged_adamw8bit"  # the driver places its states, outside torch's allocator
 # DeepSpeed's defaults.
-_DS_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9}
+_DS_DEFAULTS = {
+    "reduce_bucket_size": 5e8, "sub_group_size": 1e9, "stage3_max_live_parameters": 1e9,
+    "stage3_max_reuse_distance": 1e9,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ def subject(a: Architecture, c: Config, **more: Any) -> PlannedRun:
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
+# latents of 4x4: weights and gradients are most of the memory, as they are in SDXL at its true size
+SMALL = replace(SDXL_TOY, latent=4, tokens=4)
+
+
 class FusedAdamW(torch.optim.AdamW):
     """As on a GPU: torch's other implementations make tensors of the size of the weights in a step."""
 
@@ -67,20 +71,20 @@ def followed(rank: int, size: int, stages: list[int | None]) -> dict[int | None,
 def small_buckets(stage: int) -> dict[str, Any]:
     raw = ds_config.read_ds_file(CONFIGS / f"ds_zero{stage}.json")
     sizes = {"bucket": 100_000, "live_parameters": 500_000, "persistence": 1000}
-    zero = raw["zero_optimization"]
+    zero = raw["zero_optimization"] | ({"sub_group_size": 1_000_000} if stage == 3 else {})
     return raw | {"zero_optimization": zero | {k: n for k in zero for word, n in sizes.items() if word in k and n}}
 
 
 def _followed(stage: int | None, rank: int, size: int) -> dict[str, int]:
     c, cpu = settings(batch={"pairs_per_step": 2 * size}), torch.device("cpu")
-    unet = make_unet(SDXL_TOY, cpu, torch.float32).train()
+    unet = make_unet(SMALL, cpu, torch.float32).train()
     peaks: dict[str, int] = {}
     with LiveBytes(unet.parameters(), device="cpu") as live:
         ds = None
         if stage is not None:
             ds, _ = ds_config.resolve_ds_settings(small_buckets(stage), "file", c, size, "bf16")
         trained = create.make_engine(unet, c, World(rank, size), "bf16", ds)
-        args, kwargs = make_inputs(SDXL_TOY, 2, cpu, torch.bfloat16)
+        args, kwargs = make_inputs(SMALL, 2, cpu, torch.bfloat16)
         for _ in range(2):
             live.peak = live.now
             for last in (False, True):
@@ -96,11 +100,11 @@ def check_stages(size: int, stages: list[int | None]) -> None:
     for found in run_ranks(followed, size, stages=stages):
         for stage, peaks in found.items():
             ds = None if stage is None else small_buckets(stage)
-            s = subject(SDXL_TOY, settings(batch={"pairs_per_step": 2 * size}), ranks=size, ds=ds)
+            s = subject(SMALL, settings(batch={"pairs_per_step": 2 * size}), ranks=size, ds=ds)
             told = memory.memory(s, replace(s.variant(), reference="none"))
             for phase, peak in peaks.items():
                 planned = told.phases[phase] - memory.LIBRARY_BYTES - told.parts["window"]
-                assert planned == pytest.approx(peak, rel=0.1), f"stage {stage}, {size} ranks, {phase}"
+                assert planned == pytest.approx(peak, rel=0.05), f"stage {stage}, {size} ranks, {phase}"
 
 
 def test_memory_of_real_engines() -> None:
