@@ -1,4 +1,4 @@
-"""Installs the trainer as `smpo_fast`, with the folder `kernels/` as `smpo_fast.kernels`."""
+"""Installs the trainer as `smpo_fast`, with `kernels/` as `smpo_fast.kernels` and `configs/` as its recipes."""
 
 import re
 from pathlib import Path
@@ -16,9 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["smpo_fast", "smpo_fast.*"]), "smpo_fast.kernels"],
-    package_dir={"smpo_fast": "smpo_fast", "smpo_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["smpo_fast", "smpo_fast.*"]), "smpo_fast.kernels", "smpo_fast.recipes"],
+    package_dir={"smpo_fast": "smpo_fast", "smpo_fast.kernels": "kernels", "smpo_fast.recipes": "configs"},
     package_data={
+        "smpo_fast.recipes": ["*.toml", "*.json"],
         "smpo_fast.embedded": ["default.toml", "assets/*", "assets/**/*"],
         "smpo_fast.models": ["public/*", "public/**/*"],
     },

@@ -24,6 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 # Each command imports what it needs: `smpo settings` answers without loading torch.
 
 
+def _train(args: argparse.Namespace) -> int:
+    from smpo_fast import train
+
+    return train.run(arguments.settings_of(args), arguments.arguments_of(commands.TrainArguments, args))
+
+
 def _import(args: argparse.Namespace) -> int:
     from smpo_fast.data.ingest import importer
 
@@ -123,6 +129,7 @@ def _settings(args: argparse.Namespace) -> int:
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
     "import": _import,
     "prepare": _prepare,
     "verify": _verify,

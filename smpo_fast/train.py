@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_command(parser, TRAIN)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
     args = arguments.parse(parser, argv)
-    return programs.run(lambda: _run(arguments.settings_of(args), arguments.arguments_of(TrainArguments, args)))
+    return programs.run(lambda: run(arguments.settings_of(args), arguments.arguments_of(TrainArguments, args)))
 
 
-def _run(settings: Config, options: TrainArguments) -> int:
+def run(settings: Config, options: TrainArguments) -> int:
+    """Train; returns the exit status. Raises UserError for settings or data that cannot be used."""
     if options.print_config:
         print(loading.dump(settings))
         return programs.DONE

@@ -222,6 +222,7 @@ class Command(NamedTuple):
 
 TRAIN = Command("Align SDXL or SD1.5 with preference pairs (SmPO-Diffusion).", TrainArguments, "run")
 COMMANDS: dict[str, Command] = {
+    "train": TRAIN,
     "import": Command("import preference pairs of any format into one table", ImportArguments),
     "prepare": Command("encode the pairs of [data] with the networks of [model] into the cache", NoArguments, "run"),
     "verify": Command(

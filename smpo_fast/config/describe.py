@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from smpo_fast.config import arguments
-from smpo_fast.config.commands import COMMANDS, TRAIN, Command
+from smpo_fast.config.commands import COMMANDS, Command
 from smpo_fast.config.loading import toml_value
 from smpo_fast.config.schema import Config
 from smpo_fast.config.sibling_flags import ALIASES, SWITCHES
@@ -22,12 +22,14 @@ the defaults below (printed by `smpo settings`). Without `--config`, the embedde
 """
 CLI_HEAD = """# Command line
 
-The training program and the subcommands of `smpo`. Their exit status is 0 after success, 1 if a check has a negative
-answer (`smpo verify`, `smpo plan`, `smpo doctor`), 2 for a mistake in the command line, the settings or the data, and 3
-if training failed.
+The subcommands of `smpo`. `smpo train` is the same program as `smpo_fast/train.py`, which the DeepSpeed launcher starts
+in a checkout; with the installed package alone these are `deepspeed --module smpo_fast.train` and
+`torchrun -m smpo_fast.train`. The exit status is 0 after success, 1 if a check has a negative answer (`smpo verify`,
+`smpo plan`, `smpo doctor`), 2 for a mistake in the command line, the settings or the data, and 3 if training failed.
 
-Where `[settings]` is shown, `--config FILE` names a TOML file and `section.key=value` words override it; all settings
-are in [settings.md](settings.md). The flags of sibling scripts, listed at the end, are accepted there as well.
+Where `[settings]` is shown, `--config FILE` names a TOML file or a shipped recipe (`--config sdxl_smpo`), and
+`section.key=value` words override it; all settings are in [settings.md](settings.md). The flags of sibling scripts,
+listed at the end, are accepted there as well.
 
 """
 
@@ -57,7 +59,7 @@ def settings_page() -> str:
 
 def cli_page() -> str:
     """The text of docs/cli.md."""
-    lines = list(_command("smpo_fast/train.py", TRAIN))
+    lines: list[str] = []
     for name, command in COMMANDS.items():
         lines += _command(f"smpo {name}", command)
     lines += ["## Flags of sibling scripts", "", "| flag | same as |", "|---|---|"]

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args
 from pydantic import ValidationError
 
 from smpo_fast.common.errors import ConfigError
+from smpo_fast.config import recipes
 from smpo_fast.config.presets import apply_presets
 from smpo_fast.config.schema import Config
 from smpo_fast.config.sibling_flags import ALIASES
@@ -32,10 +33,12 @@ def keys() -> Iterator[tuple[str, Any]]:
 def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Settings from a TOML file (the embedded default without one) and ``section.key=value`` words.
 
+    file: a path, or the name of a shipped recipe.
+
     Raises ConfigError for an unreadable file, an unknown key, a wrong type or value, or an impossible
     combination; the message names the file or the command line, the key, what was found and what is right.
     """
-    file = DEFAULT_FILE if file is None else file
+    file = DEFAULT_FILE if file is None else recipes.located(file, ".toml")
     given = _read_toml(file)
     origin = {f"{section}.{key}": str(file) for section, keys_ in given.items() for key in keys_}
     for word in overrides:
@@ -87,7 +90,10 @@ def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}): give --config a TOML file") from error
+        known = ", ".join(recipes.names(".toml"))
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}): give --config a TOML file, or one of the names {known}"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not valid TOML, which is UTF-8 text: {error}") from error
     try:

@@ -12,6 +12,7 @@ import torch
 
 from smpo_fast.common.errors import ConfigError
 from smpo_fast.common.runtime import COMPUTE_DTYPES
+from smpo_fast.config import recipes
 from smpo_fast.config.schema import Config
 from smpo_fast.engine.batch_size import micro_batches_per_step, pairs_per_rank
 
@@ -53,11 +54,18 @@ _ZERO_REFUSED = {
 
 
 def read_ds_file(path: Path) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON file; raises ConfigError when it is missing or not a JSON object."""
+    """The content of a DeepSpeed JSON file, given by path or by the name of a shipped one.
+
+    Raises ConfigError when it is missing or not a JSON object.
+    """
+    path = recipes.located(Path(path), ".json")
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(path.read_text())
     except OSError as error:
-        reason = f"{path}: cannot be read ({error.strerror}): give --ds_config a DeepSpeed JSON file"
+        known = ", ".join(recipes.names(".json"))
+        reason = (
+            f"{path}: cannot be read ({error.strerror}): give --ds_config a DeepSpeed JSON file, or a name of {known}"
+        )
         raise ConfigError(reason) from error
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
