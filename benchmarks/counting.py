@@ -106,11 +106,17 @@ def saved_bytes_of_a_pair(architecture: Architecture, checkpointing: bool) -> in
     return kept["bytes"]
 
 
-def unet_call(architecture: Architecture, images: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
-    """A function that calls a UNet once on the meta device, with the modules that a run gives it."""
+def unet_of_a_run(architecture: Architecture, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A UNet on the meta device with the modules that a run gives it."""
     unet: Any = make_unet(architecture, META, dtype)
     set_processors(unet)
     skip_unit_scales(unet)
+    return unet
+
+
+def unet_call(architecture: Architecture, images: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
+    """A function that calls a run's UNet once on the meta device."""
+    unet = unet_of_a_run(architecture, dtype)
     args, kwargs = make_inputs(architecture, images, META, dtype)
     return lambda: unet(*args, **kwargs)[0]
 

@@ -66,6 +66,7 @@ RUNGS = (
     *(Rung(f"kernel {name}", {"kernels.enabled": [name]}) for name in MODULES),
     Rung("channels-last", LAST),
     Rung("compiled blocks", COMPILED),
+    Rung("merged query, key and value", {"model.merge_qkv": True}),
     Rung("attention: xformers", {"model.attention": "xformers"}),
     Rung("attention: memory-efficient first", {"model.attention": "efficient"}),
 )

@@ -85,6 +85,11 @@ class Model(Section):
         "policy's and the reference's predictions as well (docs/inference.md)",
     )
     cuda_graphs: bool = Field(False, description="replay the inversion's calls as CUDA graphs, at a few batch sizes")
+    merge_qkv: bool = Field(
+        False,
+        description="in the inversion's calls, one matrix product for a self-attention's query, key and value, from a "
+        "copy of their weights",
+    )
     channels_last: bool = Field(
         False,
         description="convolutions in channels-last memory layout, under DeepSpeed those of the inversion only; "

@@ -35,6 +35,8 @@ class Attention(AttnProcessor2_0):
 
     Where ``attn.cached_key_value`` is set (by ``inference.kv_cache``) the processor projects the queries only. It is
     (key, value), each [pairs, heads, tokens, d]: one row for the two images of a pair, whose prompt is the same.
+    Where ``attn.merged_qkv`` is set (by ``inference.weight_copies``), self-attention projects with that matrix, the
+    rows of q, k and v one after the other: one product instead of three, rounded differently.
     """
 
     def __call__(
@@ -48,11 +50,7 @@ class Attention(AttnProcessor2_0):
     ) -> Tensor:
         if attention_mask is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        query, cached = attn.to_q(hidden_states), getattr(attn, "cached_key_value", None)
-        if encoder_hidden_states is None:
-            key, value = keys_values(attn, hidden_states)
-        else:
-            key, value = cached if cached is not None else keys_values(attn, encoder_hidden_states)
+        query, key, value = _projected(attn, hidden_states, encoder_hidden_states)
         # With cached keys and values, the two images of a pair, which are adjacent, make one row of 2 L queries.
         query = query.view(len(key), -1, attn.heads, key.shape[-1]).transpose(1, 2)
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
@@ -61,11 +59,22 @@ class Attention(AttnProcessor2_0):
 
 def keys_values(attn: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     """Key and value of prompts [n, tokens, D] in an attention layer: [n, heads, tokens, d] each."""
+    return _split_heads(attn, attn.to_k(prompt)), _split_heads(attn, attn.to_v(prompt))
 
-    def split_heads(x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)
 
-    return split_heads(attn.to_k(prompt)), split_heads(attn.to_v(prompt))
+def _split_heads(attn: Any, x: Tensor) -> Tensor:
+    return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)
+
+
+def _projected(attn: Any, images: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [n, tokens, D], not yet split into heads, and key and value, which are."""
+    if prompt is not None:
+        cached = getattr(attn, "cached_key_value", None)
+        return attn.to_q(images), *(cached if cached is not None else keys_values(attn, prompt))
+    if (merged := getattr(attn, "merged_qkv", None)) is None:
+        return attn.to_q(images), *keys_values(attn, images)
+    query, key, value = F.linear(images, merged).chunk(3, dim=-1)
+    return query, _split_heads(attn, key), _split_heads(attn, value)
 
 
 def plain(attn: Any) -> bool:

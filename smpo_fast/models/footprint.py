@@ -129,6 +129,12 @@ def convolution_elements(network: NetworkSpec) -> int:
     return weight_copies.convolution_elements(network.build())
 
 
+@lru_cache(maxsize=64)
+def merged_elements(network: NetworkSpec) -> int:
+    """Elements of the weights' second copy for ``model.merge_qkv``."""
+    return weight_copies.merged_elements(network.build())
+
+
 def drop_gradient(parameter: Tensor) -> None:
     """Drop the gradient of a parameter of any shape, as if it had been added to a sum elsewhere."""
     parameter.grad = None

@@ -150,13 +150,14 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
 
 
 def _copies_bytes(run: PlannedRun, variant: RunVariant) -> float:
-    """Second copies of weights for the inversion's calls: float8, channels-last, and half-precision adapters."""
+    """Second copies of weights for the inversion's calls: float8, channels-last, merged, half-precision adapters."""
     c, size = run.config, COMPUTE_DTYPES[variant.precision].itemsize
     turned = c.model.channels_last and variant.stage is not None
     rounded = bool(c.lora.rank) and not c.lora.use_dora and size < 4 and c.inversion.source == "inversion"
     return (
         footprint.float8_bytes(run.network) * c.inversion.fp8
         + footprint.convolution_elements(run.network) * size * turned
+        + (footprint.merged_elements(run.network) * size if c.model.merge_qkv else 0)
         + run.counts[0] * size * rounded
     )
 

@@ -39,6 +39,7 @@ KEYS = (
     "model.channels_last",
     "model.compile",
     "model.cuda_graphs",
+    "model.merge_qkv",
     "kernels.enabled",
 )
 # Those that a file may have as well, because its user asked for an approximation.

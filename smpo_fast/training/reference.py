@@ -48,12 +48,12 @@ def resolve(config: Config, ds_settings: Mapping[str, Any] | None) -> str:
             "memory of the device"
         )
     inverts = config.inversion.source == "inversion" and config.inversion.network == "reference"
-    whole = config.model.compile != "off" or config.model.cuda_graphs or config.inversion.fp8
-    if wanted == "sharded" and inverts and (whole or config.inversion.reuse_deep):
+    whole = config.model.compile != "off" or config.model.cuda_graphs or config.model.merge_qkv
+    if wanted == "sharded" and inverts and (whole or config.inversion.fp8 or config.inversion.reuse_deep):
         raise ConfigError(
             "model.reference = 'sharded' with inversion.network = 'reference': shards are gathered module by module, "
-            "so model.compile, model.cuda_graphs, inversion.fp8 and inversion.reuse_deep must be off; or take "
-            "'replicated'"
+            "so model.compile, model.cuda_graphs, model.merge_qkv, inversion.fp8 and inversion.reuse_deep must be off; "
+            "or take 'replicated'"
         )
     if not inverts and not OBJECTIVES[config.objective.name].needs_reference:
         return "none"

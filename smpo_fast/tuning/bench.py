@@ -30,7 +30,7 @@ from smpo_fast.models import kernel_patch, step_ops
 from smpo_fast.models.attention import set_attention
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference import compilation
-from smpo_fast.models.inference.caller import InferenceCaller, batch_sizes
+from smpo_fast.models.inference.caller import InferenceCaller, batch_sizes, drop_copies
 from smpo_fast.models.locate import ModelSource, schedule_of
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
 from smpo_fast.training.examples import Examples
@@ -49,6 +49,7 @@ EAGER: dict[str, Any] = {
     "model.channels_last": False,
     "model.compile": "off",
     "model.cuda_graphs": False,
+    "model.merge_qkv": False,
     "kernels.enabled": [],
     "inversion.fp8": False,
     "inversion.reuse_deep": False,
@@ -232,6 +233,7 @@ class Bench:
             raise Rejected(printable(f"{type(error).__name__}: {error}".splitlines()[0][:200])) from error
         finally:
             kernel_patch.unpatch(self._unet)
+            drop_copies(self._unet)
 
     def _configure(self, c: Config) -> None:
         unet = self._unet

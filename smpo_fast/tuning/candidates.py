@@ -14,9 +14,9 @@ CALL_SIZES, MICRO_SIZES = (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16)
 # What trying compiled code takes: a guess, so that a short measurement does not begin what it cannot end.
 COMPILE_SECONDS, GRAPH_SECONDS = 60.0, 5.0
 ATTENTIONS = ("flash", "cudnn", "efficient", "xformers")
-# Approximations of the inversion. Float8 is slower than bf16 unless it is compiled.
+# Approximations of the inversion. Float8 is slower than bf16 unless it is compiled, and has copies of its own.
 APPROXIMATIONS: dict[str, dict[str, Any]] = {
-    "fp8": {"inversion.fp8": True, "model.compile": "inversion"},
+    "fp8": {"inversion.fp8": True, "model.compile": "inversion", "model.merge_qkv": False},
     "reuse_deep": {"inversion.reuse_deep": True},
     "pec": {"inversion.solver": "pec"},
 }
@@ -43,6 +43,7 @@ def coordinates(device_type: str, calls: int, examples: int) -> list[Coordinate]
     if device_type == "cuda":
         found.append(Coordinate("CUDA graphs", lambda best: [{"model.cuda_graphs": True}], setup=GRAPH_SECONDS))
         found.append(Coordinate("attention", lambda best: [{"model.attention": name} for name in ATTENTIONS]))
+        found.append(Coordinate("merged query, key and value", lambda best: [{"model.merge_qkv": True}]))
     found.append(Coordinate("memory format", lambda best: [{"model.channels_last": True}]))
     if device_type == "cuda":
         found += [Coordinate(f"kernel {name}", _with_kernel(name)) for name in MODULES]

@@ -28,7 +28,7 @@ from smpo_fast.tuning.candidates import APPROXIMATIONS
 from smpo_fast.tuning.search import LEAST_GAIN, Coordinate, Values, search
 
 _CALL_KEYS = ("batch.inversion_pairs", "model.attention", "model.channels_last", "model.cuda_graphs",
-              "kernels.enabled", "inversion.fp8", "inversion.reuse_deep")  # fmt: skip
+              "model.merge_qkv", "kernels.enabled", "inversion.fp8", "inversion.reuse_deep")  # fmt: skip
 _POLICY_KEYS = ("batch.micro_pairs", "model.gradient_checkpointing", "model.attention", "model.channels_last",
                 "kernels.enabled")  # fmt: skip
 

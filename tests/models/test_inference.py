@@ -20,7 +20,7 @@ from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models import attention, load, locate
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference import checks, compilation, cuda_graphs, float8
-from smpo_fast.models.inference.caller import InferenceCaller, batch_sizes
+from smpo_fast.models.inference.caller import InferenceCaller, batch_sizes, drop_copies
 from smpo_fast.models.locate import ModelSource
 
 CPU = torch.device("cpu")
@@ -239,6 +239,61 @@ def test_under_deepspeed_the_inversion_has_channels_last_copies_of_the_convoluti
     assert places == [m.inversion_weight.data_ptr() for m in convolutions], "captured graphs read this memory"
 
 
+@torch.no_grad()
+def test_merged_projections_agree_and_follow_the_weights(denoiser: Denoiser) -> None:
+    """To the rounding of fp32; the network itself, as policy and reference call it, keeps its three projections."""
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    x, time, cond = inputs()
+    attentions = [m for name, m in mine.unet.named_modules() if name.endswith("attn1")]
+    called: list[Any] = []
+    for attn in attentions:
+        attn.to_q.register_forward_hook(lambda m, args, out: called.append(m))
+    before = mine.eps(x, time, cond)
+    assert len(called) == len(attentions)
+    made = caller(mine, merge_qkv=True)
+    eps, wanted = predictor(made, cond), predictor(caller(mine), cond)
+    called.clear()
+    assert relative(eps(x, time), wanted(x, time)) < 1e-6
+    assert len(called) == len(attentions), "of the call without merged projections"
+    assert torch.equal(mine.eps(x, time, cond), before)
+    places, stale = [attn.inversion_qkv.data_ptr() for attn in attentions], eps(x, time)
+    for attn in attentions:
+        attn.to_q.weight.mul_(1.5), attn.to_v.weight.mul_(0.9)
+    assert torch.equal(eps(x, time), stale)
+    made.weights_changed()
+    assert relative(eps(x, time), wanted(x, time)) < 1e-6 < relative(stale, wanted(x, time))
+    assert places == [attn.inversion_qkv.data_ptr() for attn in attentions], "captured graphs read this memory"
+    drop_copies(mine.unet)
+    assert not any(hasattr(attn, "inversion_qkv") for attn in attentions)
+
+
+@torch.no_grad()
+def test_merged_projections_round_no_further_than_half_precision(denoiser: Denoiser) -> None:
+    half = copy.copy(denoiser)
+    half.unet, half.dtype = copy.deepcopy(denoiser.unet).bfloat16(), torch.bfloat16
+    x, time, cond = inputs()
+    exact = denoiser.eps(x, time, cond)
+    eager, merged = (predictor(caller(half, merge_qkv=merge), cond)(x, time) for merge in (False, True))
+    assert 0 < relative(merged, exact) < 2 * relative(eager, exact)
+
+
+@torch.no_grad()
+def test_adapted_projections_are_not_merged(denoiser: Denoiser) -> None:
+    peft = pytest.importorskip("peft")
+    mine = copy.copy(denoiser)
+    mine.unet = copy.deepcopy(denoiser.unet)
+    first = next(name for name, _ in mine.unet.named_modules() if name.endswith("attn1"))
+    mine.unet.add_adapter(peft.LoraConfig(r=2, target_modules=[f"{first}.to_v"], init_lora_weights=False))
+    x, time, cond = inputs()
+    assert relative(predictor(caller(mine, merge_qkv=True), cond)(x, time), mine.eps(x, time, cond)) < 1e-5
+    adapted = {name for name, m in mine.unet.named_modules() if name.endswith("attn1") and "inversion_qkv" in vars(m)}
+    assert adapted and first not in adapted
+    mine.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"]), adapter_name="all")
+    with pytest.raises(ConfigError, match="matches no self-attention"):
+        caller(mine, merge_qkv=True)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @torch.no_grad()
 def test_adapters_are_rounded_for_the_inversion_only(denoiser: Denoiser, dora: bool) -> None:
@@ -329,14 +384,21 @@ def traced(monkeypatch: pytest.MonkeyPatch, backend: str = "eager") -> list[Any]
     return graphs
 
 
+@pytest.mark.parametrize(
+    "words",
+    [{"fp8": True, "reuse_deep": True}, pytest.param({"merge_qkv": True, "reuse_deep": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 @torch.no_grad()
-def test_approximations_are_compiled_once(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_weights_are_compiled_once(
+    denoiser: Denoiser, words: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """float8 pays only when its rounding is fused: neither the next call nor the next window may make new code."""
     graphs = traced(monkeypatch)
     mine = copy.copy(denoiser)
     mine.unet = copy.deepcopy(denoiser.unet)
     x, time, cond = inputs()
-    made = caller(mine, compile="inversion", fp8=True, reuse_deep=True)
+    made = caller(mine, compile="inversion", **words)
     eps = predictor(made, cond)
     first = eps(x, time), eps(x, time, refinement=True)
     compiled = len(graphs)
@@ -344,7 +406,8 @@ def test_approximations_are_compiled_once(denoiser: Denoiser, monkeypatch: pytes
     eps = predictor(made, cond)
     assert torch.equal(eps(x, time), first[0]) and torch.equal(eps(x, time, refinement=True), first[1])
     assert len(graphs) == compiled > 0
-    assert relative(first[0], predictor(caller(mine, fp8=True), cond)(x, time)) < 1e-4
+    words = {**words, "reuse_deep": False}
+    assert relative(first[0], predictor(caller(mine, **words), cond)(x, time)) < 1e-4
 
 
 @pytest.mark.slow
@@ -371,6 +434,10 @@ def test_compiled_for_training_equal_weights_predict_equally(denoiser: Denoiser,
         ({"model": {"compile": "inversion"}}, 3, "stage 3"),
         ({"model": {"channels_last": True}}, 3, "use ZeRO stage 2"),
         ({"model": {"channels_last": True}, "inversion": {"source": "noise"}}, 2, "channels_last has no effect"),
+        ({"model": {"merge_qkv": True}}, 3, "stage 3"),
+        ({"model": {"merge_qkv": True}, "inversion": {"source": "noise"}}, 0, "merge_qkv has no effect"),
+        ({"model": {"merge_qkv": True, "attention": "eager"}}, 0, "no effect on model.attention = 'eager'"),
+        ({"model": {"merge_qkv": True}, "inversion": {"fp8": True}}, 0, "choose one"),
         ({"inversion": {"fp8": True}}, 3, "stage 3"),
         ({"inversion": {"reuse_deep": True, "solver": "ddim"}}, 0, "nothing to reuse"),
         ({"inversion": {"fp8": True, "source": "noise"}}, 0, "has no effect"),
@@ -383,20 +450,21 @@ def test_what_cannot_run_is_refused_by_name(words: dict[str, Any], stage: int, s
         checks.check(loading.from_dict(words), CPU, stage)
 
 
-@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("words", [{}, {"reuse_deep": True}, {"merge_qkv": True}], ids=str)
 @torch.no_grad()
 def test_replayed_graphs_equal_plain_calls_at_any_size_and_shape_of_images(
-    denoiser: Denoiser, reuse: bool, monkeypatch: pytest.MonkeyPatch
+    denoiser: Denoiser, words: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small chunks before large ones, two shapes in turn, and weights that change in place."""
     streams = use_recorded_graphs(monkeypatch)
     cuda_graphs._side_stream.cache_clear()
     mine = copy.copy(denoiser)
     mine.unet = copy.deepcopy(denoiser.unet)
-    made, plain = caller(mine, cuda_graphs=True, reuse_deep=reuse), caller(mine, reuse_deep=reuse)
+    made, plain = caller(mine, cuda_graphs=True, **words), caller(mine, **words)
     for count, height, scale in ((2, 8, 1.0), (5, 8, 1.0), (5, 12, 1.02), (3, 8, 1.0), (2, 12, 1.02), (5, 8, 1.0)):
         for p in mine.unet.parameters():
             p.mul_(scale)
+        made.weights_changed()
         x, time, cond = inputs(count, seed=count + height)
         x = torch.cat([x, x], dim=3)[:, :, :, :height]
         eps, wanted = predictor(made, cond), predictor(plain, cond)
@@ -436,9 +504,9 @@ def test_float8_on_a_cpu_needs_no_float8_product(denoiser: Denoiser, monkeypatch
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("words", [{}, {"reuse_deep": True}, {"merge_qkv": True}], ids=str)
 @torch.no_grad()
-def test_replayed_graphs_agree_and_see_new_weights(denoiser: Denoiser, reuse: bool) -> None:
+def test_replayed_graphs_agree_and_see_new_weights(denoiser: Denoiser, words: dict[str, bool]) -> None:
     device = torch.device("cuda")
     settings = loading.load()
     unet = copy.deepcopy(denoiser.unet).to(device)
@@ -446,10 +514,11 @@ def test_replayed_graphs_agree_and_see_new_weights(denoiser: Denoiser, reuse: bo
     mine = Denoiser(unet, source, locate.schedule_of(source, settings.inversion), "fp32", device)
     x, time, cond = inputs()
     x, time, cond = x.to(device), time.to(device), cond.map(lambda t: t.to(device))
-    made, plain = caller(mine, cuda_graphs=True, reuse_deep=reuse), caller(mine, reuse_deep=reuse)
+    made, plain = caller(mine, cuda_graphs=True, **words), caller(mine, **words)
     for scale in (1.0, 1.02):
         for p in unet.parameters():
             p.mul_(scale)
+        made.weights_changed()
         eps, wanted = predictor(made, cond), predictor(plain, cond)
         for n in (5, 4, 2):
             for refinement in (False, True):

@@ -135,6 +135,15 @@ def test_the_float8_copy_of_the_weights_is_planned_for() -> None:
     assert allocated[1] - allocated[0] == 1_848_192_000
 
 
+def test_merged_projections_are_planned_for() -> None:
+    """0.307 G parameters of SDXL are q, k and v of self-attention."""
+    allocated = []
+    for merged in (False, True):
+        s = subject(SDXL, settings(model={"merge_qkv": merged, "precision": "bf16"}))
+        allocated.append(memory.memory(s, s.variant()).allocated)
+    assert allocated[1] - allocated[0] == pytest.approx(614_400_000, rel=0.01)
+
+
 def test_channels_last_copies_are_planned_for_under_deepspeed() -> None:
     """0.333 G parameters of SDXL are convolutions; without DeepSpeed they are channels-last themselves."""
     for ds, extra in ((None, 0), ({"zero_optimization": {"stage": 2}}, 665_000_000)):

@@ -23,13 +23,12 @@ from smpo_fast.config.schema import Lora  # noqa: E402
 from smpo_fast.method.batch import Conditioning  # noqa: E402
 from smpo_fast.method.inversion import EAGER_OPS, SolverOps, invert  # noqa: E402
 from smpo_fast.method.schedule import NoiseSchedule  # noqa: E402
-from smpo_fast.models import attention, lora  # noqa: E402
+from smpo_fast.models import lora  # noqa: E402
 from smpo_fast.models.denoiser import Denoiser  # noqa: E402
 from smpo_fast.models.inference import compilation  # noqa: E402
 from smpo_fast.models.inference.caller import InferenceCaller  # noqa: E402
 from smpo_fast.models.inference.weight_copies import WeightCopies  # noqa: E402
 from smpo_fast.models.locate import ModelSource  # noqa: E402
-from smpo_fast.models.residual_block import skip_unit_scales  # noqa: E402
 
 META = counting.META
 
@@ -134,10 +133,20 @@ def test_bytes_that_the_pair_operations_must_move(op: str, frozen: int) -> None:
 
 def test_launches_of_a_no_gradient_call() -> None:
     """The bare UNet in half precision; the released script's autocast adds about 1,800 casts to it."""
-    call = counting.unet_call(SDXL, 2)
-    with torch.no_grad(), counting.fused_attention(), counting.DeviceSpy() as spy:
-        call()
+    unet = counting.unet_of_a_run(SDXL)
+    args, kwargs = architectures.make_inputs(SDXL, 2, META, torch.bfloat16)
+    copies = WeightCopies(unet, torch.bfloat16, channels_last=False, merge_qkv=True)
+    with torch.no_grad(), counting.fused_attention():
+        with counting.DeviceSpy() as spy:
+            unet(*args, **kwargs)
+        copies.refresh()
+        with counting.DeviceSpy() as refreshed:
+            copies.refresh()
+        with copies.active(), counting.DeviceSpy() as merged:
+            unet(*args, **kwargs)
     check("launches of an SDXL no-gradient call", 1709, sum(spy.launches.values()))
+    check("launches with merged projections", 1569, sum(merged.launches.values()))
+    check("launches that copy merged projections", 70, sum(refreshed.launches.values()))
     check("host syncs of an SDXL no-gradient call", 0, spy.reads + spy.uploads)
 
 
@@ -201,12 +210,10 @@ def test_nothing_is_read_back_inside_a_step() -> None:
 @pytest.mark.slow
 def test_launches_of_a_call_with_adapters() -> None:
     """Rank 16 on SDXL's attention layers, two images, with the copies that the inversion makes of the adapters."""
-    unet: Any = architectures.make_unet(SDXL, META, torch.bfloat16)
-    attention.set_processors(unet)
-    skip_unit_scales(unet)
+    unet = counting.unet_of_a_run(SDXL)
     lora.add_adapters(unet, Lora(rank=16), 0)
     args, kwargs = architectures.make_inputs(SDXL, 2, META, torch.bfloat16)
-    copies = WeightCopies(unet, torch.bfloat16, channels_last=False)
+    copies = WeightCopies(unet, torch.bfloat16, channels_last=False, merge_qkv=False)
     with torch.no_grad(), counting.fused_attention():
         copies.refresh()
         with counting.DeviceSpy() as spy:
@@ -228,9 +235,7 @@ def test_one_compiled_code_serves_all_batch_sizes(monkeypatch: pytest.MonkeyPatc
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler, fullgraph=True))
-    unet: Any = architectures.make_unet(SDXL, META, torch.bfloat16).eval()
-    attention.set_processors(unet)
-    skip_unit_scales(unet)
+    unet = counting.unet_of_a_run(SDXL).eval()
     config = loading.from_dict({"model": {"compile": "inversion"}})
     source = ModelSource(Path(), Path(), Path(), "sdxl", "epsilon", {}, None)
     denoiser = Denoiser(unet, source, NoiseSchedule.from_config(architectures.SCHEDULER), "bf16", META)

@@ -45,7 +45,7 @@ def test_eight_bit_adam_and_a_channels_last_inversion_train_under_zero(
 ) -> None:
     copied, refresh = [], WeightCopies.refresh
     monkeypatch.setattr(WeightCopies, "refresh", lambda self: (copied.append(len(self._forms)), refresh(self))[1])
-    words = [cache, "optim.name=adamw8bit", "model.channels_last=true"]
+    words = [cache, "optim.name=adamw8bit", "model.channels_last=true", "model.merge_qkv=true"]
     assert run(tmp_path / "run", *words, "--ds_config", str(CONFIGS / "ds_zero2.json")) == 0
     eight, full = (numbers(d)[-1]["train_loss"] for d in (tmp_path / "run", plain))
     assert abs(eight - full) < 2e-3

@@ -53,7 +53,7 @@ def test_every_way_to_run_on_a_cpu_agrees_with_eager_fp32(whole: tuple[Bench, Co
     bench, c = whole
     for values in (
         {}, {"model.channels_last": True}, {"model.gradient_checkpointing": True}, {"batch.micro_pairs": 1},
-        {"batch.micro_pairs": 3, "batch.inversion_pairs": 5}, {"batch.inversion_pairs": 1},
+        {"batch.micro_pairs": 3, "batch.inversion_pairs": 5}, {"batch.inversion_pairs": 1, "model.merge_qkv": True},
         {"model.attention": "eager"}, {"kernels.enabled": ["pair_loss", "layer_norm", "geglu"]},
     ):  # fmt: skip
         candidate = loading.replaced(c, values)
@@ -61,6 +61,7 @@ def test_every_way_to_run_on_a_cpu_agrees_with_eager_fp32(whole: tuple[Bench, Co
         assert 0 <= call.error < 1e-5
         assert 0 <= policy.error < 1e-5
         assert min(call.seconds, policy.policy, policy.reference, policy.optimizer) > 0
+    assert not any("inversion_qkv" in vars(m) for m in bench._unet.modules()), "the memory of a candidate is given back"
 
 
 def test_half_precision_is_compared_with_fp32_by_its_own_eager_distance() -> None:

@@ -15,7 +15,7 @@ from copy import copy
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smpo_fast.config.schema import Inversion, Model
 from smpo_fast.method.batch import Conditioning
@@ -36,6 +36,13 @@ def batch_sizes(chunk: int) -> list[int]:
     return sorted({-(-chunk * quarter // 4) for quarter in (1, 2, 3, 4)})
 
 
+def drop_copies(unet: nn.Module) -> None:
+    """Free the copies of weights that callers of a network keep at its modules; those callers are then of no use."""
+    for module in unet.modules():
+        for name in ("inversion_weight", "inversion_qkv", "float8_weight"):
+            vars(module).pop(name, None)
+
+
 class InferenceCaller:
     """Makes the no-gradient calls of a UNet, for chunks of at most ``chunk`` pairs."""
 
@@ -50,7 +57,7 @@ class InferenceCaller:
         self._contexts: list[Callable[[], AbstractContextManager[None]]] = kernel_patch.forward_only(bare)
         if model.compile != "off":
             self._contexts.append(partial(compiled, compiled_blocks(bare)))
-        self._copies = None if sharded else WeightCopies(bare, denoiser.dtype, model.channels_last)
+        self._copies = None if sharded else WeightCopies(bare, denoiser.dtype, model.channels_last, model.merge_qkv)
         if self._copies is not None:
             self._contexts.append(self._copies.active)
         self._float8 = Float8(bare) if inversion.fp8 else None

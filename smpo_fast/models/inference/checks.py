@@ -18,6 +18,7 @@ def check(config: Config, device: torch.device, zero_stage: int) -> None:
     wanted = {
         "model.compile": model.compile != "off",
         "model.cuda_graphs": model.cuda_graphs,
+        "model.merge_qkv": model.merge_qkv,
         "inversion.fp8": inversion.fp8,
         "inversion.reuse_deep": inversion.reuse_deep,
     }
@@ -58,6 +59,12 @@ def _check_inversion(model: Model, inversion: Inversion, device: torch.device) -
     if inversion.reuse_deep and inversion.renoise_steps == 0:
         raise ConfigError(
             f"inversion.reuse_deep: solver = '{inversion.solver}' makes one call per step: nothing to reuse"
+        )
+    if model.merge_qkv and model.attention in ("xformers", "eager"):
+        raise ConfigError(f"model.merge_qkv has no effect on model.attention = '{model.attention}': leave it off")
+    if model.merge_qkv and inversion.fp8:
+        raise ConfigError(
+            "model.merge_qkv: with inversion.fp8 these layers have float8 weights of their own: choose one"
         )
     if inversion.fp8 and device.type == "cuda":
         if model.compile == "off":
