@@ -42,6 +42,11 @@ class Noiser:
         self._policy, self._reference, self._loader, self._store = policy, reference, loader, store
         self._solver, self._before_call = solver, before_call
         self._callers: dict[tuple[nn.Module, int], InferenceCaller] = {}
+        self._copied: set[nn.Module] = set()  # networks whose copies of weights are those of this step
+
+    def weights_changed(self) -> None:
+        """To be called before the pairs of each step, which see the same weights."""
+        self._copied.clear()
 
     def is_stored(self, step: int) -> bool:
         """Whether the trajectories of a step are read instead of computed."""
@@ -85,7 +90,9 @@ class Noiser:
             return to_device(normals, self._world.device).transpose(0, 1)
 
         with self._inverting_network(chunk) as caller:
-            caller.weights_changed()
+            if caller.denoiser.unet not in self._copied:  # the copies belong to the network: all its callers share them
+                caller.weights_changed()
+                self._copied.add(caller.denoiser.unet)
 
             def network(rows: slice) -> NoisePredictor:
                 predict = caller.predictor(pairs.cond.take(rows))

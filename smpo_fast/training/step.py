@@ -85,6 +85,7 @@ class Trainer:
 
     def invert(self, step: int, step_batch: Sequence[Pairs], paths: StepPaths) -> list[Examples]:
         """The examples of the step batch: of the pairs of each shape, one set for every landing of their paths."""
+        self.noiser.weights_changed()
         return [examples for pairs in step_batch for examples in self._landings(step, pairs, paths)]
 
     def _landings(self, step: int, pairs: Pairs, paths: StepPaths) -> Iterator[Examples]:

@@ -293,6 +293,21 @@ class _Echo(torch.nn.Module):
         return (torch.empty_like(x, dtype=torch.float32),)
 
 
+@pytest.mark.parametrize("network", ["policy", "reference"])
+def test_weights_are_copied_once_a_step(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many image shapes it has; and again in the next step."""
+    words = {**WINDOW, "model": {"merge_qkv": True}, "inversion": {"steps": 5, "network": network}}
+    trainer = ours.make_trainer(SDXL_TOY, META, words)
+    copied, refresh = [], WeightCopies.refresh
+    monkeypatch.setattr(WeightCopies, "refresh", lambda self: (copied.append(self), refresh(self)))
+    (pairs,) = trainer.step_batch(0)
+    batch = [pairs.take(slice(0, 2)), pairs.take(slice(2, 3))]
+    with counting.fused_attention(), counting.DeviceSpy():
+        for step in range(2):
+            assert sum(map(len, trainer.invert(step, batch, trainer.noise_paths(step)))) == 3
+            assert len(copied) == step + 1
+
+
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
