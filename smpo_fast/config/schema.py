@@ -417,6 +417,17 @@ class Log(Section):
     trackio: str = Field("", description="trackio project; empty: off")
 
 
+class Export(Section):
+    """What a finished run writes beside the curves (docs/models.md); model.export_dtype is the dtype."""
+
+    formats: list[Literal["diffusers", "single-file"]] = Field(
+        ["diffusers"],
+        description="diffusers: <run.dir>/export, which the evaluation reads, always; single-file: also "
+        "<run.dir>/single-file, a .safetensors file for ComfyUI, A1111, Forge and InvokeAI; with adapters it needs "
+        "lora.merge",
+    )
+
+
 class Eval(Section):
     """Images that are sampled and scored after training."""
 
@@ -447,6 +458,7 @@ class Config(Section):
     optim: Optim = Optim()
     kernels: Kernels = Kernels()
     log: Log = Log()
+    export: Export = Export()
     eval: Eval = Eval()
 
     @property
@@ -455,10 +467,16 @@ class Config(Section):
         return self.batch.pairs_per_step // self.inversion.per_trajectory
 
     @model_validator(mode="after")
-    def _whole_trajectories(self) -> Config:
+    def _combinations(self) -> Config:
         pairs, each = self.batch.pairs_per_step, self.inversion.per_trajectory
         if pairs % each:
             raise ValueError(f"batch.pairs_per_step = {pairs} is no multiple of inversion.per_trajectory = {each}")
+        if "diffusers" not in self.export.formats:
+            raise ValueError(
+                "export.formats must have 'diffusers': the evaluation reads it, and other formats are made of it"
+            )
+        if "single-file" in self.export.formats and self.lora.rank and not self.lora.merge:
+            raise ValueError("export.formats has 'single-file', which needs merged adapters: set lora.merge = true")
         if self.inversion.store and self.objective.name == "sft":
             raise ValueError("inversion.store keeps nothing for objective.name = 'sft', which needs no reference")
         return self

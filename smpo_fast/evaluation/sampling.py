@@ -14,6 +14,7 @@ from smpo_fast.common.errors import ConfigError
 from smpo_fast.config.schema import EMBEDDED, Config
 from smpo_fast.embedded import shapes
 from smpo_fast.models import lora
+from smpo_fast.models.export import exported_model
 from smpo_fast.models.load import load_pipeline
 from smpo_fast.models.locate import ModelSource, find
 
@@ -42,8 +43,7 @@ def read_prompts(config: Config) -> list[str]:
 def aligned_pipeline(config: Config, export: Path, source: ModelSource, dtype: torch.dtype) -> Any:
     """What a run exported: a pipeline of its own, or the base ``source`` with the run's adapters."""
     if not (export / lora.FILE).is_file():
-        exported = config.model.model_copy(update={"path": str(export), "vae": "", "unet": "", "variant": ""})
-        return load_pipeline(find(exported), dtype)
+        return load_pipeline(find(exported_model(config.model, export)), dtype)
     pipe = load_pipeline(source, dtype)
     pipe.load_lora_weights(export, weight_name=lora.FILE)
     return pipe

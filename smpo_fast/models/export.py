@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from smpo_fast.common.errors import ModelError
+from smpo_fast.config.schema import Model
 from smpo_fast.models.config_files import read_object
 from smpo_fast.models.load import empty_unet
 from smpo_fast.models.locate import ModelSource
@@ -38,6 +39,13 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
     _copy_part(source.vae_folder, building / "vae", source.variant)
     unet.save_pretrained(building / "unet", safe_serialization=True)
     publish_export(building, folder)
+
+
+def exported_model(model: Model, folder: Path) -> Model:
+    """The section [model] for an exported pipeline: what was chosen beside the path is part of the pipeline now."""
+    applied = ("vae", "unet", "variant", "prediction", "zero_terminal_snr")
+    defaults = {name: Model.model_fields[name].default for name in applied}
+    return model.model_copy(update={**defaults, "path": str(folder)})
 
 
 def to_export_dtype(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

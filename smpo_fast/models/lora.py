@@ -8,7 +8,6 @@ reference differ before the first step.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from smpo_fast.models.load import empty_unet, load_unet, pipeline_class
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.pipeline_folder import LORA_FILE as FILE
 from smpo_fast.models.pipeline_folder import begin_export, publish_export
+from smpo_fast.models.single_file.header import sort_header
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -130,22 +130,8 @@ def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folde
             for key, value in unet.peft_config["default"].to_dict().items()
         },
     )
-    _sort_header(building / FILE)
+    sort_header(building / FILE)
     publish_export(building, folder)
-
-
-def _sort_header(file: Path) -> None:
-    """Put the entries of a safetensors file's header in order: safetensors writes metadata in a random one.
-
-    The same adapters thus give the same bytes.
-    """
-    with file.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(ordered) == size:
-            stream.seek(8)
-            stream.write(ordered)
 
 
 def merge(config: Config, source: ModelSource, adapters: Path, folder: Path) -> None:

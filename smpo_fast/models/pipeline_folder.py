@@ -64,6 +64,6 @@ def _finish_files(folder: Path) -> None:
 def _keep_other_files(earlier: Path, folder: Path) -> None:
     ours = {"model_index.json", LORA_FILE, EXPORT_INFO, *PARTS, *OPTIONAL_PARTS}
     for file in earlier.iterdir() if earlier.is_dir() else ():
-        if file.name not in ours:
+        if file.name not in ours and not (folder / file.name).exists():
             copy = shutil.copytree if file.is_dir() else shutil.copy2
             copy(file, folder / file.name)

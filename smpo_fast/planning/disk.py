@@ -10,8 +10,10 @@ from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import COMPUTE_DTYPES
 from smpo_fast.config.schema import Config
 from smpo_fast.data.pairs import reader
+from smpo_fast.models.config_files import read_object
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR
+from smpo_fast.models.single_file.parts import empty_state
 from smpo_fast.planning.memory import state_bytes
 from smpo_fast.planning.planned_run import PlannedRun
 
@@ -37,9 +39,21 @@ def disk_bytes(run: PlannedRun, source: ModelSource) -> dict[str, float]:
         "cache": pairs * FILE_BYTES * (IMAGES_PER_PAIR * flips * moments * latent + prompt + pooled),
         "checkpoints": (settings.run.keep + 1) * checkpoint,  # one more while the next is written
         "export": (trained + frozen) * getattr(torch, settings.model.export_dtype).itemsize + others,
+        "single file": (_values(source) + trained + frozen) * getattr(torch, settings.model.export_dtype).itemsize
+        if "single-file" in settings.export.formats
+        else 0.0,
         "converted model": 0.0 if source.file is None else others + source.file.bytes_of("unet"),
         "trajectories": examples * settings.run.steps if settings.inversion.store else 0.0,
     }
+
+
+def _values(source: ModelSource) -> int:
+    """How many numbers the VAE and the text encoders have."""
+    folders = {"vae": source.vae_folder, "text_encoder": source.folder / "text_encoder"}
+    if source.kind == "sdxl":
+        folders["text_encoder_2"] = source.folder / "text_encoder_2"
+    states = [empty_state(part, read_object(folder / "config.json")) for part, folder in folders.items()]
+    return sum(value.numel() for state in states for value in state.values())
 
 
 def count_pairs(settings: Config) -> tuple[int, str]:

@@ -12,7 +12,9 @@ from smpo_fast.common import plots, storage
 from smpo_fast.common.runtime import print0, warn0
 from smpo_fast.evaluation import compare
 from smpo_fast.models import lora
-from smpo_fast.models.export import export_pipeline
+from smpo_fast.models.export import export_pipeline, exported_model
+from smpo_fast.models.locate import find
+from smpo_fast.models.single_file.write import write_single_file
 from smpo_fast.training.job import Job
 from smpo_fast.training.run_folder import describe_end
 from smpo_fast.training.run_log import read_metrics
@@ -34,6 +36,14 @@ def finish(job: Job, state: dict[str, Tensor]) -> None:
         export_pipeline(job.source, state, export, c.model.export_dtype)
     if c.lora.merge:
         lora.merge(c, job.source, export, merged)
+    if "single-file" in c.export.formats:
+        write_single_file(
+            find(exported_model(c.model, merged if c.lora.rank else export)),
+            job.run_dir / "single-file",
+            title=job.run_dir.resolve().name,
+            resolution=c.data.resolution,
+            dtype=c.model.export_dtype,
+        )
     plots.draw_curves(read_metrics(job.run_dir), job.run_dir / "curves.png")
     summary = ""
     if c.eval.prompts:
@@ -47,6 +57,11 @@ def finish(job: Job, state: dict[str, Tensor]) -> None:
         + (
             "  merged/         the aligned pipeline, with the adapters merged into its weights\n"
             if c.lora.merge
+            else ""
+        )
+        + (
+            "  single-file/    the aligned pipeline as one file, for ComfyUI, A1111, Forge and InvokeAI\n"
+            if "single-file" in c.export.formats
             else ""
         )
         + "  metrics.jsonl   one line per step; tensorboard/ has the same; curves.png plots them\n"

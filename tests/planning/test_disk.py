@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from smpo_fast import embedded
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.models.locate import find
@@ -41,3 +43,10 @@ def test_pairs_without_their_table_are_those_that_the_run_visits(tmp_path: Path)
         return count_pairs(settings)[0]
 
     assert (count(0), count(7), count(100)) == (20, 7, 20)
+
+
+def test_a_single_file_has_all_networks_in_the_dtype_of_the_export() -> None:
+    found = planned(export={"formats": ["diffusers", "single-file"]}, model={"export_dtype": "float16"})
+    weights = embedded.pipeline_path().rglob("*.safetensors")
+    values = sum(value.numel() for file in weights for value in load_file(file).values())
+    assert (planned()["single file"], found["single file"]) == (0, 2 * values)

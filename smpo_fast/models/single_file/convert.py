@@ -31,7 +31,7 @@ from smpo_fast.models.single_file.recognise import SingleFile
 
 _FORMAT = 1  # of the converted folder: a change of it converts every file again
 # In many files, but not used by the pipelines: positions 0, 1, 2, ..., and what CLIP compares texts and images with.
-_UNUSED = {"text_model.embeddings.position_ids", "text_projection.weight", "logit_scale", "attn_mask"}
+_UNUSED = {layout.POSITION_IDS, "text_projection.weight", "logit_scale", "attn_mask"}
 
 
 def converted(found: SingleFile, wanted: Iterable[str]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,3 +82,32 @@ def read_header(file: Path, key: str) -> Header:
 def tensor_bytes(tensors: Mapping[str, TensorInfo], prefix: str) -> int:
     """Bytes of the tensors whose names begin with a prefix."""
     return sum(info.end - info.start for name, info in tensors.items() if name.startswith(prefix))
+
+
+def set_metadata(file: Path, metadata: Mapping[str, str]) -> None:
+    """Replace a file's metadata by others of the same length in bytes, and put its header in order.
+
+    Raises ValueError for metadata of another length.
+    """
+    if not _rewrite(file, lambda header: {**header, "__metadata__": dict(metadata)}):
+        raise ValueError("the header's length may not change: the tensors follow it")
+
+
+def sort_header(file: Path) -> None:
+    """Put the entries of a file's header in order: safetensors writes metadata in a random one.
+
+    The same tensors thus give the same bytes.
+    """
+    _rewrite(file, lambda header: header)
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bool:
+    """Change a header in its place; False, and nothing done, if it would have another length."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = change(json.loads(stream.read(size)))
+        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) == size:
+            stream.seek(8)
+            stream.write(ordered)
+        return len(ordered) == size

@@ -26,6 +26,10 @@ PREFIXES = {
 }
 
 
+POSITION_IDS = "text_model.embeddings.position_ids"  # a first text encoder's 0, 1, 2, ...
+TEXT_PROJECTION = "text_projection"  # of the second, transposed
+
+
 class Original(NamedTuple):
     """An original tensor's name without its prefix; third: 0, 1 or 2 if only that third of its rows is meant."""
 
@@ -61,7 +65,7 @@ _OPEN_CLIP = (
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
     (".self_attn.out_proj.", ".attn.out_proj."),
-    ("text_projection.weight", "text_projection"),
+    ("text_projection.weight", TEXT_PROJECTION),
 )
 
 
@@ -115,6 +119,11 @@ def _vae_name(name: str, levels: int) -> str:
     name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample.", name)
     name = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda m: f"up.{levels - 1 - int(m[1])}.block.", name)
     return re.sub(r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample.", name)
+
+
+def is_vae_attention(name: str) -> bool:
+    """Whether an original name is that of a matrix of a VAE's attention."""
+    return ".mid.attn_1." in name and name.endswith(".weight") and not name.endswith(".norm.weight")
 
 
 def _open_clip_name(name: str) -> Original:
