@@ -58,6 +58,11 @@ class Model(Section):
         description="UNet (folder, hub id or .safetensors file) that policy and reference start from, instead of the "
         "pipeline's",
     )
+    lora: list[str] = Field(
+        [],
+        description="LoRA files (path, or path:scale) that are added to the UNet before policy and reference are made "
+        "of it; names as in diffusers, peft and kohya's scripts (docs/models.md)",
+    )
     prediction: Literal["auto", "epsilon", "v"] = Field(
         "auto", description="what the UNet predicts; auto: as its scheduler, or the file's markers and metadata, say"
     )

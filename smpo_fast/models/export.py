@@ -43,8 +43,8 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
 
 def exported_model(model: Model, folder: Path) -> Model:
     """The section [model] for an exported pipeline: what was chosen beside the path is part of the pipeline now."""
-    applied = ("vae", "unet", "variant", "prediction", "zero_terminal_snr")
-    defaults = {name: Model.model_fields[name].default for name in applied}
+    applied = ("vae", "unet", "variant", "lora", "prediction", "zero_terminal_snr")
+    defaults = Model().model_dump(include=set(applied))
     return model.model_copy(update={**defaults, "path": str(folder)})
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+from smpo_fast.common import storage
 from smpo_fast.models.locate import FILE_PATTERNS, ModelSource
 from smpo_fast.models.pipeline_folder import TEXT_PARTS
 
@@ -19,6 +21,14 @@ def encoders_identity(source: ModelSource) -> str:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:32]
+
+
+def base_identity(source: ModelSource) -> str | dict[str, Any]:
+    """What identifies the weights that policy and reference start from: the UNet's, and the LoRAs that are added."""
+    unet = weights_identity(source.unet_folder)
+    if not source.loras:
+        return unet
+    return {"unet": unet, "loras": [[storage.sha256(lora.file)[:16], lora.scale] for lora in source.loras]}
 
 
 def weights_identity(part: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from smpo_fast.common.console import printable
@@ -15,6 +16,7 @@ from smpo_fast.common.errors import ModelError
 from smpo_fast.common.runtime import warn0
 from smpo_fast.config.schema import Model
 from smpo_fast.models.attention import set_attention
+from smpo_fast.models.base_loras import merge_loras
 from smpo_fast.models.config_files import check_weight_index, read_object, some, whole_number
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.pipeline_folder import TEXT_PARTS
@@ -32,12 +34,21 @@ def load_unet(
     flattened: DeepSpeed will flatten the policy's weights, so policy and reference keep the default memory format.
     Two UNets with equal weights give bitwise equal predictions.
     """
-    unet = load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype).to(device)
+    unet = _base_unet(source, dtype).to(device)
     set_attention([unet], model.attention, device)
     skip_unit_scales(unet)
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.to(memory_format=torch.channels_last) if model.channels_last and not flattened else unet
+
+
+def _base_unet(source: ModelSource, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The UNet in ``dtype``, with the LoRAs of ``model.lora``, which are added before it is rounded."""
+    if not source.loras:
+        return load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype)
+    unet = load_network(UNet2DConditionModel, source.unet_folder, source.variant, torch.float32)
+    merge_loras(unet, source.loras)
+    return nn.Module.to(unet, dtype)
 
 
 def empty_unet(source: ModelSource) -> UNet2DConditionModel:
@@ -64,7 +75,7 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
     Raises ModelError for a network that cannot be loaded, or not completely.
     """
     parts = {
-        "unet": load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype),
+        "unet": _base_unet(source, dtype),
         "vae": load_network(AutoencoderKL, source.vae_folder, source.variant, dtype),
     }
     for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):

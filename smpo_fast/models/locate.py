@@ -6,7 +6,7 @@ Weights are read from safetensors only, and no code of a repository is executed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from smpo_fast.config import schema
 from smpo_fast.config.schema import Inversion, Model
 from smpo_fast.method.schedule import NoiseSchedule
 from smpo_fast.models import public_pipelines
+from smpo_fast.models.base_loras import BaseLora, locate_loras
 from smpo_fast.models.config_files import read_object, shown
 from smpo_fast.models.pipeline_folder import OPTIONAL_PARTS, PARTS, TEXT_PARTS
 from smpo_fast.models.public_pipelines import HUB_IDS
@@ -52,14 +53,15 @@ class ModelSource:
     scheduler: Mapping[str, Any]
     variant: str | None
     file: SingleFile | None = None
+    loras: tuple[BaseLora, ...] = ()  # added to the UNet's weights whenever they are loaded
 
     def describe(self) -> str:
         """Kind, prediction and place, for a user."""
         zero = " with zero terminal SNR" if self.scheduler.get("rescale_betas_zero_snr") else ""
-        known = f" ({self.file.clues})" if self.file else ""
-        return (
-            f"{self.kind}, {self.prediction_type}{zero}{known}, {self.file.header.file if self.file else self.folder}"
-        )
+        known = f" ({self.file.clues or 'no marker says otherwise'})" if self.file else ""
+        loras = "".join(f" + {lora}" for lora in self.loras)
+        place = self.file.header.file if self.file else self.folder
+        return f"{self.kind}, {self.prediction_type}{zero}{known}, {place}{loras}"
 
 
 def find(model: Model, *, weights: bool = True) -> ModelSource:
@@ -68,7 +70,8 @@ def find(model: Model, *, weights: bool = True) -> ModelSource:
     weights: if false, only configurations are downloaded, and nothing is converted: for a file, the folders of the
     result are those of its public pipeline. Raises ModelError for a folder that is not a diffusers pipeline, a pipeline
     other than SDXL or SD1.5, a prediction type other than epsilon and v_prediction, a UNet with additional input
-    channels, and a file that ``recognise`` refuses; EnvironmentProblem when the hub cannot be reached.
+    channels, and a file that ``recognise`` or ``locate_loras`` refuses; EnvironmentProblem when the hub cannot be
+    reached.
     """
     folder, file = _pipeline(model, weights)
     pipeline = read_object(folder / "model_index.json", "model.path").get("_class_name")
@@ -87,12 +90,13 @@ def find(model: Model, *, weights: bool = True) -> ModelSource:
         model.variant or None,
         file,
     )
-    channels = read_object(source.unet_folder / "config.json", "model.unet").get("in_channels")
+    config = read_object(source.unet_folder / "config.json", "model.unet")
+    channels = config.get("in_channels")
     if channels != 4:
         raise ModelError(
             f"model.path: {source.unet_folder} has {shown(channels)} input channels (inpainting?); 4 are supported"
         )
-    return source
+    return replace(source, loras=locate_loras(model.lora, config)) if model.lora else source
 
 
 def _pipeline(model: Model, weights: bool) -> tuple[Path, SingleFile | None]:

@@ -17,7 +17,7 @@ from smpo_fast.data.pairs import reader
 from smpo_fast.engine import batch_size, checkpoint, combinations, ds_config
 from smpo_fast.evaluation import compare
 from smpo_fast.models import kernel_patch, lora, step_ops
-from smpo_fast.models.identity import encoders_identity, weights_identity
+from smpo_fast.models.identity import base_identity, encoders_identity
 from smpo_fast.models.inference import checks
 from smpo_fast.models.locate import ModelSource, find
 from smpo_fast.models.network_spec import check_resolution
@@ -66,7 +66,7 @@ class Job:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed from."""
         cache = cache_format.read_info(self.cache_dir)
-        return checkpoint_facts(self.config, self.precision, weights_identity(self.source.unet_folder), cache)
+        return checkpoint_facts(self.config, self.precision, base_identity(self.source), cache)
 
 
 def _resolve_engine(

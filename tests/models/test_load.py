@@ -121,3 +121,20 @@ def test_a_truncated_file_is_named_with_the_reason(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="vae: cannot be loaded as AutoencoderKL"):
         load_all(tmp_path / "p")
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["unet/", "root"])
+@pytest.mark.parametrize("variant", ["", "fp16"])
+@pytest.mark.parametrize("shards", ["1MB", "1GB"], ids=["shards", "one file"])
+def test_a_unet_alone_is_read_in_every_layout_of_repositories(
+    inside: bool, variant: str, shards: str, tmp_path: Path
+) -> None:
+    """SmPO-SDXL and DPO-SDXL have unet/, mapo-beta its weights at the root; variants, and weights in shards."""
+    own = load_unet(find(settings("embedded")), settings("embedded"), torch.float32, CPU)
+    own.conv_in.bias.data += 1
+    place = tmp_path / "unet" if inside else tmp_path
+    own.save_pretrained(place, variant=variant or None, max_shard_size=shards)
+    assert (len(list(place.glob("*.safetensors"))) > 1) == (shards == "1MB")
+    model = settings("embedded", unet=str(tmp_path), variant=variant)
+    found = load_unet(find(model), model, torch.float32, CPU).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in own.state_dict().items())

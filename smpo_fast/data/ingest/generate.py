@@ -31,7 +31,7 @@ from smpo_fast.data.pairs.writer import PART_BYTES, TableWriter, remove_working_
 from smpo_fast.data.rewards.scorers import Scorer, check_scorer, load_scorer, scorer_identity
 from smpo_fast.embedded import shapes
 from smpo_fast.models import lora
-from smpo_fast.models.identity import encoders_identity, weights_identity
+from smpo_fast.models.identity import base_identity, encoders_identity
 from smpo_fast.models.load import load_pipeline
 from smpo_fast.models.locate import ModelSource, find
 
@@ -246,7 +246,7 @@ def _identity(prompts: Sequence[str], source: ModelSource, options: GenerateOpti
     return {
         "generated": FORMAT,
         "prompts": {"count": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
-        "unet": weights_identity(source.unet_folder),
+        "unet": base_identity(source),
         "encoders": encoders_identity(source),
         "adapters": digest,
         "options": {**options.model_dump(include=deciding), "pairs": options.pairing},

@@ -1,0 +1,187 @@
+"""LoRA files of ``model.lora``: added to the UNet's weights before policy and reference are made of them.
+
+The names that diffusers (three generations), peft and kohya's scripts give to a layer are made from the UNet's own, so
+a tensor that belongs to no layer is noticed. W becomes W + scale * alpha / rank * up @ down.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from smpo_fast.common.errors import ModelError
+from smpo_fast.models.config_files import read_object, shown, some
+from smpo_fast.models.pipeline_folder import LORA_FILE
+from smpo_fast.models.single_file import layout
+from smpo_fast.models.single_file.header import Header, read_header
+from smpo_fast.models.single_file.parts import empty_state
+
+_PEFT_FILE = "adapter_model.safetensors"
+# Ends of names, longer ones before those that they end with.
+_ENDS = {
+    "down": (
+        ".lora_linear_layer.down.weight", ".lora.down.weight", ".lora_down.weight", ".lora_A.default.weight",
+        ".lora_A.weight", ".down.weight",
+    ),
+    "up": (
+        ".lora_linear_layer.up.weight", ".lora.up.weight", ".lora_up.weight", ".lora_B.default.weight",
+        ".lora_B.weight", ".up.weight",
+    ),
+    "alpha": (".alpha",),
+}  # fmt: skip
+# Parts of names that tell why a file cannot be merged.
+_OTHERS = (
+    (("lora_te", "text_encoder", "text_model"), "changes the text encoders too, and only a UNet's part can be added"),
+    (("dora_scale", "lora_magnitude_vector"), "is a DoRA, and only plain LoRAs can be added"),
+    (("hada_", "lokr_", "oft_", "lora_mid"), "is of LyCORIS, and only plain LoRAs can be added"),
+)
+_ELSEWHERE = "merge it elsewhere and give the result as model.path"
+
+
+@dataclass(frozen=True)
+class BaseLora:
+    """A LoRA file that is part of the base, and the factor that it is added with."""
+
+    file: Path
+    scale: float
+
+    def __str__(self) -> str:
+        return f"{self.file} at {self.scale:g}"
+
+
+def locate_loras(words: Sequence[str], unet_config: Mapping[str, Any]) -> tuple[BaseLora, ...]:
+    """The LoRAs that ``model.lora`` names, checked against a UNet's configuration by their headers alone.
+
+    A word is ``path`` or ``path:scale``. Raises ModelError for what is no LoRA file, and for one of another network.
+    """
+    found = tuple(_located(word) for word in words)
+    if found:
+        shapes = {name: tuple(value.shape) for name, value in empty_state("unet", unet_config).items()}
+        layers = _names_of_layers(shapes, unet_config)
+        for lora in found:
+            header = read_header(lora.file, "model.lora")
+            for weight, layer in _matched(header, layers).items():
+                _check_shapes(header, layer, weight, shapes[weight])
+            _default_alpha(header)
+    return found
+
+
+def merge_loras(unet: Any, loras: Sequence[BaseLora]) -> None:
+    """Add LoRAs to the weights of a UNet in float32, in their order."""
+    weights = dict(unet.named_parameters())
+    layers = _names_of_layers(weights, unet.config)
+    for lora in loras:
+        header = read_header(lora.file, "model.lora")
+        default, root = _default_alpha(header)
+        with safe_open(lora.file, framework="pt") as file, torch.no_grad():
+            for weight, layer in _matched(header, layers).items():
+                down, up = (file.get_tensor(layer[which]).float() for which in ("down", "up"))
+                rank = len(down)
+                alpha = float(file.get_tensor(layer["alpha"])) if "alpha" in layer else default or rank
+                delta = (up.flatten(1) @ down.flatten(1)).reshape(weights[weight].shape)
+                weights[weight] += delta * (lora.scale * alpha / (math.sqrt(rank) if root else rank))
+
+
+def _located(word: str) -> BaseLora:
+    place, colon, end = word.rpartition(":")
+    try:
+        scale = float(end) if colon else 1.0
+    except ValueError:
+        place, scale = word, 1.0
+    path = Path(place if colon and place else word)
+    for file in (path, path / LORA_FILE, path / _PEFT_FILE):
+        if file.is_file():
+            return BaseLora(file, scale)
+    raise ModelError(
+        f"model.lora: '{word}' is neither a .safetensors file nor a folder with {LORA_FILE} or {_PEFT_FILE}; a scale "
+        "follows the path after a colon (path:0.8)"
+    )
+
+
+def _names_of_layers(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """The weight that each possible name of a layer means."""
+    originals = layout.original_names("unet", names, config)
+    found = {}
+    for weight in names:
+        layer = weight.removesuffix(".weight")
+        if layer == weight:
+            continue
+        for known in (layer, originals[weight].name.removesuffix(".weight")):
+            found[f"lora_unet_{known.replace('.', '_')}"] = weight
+        for prefix in ("unet.", "base_model.model.unet.", "base_model.model.", ""):
+            found[prefix + layer] = weight
+        attention, _, projection = layer.removesuffix(".0").rpartition(".")
+        found[f"unet.{attention}.processor.{projection}_lora"] = weight
+        found[f"{attention}.processor.{projection}_lora"] = weight
+    return found
+
+
+def _matched(header: Header, layers: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The layers that a file changes, by the names of their weights. Raises ModelError if it holds anything else."""
+    found: dict[str, dict[str, str]] = {}
+    unknown = []
+    for name in header.tensors:
+        weight, which = next(((layers[stem], which) for stem, which in _stems(name) if stem in layers), (None, ""))
+        if weight is None:
+            unknown.append(name)
+        else:
+            found.setdefault(weight, {})[which] = name
+    for layer in found.values():
+        if not {"down", "up"} <= set(layer):
+            unknown += layer.values()
+    if unknown or not found:
+        names = f"({some(sorted(unknown)) or 'it is empty'})"
+        for marks, why in _OTHERS:
+            if any(mark in name for mark in marks for name in unknown):
+                raise ModelError(f"model.lora: {header.file} {why} {names}: {_ELSEWHERE}")
+        raise ModelError(
+            f"model.lora: {header.file} is no LoRA of this UNet: what it holds belongs to no layer {names}"
+        )
+    return found
+
+
+def _stems(name: str) -> Iterator[tuple[str, str]]:
+    """A name without each ending that it has, and what that ending means."""
+    for which, ends in _ENDS.items():
+        for end in ends:
+            if name.endswith(end):
+                yield name.removesuffix(end), which
+
+
+def _check_shapes(header: Header, layer: Mapping[str, str], weight: str, shape: tuple[int, ...]) -> None:
+    down, up = (header.tensors[layer[which]].shape for which in ("down", "up"))
+    fits = len(down) >= 2 and down[0] >= 1 and len(up) >= 2 and up[1] == down[0] and math.prod(up[2:]) == 1
+    if not fits or (up[0], math.prod(down[1:])) != (shape[0], math.prod(shape[1:])):
+        raise ModelError(
+            f"model.lora: {header.file} is no LoRA of this UNet: '{layer['down']}' {list(down)} and "
+            f"'{layer['up']}' {list(up)} do not fit {weight} {list(shape)}"
+        )
+
+
+def _default_alpha(header: Header) -> tuple[float, bool]:
+    """peft's alpha for layers without one of their own (0: the rank); and whether the rank's root divides it.
+
+    diffusers keeps peft's settings in the file's metadata, peft in adapter_config.json beside it.
+    """
+    beside = header.file.with_name("adapter_config.json")
+    if "lora_adapter_metadata" in header.metadata:
+        try:
+            said = dict(json.loads(header.metadata["lora_adapter_metadata"]))
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"model.lora: {header.file}: its lora_adapter_metadata cannot be read: {error}") from error
+        settings = {name.removeprefix("unet."): value for name, value in said.items()}
+    else:
+        settings = read_object(beside, "model.lora") if beside.is_file() else {}
+    if settings.get("alpha_pattern"):
+        raise ModelError(
+            f"model.lora: {header.file} has an alpha of its own for some layers (alpha_pattern "
+            f"{shown(settings['alpha_pattern'])}): {_ELSEWHERE}"
+        )
+    return float(settings.get("lora_alpha") or 0), bool(settings.get("use_rslora"))
