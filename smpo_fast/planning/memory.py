@@ -13,6 +13,7 @@ from smpo_fast.engine.optimizer_states import STATE_BYTES
 from smpo_fast.models import footprint
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
 from smpo_fast.planning.planned_run import PlannedRun, RunVariant
+from smpo_fast.training.examples import prepared_together
 
 CONTEXT_BYTES = 0.6e9  # the CUDA context, outside the allocator; assumed
 LIBRARY_BYTES = 0.15e9  # workspaces of cuBLAS and cuDNN, inside the allocator; assumed
@@ -142,8 +143,8 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
         "weights for the inversion": _copies_bytes(run, variant),
         "activations, inversion": call + prompts * (1 + graphs),  # graphs read copies of them
         "CUDA graphs": (call + prompts) * graphs,
-        "activations, reference": frozen_call.at(variant.micro_pairs),
-        "activations, policy": backward.at(variant.micro_pairs),
+        "activations, reference": frozen_call.at(variant.micro_pairs) + _prepared_bytes(run, variant),
+        "activations, policy": backward.at(variant.micro_pairs) + _prepared_bytes(run, variant),
         "gathered weights": min(whole, live) * size * gathers,
         "buckets": _bucket_bytes(run, variant),
     }
@@ -187,6 +188,13 @@ def _step_batch_bytes(run: PlannedRun) -> float:
     latent = IMAGES_PER_PAIR * math.prod(run.network.latent)
     prompt = math.prod(run.network.prompt)
     return 4 * run.pairs_of_rank * (2 * (latent + prompt) + 2 * latent * run.config.inversion.per_trajectory)
+
+
+def _prepared_bytes(run: PlannedRun, variant: RunVariant) -> float:
+    """The networks' inputs of the examples whose micro-batches are prepared together."""
+    together = prepared_together(run.pairs_of_rank, variant.micro_pairs)
+    image = math.prod(run.network.prompt) + math.prod(run.network.latent)
+    return together * IMAGES_PER_PAIR * image * COMPUTE_DTYPES[variant.precision].itemsize
 
 
 def _host(run: PlannedRun, variant: RunVariant) -> dict[str, float]:

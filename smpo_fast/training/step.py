@@ -24,7 +24,7 @@ from smpo_fast.models import attention
 from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.inference import compilation
 from smpo_fast.models.step_ops import StepOps
-from smpo_fast.training.examples import Examples
+from smpo_fast.training.examples import Examples, MicroBatch, micro_batches
 from smpo_fast.training.learning_rate import learning_rate
 from smpo_fast.training.loader import Loader
 from smpo_fast.training.metrics import Meter, StepTable
@@ -105,16 +105,16 @@ class Trainer:
         if self.store is not None and (stored := self.store.reference_errors(step, examples)) is not None:
             return stored
         with self.reference() as reference:
-            errors = [torch.cat([self._errors(reference, micro) for micro in self._micro(e)]) for e in examples]
+            errors = [torch.cat([self._errors(reference, micro) for micro in self._micro_batches(e)]) for e in examples]
         if self.store is not None:
             self.store.write_examples(step, examples, errors)
         return errors
 
-    def _errors(self, reference: Denoiser, micro: Examples) -> Tensor:
-        self.before_call(len(micro))
+    def _errors(self, reference: Denoiser, micro: MicroBatch) -> Tensor:
+        self.before_call(len(micro.examples))
         with compilation.through_policy_code(self.config.model):
-            prediction = reference(micro.x_t, micro.time, micro.pairs.cond).detach()
-        return self.ops.pair_errors(prediction, self._target(micro))
+            prediction = reference.predict(micro.x_t, micro.timesteps, micro.inputs.unet).detach()
+        return self.ops.pair_errors(prediction, micro.target)
 
     def policy_gradient(self, examples: Sequence[Examples], reference_errors: Sequence[Tensor | None]) -> None:
         """Back-propagate the mean loss of all examples, one micro-batch at a time.
@@ -125,26 +125,23 @@ class Trainer:
         total, done, beta = sum(map(len, examples)), 0, self.config.objective.beta
         for e, errors in zip(examples, reference_errors, strict=True):
             frozen = iter([None] * len(e) if errors is None else errors.split(self.config.batch.micro_pairs))
-            for micro in self._micro(e):
-                self.before_call(len(micro), cost=TRAINING_COST)
-                done += len(micro)
-                weight = self.objective.weigh(micro.pairs.weight)
-                prediction = self.policy(micro.x_t, micro.time, micro.pairs.cond)
-                out = self.ops.pair_loss(prediction, next(frozen), self._target(micro), weight, beta)
+            for micro in self._micro_batches(e):
+                trained = micro.examples
+                self.before_call(len(trained), cost=TRAINING_COST)
+                done += len(trained)
+                prediction = self.policy.predict(micro.x_t, micro.timesteps, micro.inputs.unet)
+                out = self.ops.pair_loss(prediction, next(frozen), micro.target, micro.weight, beta)
                 with attention.preferred(self.policy.unet):  # checkpointing repeats the forward pass in here
                     self.engine.backward(out.loss.sum() / total, last=done == total)
                 self.meter.add(
-                    micro.pairs.ids, micro.times,
-                    loss=out.loss, logit=out.logit, weight=weight,
+                    trained.pairs.ids, trained.times,
+                    loss=out.loss, logit=out.logit, weight=micro.weight,
                     policy_w=out.policy[:, 0], policy_l=out.policy[:, 1],
                     reference_w=out.reference[:, 0], reference_l=out.reference[:, 1],
                 )  # fmt: skip
 
-    def _micro(self, examples: Examples) -> Iterator[Examples]:
-        return examples.micro_batches(self.config.batch.micro_pairs)
-
-    def _target(self, examples: Examples) -> Tensor:
-        return self.policy.target(examples.pairs.latents, examples.tau, examples.time)
+    def _micro_batches(self, examples: Examples) -> Iterator[MicroBatch]:
+        return micro_batches(examples, self.config.batch.micro_pairs, self.policy, self.objective)
 
     def _reference_for_both_phases(self, step: int) -> AbstractContextManager[object]:
         """Where the reference inverts too, it stays in place for both phases: a streamed one is copied only once."""

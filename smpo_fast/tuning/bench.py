@@ -288,7 +288,7 @@ def _eager_fp32(plain: Config, source: ModelSource, base: Examples, device: torc
         parameter.requires_grad_(name in probes)
     denoiser = Denoiser(unet, source, schedule_of(source, settings.inversion), "fp32", device)
     objective, predictions = OBJECTIVES[settings.objective.name], []
-    for one in base.micro_batches(1):
+    for one in base.split(1):
         prediction = denoiser(one.x_t, one.time, one.pairs.cond)
         target = denoiser.target(one.pairs.latents, one.tau, one.time)
         equal = pair_errors(prediction, target).detach() if objective.needs_reference else None

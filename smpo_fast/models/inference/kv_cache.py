@@ -26,7 +26,11 @@ class CallInputs:
 
     def first(self, pairs: int) -> CallInputs:
         """Those of the first pairs."""
-        return self.map(lambda t: t[: 2 * pairs], lambda t: t[:pairs])
+        return self.take(0, pairs)
+
+    def take(self, start: int, stop: int) -> CallInputs:
+        """Those of some pairs: views."""
+        return self.map(lambda t: t[2 * start : 2 * stop], lambda t: t[start:stop])
 
     def map(self, of_images: Callable[[Tensor], Tensor], of_pairs: Callable[[Tensor], Tensor]) -> CallInputs:
         """A copy with a function applied to every tensor: one for tensors of 2 rows per pair, one for those of 1."""
