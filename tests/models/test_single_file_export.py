@@ -165,13 +165,18 @@ def test_what_does_not_read_back_is_not_published(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_writes_a_file_that_holds_what_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(tmp_path / "aligned", "run.steps=1", 'export.formats=["diffusers", "single-file"]') == 0
+def test_a_run_from_a_file_writes_a_file_of_the_same_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that predicts v, with zero terminal SNR: found by its markers, trained, and marked again."""
+    start = written(tmp_path / "start", prediction="v", zero_terminal_snr="yes")
     pretend_public(monkeypatch, {"sdxl": MINIATURE}, tmp_path / "cache")
+    words = ["run.steps=1", "data.max_pairs=6", 'export.formats=["diffusers", "single-file"]']
+    assert run(tmp_path / "aligned", f"model.path={start}", *words) == 0
     again = locate.find(settings(tmp_path / "aligned" / "single-file" / "aligned.safetensors"))
-    trained = pipeline_tensors(tmp_path / "aligned" / "export", "unet")
+    assert again.prediction_type == "v_prediction" and again.scheduler["rescale_betas_zero_snr"]
+    base, trained = (pipeline_tensors(folder, "unet") for folder in (MINIATURE, tmp_path / "aligned" / "export"))
     found = pipeline_tensors(again.folder, "unet")
     assert all(torch.equal(found[name], value) for name, value in trained.items())
+    assert not torch.equal(found["conv_in.weight"], base["conv_in.weight"].float())
 
 
 @pytest.mark.parametrize(
