@@ -22,6 +22,7 @@ from smpo_fast.engine.protocol import (
     require_last_backward,
     set_learning_rate,
 )
+from smpo_fast.engine.staging import HostCopies
 from smpo_fast.engine.state_files import persistent_buffers, read_state, write_state
 
 
@@ -43,6 +44,7 @@ class LocalEngine:
         self._config, self._device = config, world.device
         self._masters: dict[str, Tensor] = {}  # what the optimizer updates: fp32, except with master = "none"
         self._half_and_master: list[tuple[nn.Parameter, Tensor]] = []
+        self._to_host = HostCopies()
         self._sums: dict[str, Tensor] = {}  # gradient sums of half-precision parameters; fp32 ones sum in .grad
         for name, parameter in unet.named_parameters():
             self._add_parameter(name, parameter)
@@ -76,7 +78,15 @@ class LocalEngine:
     @torch.no_grad()
     def _accumulate(self, name: str, half: Tensor) -> None:
         assert half.grad is not None
-        gradient, half.grad = half.grad.to(self._sums_device()), None
+        gradient, half.grad = half.grad, None
+        if self._config.optim.offload == "states+gradients" and gradient.device.type != "cpu":
+            self._to_host.send(name, gradient, self._add)
+        else:
+            self._add(name, gradient)
+
+    @torch.no_grad()
+    def _add(self, name: str, gradient: Tensor) -> None:
+        """Add a gradient to its sum, on the same device."""
         if (total := self._sums.get(name)) is None:
             dtype = torch.float32 if self._rounding is None else torch.bfloat16
             self._sums[name] = gradient.to(dtype, copy=True)
@@ -90,6 +100,7 @@ class LocalEngine:
             seed = rng(self._config.run.seed, "accumulate", self._optimizer.steps()).integers(2**62)
             self._rounding.manual_seed(int(seed))
         nan_unless_finite(loss).backward()
+        self._to_host.finish(self._add)
         self._ready = last
 
     def step(self, lr: float) -> StepResult:
