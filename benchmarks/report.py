@@ -253,7 +253,7 @@ def frontier_section(files: Files) -> list[str]:
     ]  # fmt: skip
     head = ("inversion", "steps", "calls per image", "error of tau", "round trip", "gradient cosine")
     charts = [f"![inversions](benchmarks/{FRONTIER.name})"] if FRONTIER.exists() else []
-    blocks = [provenance({"frontier": facts}), markdown(head, rows), *charts]
+    blocks = [provenance({"frontier": facts}), *([markdown(head, rows), *charts] if rows else [])]
     if facts.get("training"):
         rows = []
         for way, steps in dict.fromkeys((t["way"], t["steps"]) for t in facts["training"]):
