@@ -63,10 +63,13 @@ def _tensors(source: ModelSource, dtype: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for part, prefix in layout.PREFIXES[source.kind].items():
         place = places.get(part, source.folder / part)
-        network = load_network(CLASSES[part], place, source.variant, torch.float32)
+        # a run's UNet has been checked in the export's dtype, and in float32 it would take 10 GB
+        loaded = getattr(torch, dtype) if part == "unet" else torch.float32
+        network = load_network(CLASSES[part], place, source.variant, loaded)
         state = to_export_dtype(classic_names(part, network.state_dict()), dtype)
         for name, value in _as_original(part, state, place).items():
             found[prefix + name] = value.contiguous()
+        del network, state
     positions = found[layout.PREFIXES[source.kind]["text_encoder"] + "text_model.embeddings.position_embedding.weight"]
     found[layout.PREFIXES[source.kind]["text_encoder"] + layout.POSITION_IDS] = torch.arange(len(positions))[None]
     if source.prediction_type == "v_prediction":
@@ -85,7 +88,10 @@ def _as_original(part: str, state: Mapping[str, Tensor], folder: Path) -> dict[s
         if part == "vae" and layout.is_vae_attention(original.name):
             value = value[:, :, None, None]  # linear layers are convolutions of one pixel there
         thirds.setdefault(original.name, {})[original.third or 0] = value
-    return {name: torch.cat([found[i] for i in sorted(found)]) for name, found in thirds.items()}
+    return {
+        name: torch.cat([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
+        for name, found in thirds.items()
+    }
 
 
 def _content_hash(file: Path) -> str:
