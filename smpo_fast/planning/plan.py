@@ -90,7 +90,7 @@ def _as_tuned(run: PlannedRun, *, here: bool) -> tuple[PlannedRun, str, Profile 
     if not here and run.config.run.speed == profiles.AUTO:
         return run, "auto: profiles of another machine are not known here", None
     choice = profiles.choose(run.config, run, device)
-    profile = profiles.find(profiles.key_of(run, device)) if here else None
+    profile = profiles.stored(run.config, run, device) if here else None
     return replace(run, config=choice.apply(run.config)), choice.why, profile
 
 

@@ -63,8 +63,12 @@ class Profile:
     made: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
 
 
-def key_of(run: PlannedRun, device: torch.device) -> dict[str, Any]:
-    """What a profile of a run on this device depends on: device, software, network, shapes, and what memory holds."""
+def key_of(run: PlannedRun, device: torch.device, settings: Config | None = None) -> dict[str, Any]:
+    """What a profile of a run on this device depends on: device, software, network, shapes, and what memory holds.
+
+    settings: those of a run in which only what they leave open was measured; None: everything was.
+    """
+    own = set() if settings is None else loading.given(settings) & set(KEYS)
     variant, network = run.variant(), run.network
     return {
         **_machine(device.type),
@@ -79,6 +83,7 @@ def key_of(run: PlannedRun, device: torch.device) -> dict[str, Any]:
         "ranks": run.ranks,
         "objective": run.config.objective.name,
         "x_t": [run.config.inversion.source, run.config.inversion.network],
+        **({"given": {name: get(settings, name) for name in sorted(own)}} if settings is not None and own else {}),
     }
 
 
@@ -111,6 +116,11 @@ def find(key: Mapping[str, Any]) -> Profile | None:
         warn0(f"{file}: not a profile ({error}): it is ignored; smpo tune writes a new one")
         return None
     return profile if json_hash(profile.key) == json_hash(key) else None
+
+
+def stored(settings: Config, run: PlannedRun, device: torch.device) -> Profile | None:
+    """The profile for a run with these given settings: of ``smpo tune``, or measured at the start of such a run."""
+    return find(key_of(run, device)) or find(key_of(run, device, settings))
 
 
 def store(profile: Profile, overlay: str) -> Path:
@@ -155,7 +165,7 @@ def choose(settings: Config, run: PlannedRun, device: torch.device) -> Choice:
         return Choice({}, "auto: nothing is chosen on a CPU")
     if own >= set(KEYS):
         return Choice({}, "auto: all settings of speed are given")
-    profile = find(key_of(run, device))
+    profile = stored(settings, run, device)
     if profile is None:
         return Choice({}, "auto: nothing was measured for this GPU, software, network and optimizer", found=False)
     return from_profile(settings, profile)

@@ -90,16 +90,27 @@ class _Truth(NamedTuple):
 
 
 class Bench:
-    """The policy of a run with its engine, without DeepSpeed. Raises UserError where a run would."""
+    """The policy of a run with its engine, without DeepSpeed. Raises UserError where a run would.
+
+    deepspeed: whether the run itself uses DeepSpeed, whose weights are never channels-last: copies of them serve the
+    inversion alone.
+    """
 
     def __init__(
-        self, settings: Config, source: ModelSource, network: NetworkSpec, precision: str, device: torch.device
+        self,
+        settings: Config,
+        source: ModelSource,
+        network: NetworkSpec,
+        precision: str,
+        device: torch.device,
+        *,
+        deepspeed: bool = False,
     ) -> None:
-        self.network, self.device = network, device
+        self.network, self.device, self._deepspeed = network, device, deepspeed
         plain = loading.replaced(settings, EAGER)
         self._base = base_examples(network, source, settings, device)
         self._truth = _eager_fp32(plain, source, self._base, device)
-        _release(device)
+        release(device)
         where = "adapters-off" if settings.lora.rank else "none"
         trainer = synthetic_trainer(plain, source, network, precision, device, where)
         if not settings.lora.rank:  # nothing is trained here, so the policy is its own reference: that saves memory
@@ -149,6 +160,8 @@ class Bench:
 
         Raises Rejected.
         """
+        if self._deepspeed:
+            c = loading.replaced(c, {"model.channels_last": False})
         trainer = replace(self._trainer, config=c, ops=step_ops.select_ops(c, c.kernels.listed))
         # whole repetitions of the base pairs have the gradient of those
         examples = tiled(self._base, len(self._base) * math.ceil(c.batch.micro_pairs / len(self._base)))
@@ -220,7 +233,7 @@ class Bench:
     @contextmanager
     def _configured(self, c: Config) -> Iterator[None]:
         """Inside, the network has these settings; whatever goes wrong is a reason to reject them."""
-        _release(self.device)
+        release(self.device)
         reset_peak(self.device)
         try:
             self._configure(c)
@@ -344,7 +357,7 @@ def _compiled_training(unet: nn.Module, c: Config) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
     """Free the memory of networks, graphs and activations that nothing refers to any more."""
     gc.collect()
     if device.type == "cuda":

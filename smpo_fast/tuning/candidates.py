@@ -54,6 +54,8 @@ def coordinates(device_type: str, calls: int, examples: int) -> list[Coordinate]
 
 def _with_kernel(name: str) -> Callable[[Config], Iterable[Values]]:
     def options(best: Config) -> Iterable[Values]:
+        if name in best.kernels.listed:
+            return
         enabled = {"kernels.enabled": [*best.kernels.listed, name]}
         yield enabled
         if name == "group_norm_silu":

@@ -14,10 +14,10 @@ from smpo_fast.planning.planned_run import PlannedRun
 from smpo_fast.planning.profiles import Choice
 from smpo_fast.planning.speed import modelled_seconds
 from smpo_fast.training.job import Job
-from smpo_fast.tuning.bench import Rejected
+from smpo_fast.tuning.bench import Rejected, release
 from smpo_fast.tuning.candidates import coordinates, without_given
 from smpo_fast.tuning.tune import keep, make_tuner, overlay, planned_run
-from smpo_fast.tuning.tuner import start
+from smpo_fast.tuning.tuner import Tuner, start
 
 CALIBRATION_SECONDS = 90.0
 WORTH_HOURS = 1.0  # of training left: shorter runs are not worth a calibration
@@ -92,18 +92,25 @@ def hours_left(job: Job, planned: PlannedRun) -> float | None:
 
 
 def calibrate(job: Job, planned: PlannedRun) -> Choice:
-    """Measure for at most ``CALIBRATION_SECONDS``, keep the profile, and choose from it; nothing where that fails."""
+    """Measure for at most ``CALIBRATION_SECONDS``, keep the profile, and choose from it; nothing where that fails.
+
+    What the user gave is not varied, so the profile is kept for runs with the same given settings.
+    """
     device, settings = job.world.device, job.config
     fixed = loading.given(settings) & set(profiles.KEYS)
+    tuner: Tuner | None = None
     try:
         tuner = make_tuner(planned, job.source, device, CALIBRATION_SECONDS)
         free = without_given(coordinates(device.type, planned.pairs_of_rank, planned.examples_of_rank), fixed)
         begin = start(settings, device, COMPUTE_DTYPES[planned.precision], planned.network.latent)
         best = tuner.fastest(loading.replaced(begin, {name: profiles.get(settings, name) for name in fixed}), free)
-        profile = tuner.profile(best, profiles.key_of(planned, device))
+        profile = tuner.profile(best, profiles.key_of(planned, device, settings))
+        text = overlay(tuner, profile, {}, device)
     except (Rejected, UserError, RuntimeError) as error:  # a run must not end because measuring failed
         warn0(f"run.speed = 'auto': measuring failed ({error}): the run's own settings are used")
         return Choice({}, "auto: measuring failed")
-    if not fixed:
-        keep(profile, overlay(tuner, profile, {}, device))
+    finally:
+        tuner = None
+        release(device)  # the run needs the memory
+    keep(profile, text)
     return profiles.from_profile(settings, profile)

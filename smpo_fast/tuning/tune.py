@@ -71,7 +71,8 @@ def make_tuner(
 ) -> Tuner:
     """A tuner of a run. seconds: for all trials; limit: bytes that the run may need; 0: all of the device's."""
     schedule = schedule_of(source, planned.config.inversion)
-    bench = Bench(planned.config, source, planned.network, planned.precision, device)
+    deepspeed = planned.ds is not None
+    bench = Bench(planned.config, source, planned.network, planned.precision, device, deepspeed=deepspeed)
     stage = -1 if planned.ds is None else ds_config.zero_stage(dict(planned.ds))
     return Tuner(bench, planned, schedule, device, stage, limit or find_gpu("", 0.0).bytes, seconds)
 

@@ -170,6 +170,24 @@ def test_what_the_device_cannot_run_is_rejected_with_its_error(
         bench.call(c)
 
 
+def test_under_deepspeed_channels_last_is_for_the_inversion_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = settings()
+    bench = Bench(c, find(c.model), network_spec(find(c.model), 32), "fp32", CPU, deepspeed=True)
+    seen: list[tuple[bool, bool]] = []
+    configure = Bench._configure
+
+    def watched(self: Bench, c: Config) -> None:
+        configure(self, c)
+        weight = self._unet.conv_in.weight
+        seen.append((c.model.channels_last, weight.is_contiguous(memory_format=torch.channels_last)))
+
+    monkeypatch.setattr(Bench, "_configure", watched)
+    candidate = loading.replaced(c, {"model.channels_last": True})
+    bench.call(candidate)
+    bench.policy(candidate)
+    assert seen == [(True, True), (False, False)]
+
+
 def test_after_a_rejection_the_network_is_as_it_was(whole: tuple[Bench, Config]) -> None:
     bench, c = whole
     before = bench.policy(c).error

@@ -106,6 +106,12 @@ def test_every_candidate_is_a_valid_setting() -> None:
         loading.replaced(Config(), values)
 
 
+def test_a_kernel_that_is_enabled_is_not_tried_again() -> None:
+    enabled = loading.replaced(Config(), {"kernels.enabled": ["layer_norm"]})
+    (kernel,) = (c for c in coordinates("cuda", 16, 16) if c.name == "kernel layer_norm")
+    assert list(kernel.options(enabled)) == []
+
+
 @pytest.mark.parametrize("name", profiles.KEYS)
 def test_given_settings_stay_as_they_are(name: str) -> None:
     default = profiles.get(loading.replaced(Config(), {"kernels.enabled": []}), name)

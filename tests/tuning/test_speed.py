@@ -173,6 +173,23 @@ def test_a_long_run_measures_what_is_left_open(
     assert found.speed.startswith("auto: measured on")
 
 
+def test_what_was_measured_at_the_start_is_found_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same given settings; with others, something else was left open."""
+    this = open_job(tmp_path, monkeypatch, 2.0)
+    speed.measured(this)
+    device = torch.device("cpu")
+    assert profiles.find(profiles.key_of(speed._planned(this), device)) is None
+    kept = profiles.find(profiles.key_of(speed._planned(this), device, this.config))
+    assert kept is not None and kept.settings["batch.micro_pairs"] == 2
+    a_gpu(monkeypatch)
+    profiles.store(Profile(profiles.key_of(speed._planned(this), CUDA, this.config), kept.settings, {}, {}), "")
+    assert profiles.choose(this.config, speed._planned(this), CUDA).found
+    other = job(tmp_path / "run", "batch.micro_pairs=1")
+    assert not profiles.choose(other.config, speed._planned(other), CUDA).found
+
+
 def test_a_run_goes_on_if_measuring_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
