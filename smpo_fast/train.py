@@ -37,12 +37,13 @@ def run(settings: Config, options: TrainArguments) -> int:
         print(loading.dump(settings))
         return programs.DONE
     # Only now, with good settings: they import torch and diffusers, which takes seconds.
-    from smpo_fast.common.runtime import Stopped, print0
-    from smpo_fast.training.dry_run import survey
-    from smpo_fast.training.job import Job
-    from smpo_fast.training.overview import overview
-    from smpo_fast.training.run import train
-    from smpo_fast.tuning import speed
+    with programs.ended_by_interrupt():
+        from smpo_fast.common.runtime import Stopped, print0
+        from smpo_fast.training.dry_run import survey
+        from smpo_fast.training.job import Job
+        from smpo_fast.training.overview import overview
+        from smpo_fast.training.run import train
+        from smpo_fast.tuning import speed
 
     job = speed.known(Job(settings, options.ds_config))
     print0(overview(job))

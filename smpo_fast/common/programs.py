@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from smpo_fast.common.console import printable
 from smpo_fast.common.errors import EnvironmentProblem, UserError, environment_problem
@@ -31,14 +34,36 @@ def run(act: Callable[[], int]) -> int:
     except Failure as error:
         return _report(error, FAILED)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("\ninterrupted: start the same command again to continue", file=sys.stderr, flush=True)
+        _say_interrupted()
         return INTERRUPTED
     except Exception as error:
         problem = machine_problem(error)
         if problem is None:
             raise
         return _report(problem, MISTAKE)
+
+
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process at once: for imports before any work, which may swallow KeyboardInterrupt."""
+
+    def end(number: int, frame: object) -> None:
+        _say_interrupted()
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():  # it cannot have handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say_interrupted() -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print("\ninterrupted: start the same command again to continue", file=sys.stderr, flush=True)
 
 
 def configure_allocator() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -69,3 +72,28 @@ def test_programs_let_cuda_s_memory_grow_in_place_unless_told_otherwise(
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(given))
     assert programs.run(lambda: 0 if os.environ == left else 1) == 0
+
+
+def test_an_interrupt_that_an_import_swallows_ends_the_program_all_the_same() -> None:
+    code = (
+        "import os, signal\n"
+        "from smpo_fast.common import programs\n"
+        "def act():\n"
+        "    with programs.ended_by_interrupt():\n"
+        "        try:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "        except BaseException:\n"
+        "            pass\n"
+        "    return 0\n"
+        "raise SystemExit(programs.run(act))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == programs.INTERRUPTED
+    assert done.stderr.strip() == "interrupted: start the same command again to continue"
+
+
+def test_after_the_imports_an_interrupt_is_what_it_was() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with programs.ended_by_interrupt():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before

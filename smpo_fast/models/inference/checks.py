@@ -25,7 +25,8 @@ def check(config: Config, device: torch.device, zero_stage: int) -> None:
     for name, value in wanted.items():
         if value and zero_stage == 3:
             raise ConfigError(f"{name}: ZeRO stage 3 gathers weights module by module; use stage 2, or leave it off")
-        if value and model.compile != "all" and inversion.source != "inversion":
+        training_too = name == "model.compile" and model.compile == "all"
+        if value and not training_too and inversion.source != "inversion":
             raise ConfigError(f"{name} has no effect: inversion.source = '{inversion.source}' makes no such calls")
     if model.channels_last and zero_stage >= 0:
         _check_channels_last_copies(model, inversion, zero_stage)
