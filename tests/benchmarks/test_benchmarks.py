@@ -197,6 +197,7 @@ def run_suite(folder: Path, *options: str, pause: float, error: float = 0.0) -> 
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, env=NOT_INTERPRETED)
 
 
+@pytest.mark.slow
 def test_a_slowed_and_a_wrong_kernel_are_caught(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     good = run_suite(tmp_path, "--benchmark-save=good", "--results", "results", pause=0.002)
@@ -343,6 +344,7 @@ def test_the_whole_pair_is_timed_with_the_settings_that_the_search_found(tmp_pat
     assert gpu_report._tuned(pair) == {}
 
 
+@pytest.mark.slow
 def test_the_report_plans_a_recipe_with_its_adapters() -> None:
     lora = gpu_report.RECIPES["SDXL, LoRA, within 12 GB"][2]
     full = {**lora, "lora": {"rank": 0}, "model": {"gradient_checkpointing": True}}

@@ -27,7 +27,7 @@ def join_with_one_rank_missing(rank: int, size: int, missing: int) -> tuple[str,
     return str(caught.value), time.monotonic() - began
 
 
-@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("missing", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_does_not_come_is_reported_in_time(missing: int) -> None:
     assert collectives.RENDEZVOUS_TIMEOUT <= timedelta(minutes=1)
     message, seconds = end_ranks(join_with_one_rank_missing, 2, missing=missing)[1 - missing].value

@@ -75,7 +75,8 @@ def test_two_ranks_agree_with_plain_pytorch(
     check_agreement(found, toy.settings(optimizer, precision, pairs), loss_error, weight_error)
 
 
-@pytest.mark.parametrize("stage", [slow(0), slow(1), slow(2), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_four_ranks_agree_with_plain_pytorch(stage: int) -> None:
     """12 pairs on 4 ranks in micro-batches of 2: the last one of a rank has 1 pair."""
     found = run_ranks(agreement, 4, optimizer="adamw", precision="fp32", stage=stage, pairs=12)

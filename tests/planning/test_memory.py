@@ -46,7 +46,7 @@ def lora(pairs: int, checkpointing: bool = True) -> Settings:
 # every row of docs/hardware.md for one GPU, and the optimizers
 SLOW = pytest.mark.slow
 RUNS = {
-    "SDXL, all weights, 24 GB": (SDXL, without_masters(2, 8, "states")),
+    "SDXL, all weights, 24 GB": pytest.param(SDXL, without_masters(2, 8, "states"), marks=SLOW),
     "SDXL, all weights, 16 GB": pytest.param(SDXL, without_masters(2, 8, "states+gradients"), marks=SLOW),
     "SDXL, LoRA": pytest.param(SDXL, lora(2), marks=SLOW),
     "SDXL, LoRA, 12 GB": pytest.param(SDXL, lora(8), marks=SLOW),
@@ -57,7 +57,7 @@ RUNS = {
     "SDXL, aligned states": pytest.param(SDXL, settings(1, 4, optimizer="adamw8bit_aligned"), marks=SLOW),
     "SDXL, Adafactor": pytest.param(SDXL, settings(1, 4, optimizer="adafactor"), marks=SLOW),
     "SD1.5, all weights, 24 GB": pytest.param(SD15, settings(2, 16, False, "adamw"), marks=SLOW),
-    "SD1.5, all weights, 12 GB": pytest.param(SD15, without_masters(2, 16, "states"), marks=SLOW),
+    "SD1.5, all weights, 12 GB": (SD15, without_masters(2, 16, "states")),
 }
 
 
