@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from smpo_fast.engine import staging
 from smpo_fast.kernels import adamw8bit
 from smpo_fast.models import step_ops
 from smpo_fast.models.kernel_checks import KernelCheck
@@ -92,6 +93,7 @@ class FakeCuda:
             (Tensor, "record_stream", _method(self._record)),
             (torch.cuda, "Stream", _Stream), (torch.cuda, "Event", _Event), (torch.cuda, "stream", self._on_stream),
             (torch.cuda, "current_stream", self._current_stream), (torch.cuda, "synchronize", self._synchronize),
+            (staging, "_pinned", lambda size: self.on_host((size,), torch.uint8, pinned=True)),
             (adamw8bit, "launch", self._launch), (architectures, "_randomise", lambda *given: None),
             (prefetch, "ThreadPoolExecutor", partial(ThreadPoolExecutor, initializer=self._enter_thread)),
             (step_ops, "check_kernel", lambda name, *given: KernelCheck(name, True, 0.0, 0.0, "")),
@@ -326,6 +328,9 @@ class _Event:
 
     def record(self, *stream: Any) -> None:
         pass
+
+    def synchronize(self) -> None:
+        """Waits for one copy only, while the device goes on with what is queued."""
 
     def elapsed_time(self, other: _Event) -> float:
         return 1.0
