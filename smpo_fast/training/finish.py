@@ -52,7 +52,9 @@ def finish(job: Job, state: dict[str, Tensor]) -> None:
     exported = f"the {'adapters' if c.lora.rank else 'aligned pipeline'}, for diffusers'"
     exported += " load_lora_weights" if c.lora.rank else " from_pretrained"
     print0(
-        f"\n{summary}\n{totals(read_metrics(job.run_dir))}\nThe run is complete: {job.run_dir}/\n"
+        f"\n{summary}\n{totals(read_metrics(job.run_dir))}\n"
+        + (f"speed: {job.speed}\n" if job.speed else "")
+        + f"The run is complete: {job.run_dir}/\n"
         f"  export/         {exported}\n"
         + (
             "  merged/         the aligned pipeline, with the adapters merged into its weights\n"

@@ -241,6 +241,7 @@ def test_tune_writes_a_file_and_a_profile_that_run_and_plan_use(
     assert "fp8" not in tuned["inversion"]
     assert "ms a pair" in file.read_text()
     assert run(folder, *words, "run.steps=1", f"run.speed={file}") == 0
+    assert f"\nspeed: {file}: " in capsys.readouterr().out
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["speed"].startswith(f"{file}: ")
     used = loading.load(folder / "config.toml")
