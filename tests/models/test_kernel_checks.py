@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_run import pair_table
 from torch import Tensor
 
-from smpo_fast import cli, train
+from smpo_fast import train
 from smpo_fast.common.errors import EnvironmentProblem
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
@@ -145,19 +144,6 @@ def test_all_ranks_leave_out_what_fails_on_one(here: None, capsys: pytest.Captur
 def test_where_eager_code_serves_there_is_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert step_ops.resolve(settings(["geglu"]), CPU, torch.float32) == (("geglu",), ())
-
-
-@pytest.fixture(scope="module")
-def tiny_run(sd15_pipeline: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("prepared")
-    table = pair_table(folder / "pairs.parquet", [{"label_0": 1.0}, {"label_0": 0.0}])
-    words = [
-        f"model.path={sd15_pipeline('epsilon')}", f"data.pairs={table}", f"data.cache={folder / 'cache'}",
-        "data.resolution=16", "data.max_pairs=0", "run.device=cpu", "run.steps=1", "eval.prompts=",
-        "log.tensorboard=false", "batch.pairs_per_step=2", "batch.micro_pairs=1", "inversion.steps=1",
-    ]  # fmt: skip
-    assert cli.main(["prepare", *words]) == 0
-    return words
 
 
 def kernels_of(run: Path) -> dict[str, Any]:

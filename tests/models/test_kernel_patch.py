@@ -17,12 +17,11 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from helpers.paths import CONFIGS
-from helpers.small_run import pair_table
 from helpers.toy import distance
 from helpers.toy import settings as toy_settings
 from torch import Tensor, nn
 
-from smpo_fast import cli, train
+from smpo_fast import train
 from smpo_fast.common.errors import ConfigError, EnvironmentProblem
 from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
@@ -357,20 +356,6 @@ def test_kernels_are_arguments_of_a_run(tmp_path: Path) -> None:
         for key in ("train_loss", "grad_norm", "model_mse", "logit_max"):
             assert fused[key] == pytest.approx(eager[key], rel=2e-4, abs=1e-6), key
     assert rows[1][0]["logit_max"] == 0.0 and rows[1][1]["logit_max"] > 0
-
-
-@pytest.fixture(scope="module")
-def tiny_run(sd15_pipeline: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings of one step on two pairs with a network of a few thousand weights; the pairs are prepared."""
-    folder = tmp_path_factory.mktemp("prepared")
-    table = pair_table(folder / "pairs.parquet", [{"label_0": 1.0}, {"label_0": 0.0}])
-    words = [
-        f"model.path={sd15_pipeline('epsilon')}", f"data.pairs={table}", f"data.cache={folder / 'cache'}",
-        "data.resolution=16", "data.max_pairs=0", "run.device=cpu", "run.steps=1", "eval.prompts=",
-        "log.tensorboard=false", "batch.pairs_per_step=2", "batch.micro_pairs=1", "inversion.steps=1",
-    ]  # fmt: skip
-    assert cli.main(["prepare", *words]) == 0
-    return words
 
 
 ALL_KERNELS = ("pair_loss", "renoise_step", *kernel_patch.MODULES)
