@@ -24,7 +24,7 @@ from smpo_fast.planning.profiles import Profile
 from smpo_fast.tuning.bench import Bench, Rejected
 from smpo_fast.tuning.candidates import coordinates
 from smpo_fast.tuning.timing import ceilings
-from smpo_fast.tuning.tuner import Tuner, approximation, describe, eager, start
+from smpo_fast.tuning.tuner import Tuner, describe, eager, start
 
 
 def run(settings: Config, options: TuneArguments) -> int:
@@ -47,7 +47,7 @@ def run(settings: Config, options: TuneArguments) -> int:
         best = tuner.fastest(begin, coordinates(device.type, planned.pairs_of_rank, planned.examples_of_rank))
     except Rejected as error:
         raise EnvironmentProblem(f"smpo tune: eager code cannot run with these settings: {error}") from error
-    values = _approximations(tuner, best, options, device)
+    values = _approximations(tuner, best, options)
     _whole_steps(tuner, eager(settings), best)
     profile = tuner.profile(best, profiles.key_of(planned, device))
     text = overlay(tuner, profile, values, device)
@@ -120,21 +120,22 @@ def _measured(tuner: Tuner, name: str) -> str:
     return f"  # {', '.join(found)}" if len(found) > 1 else ""
 
 
-def _approximations(tuner: Tuner, best: Config, options: TuneArguments, device: torch.device) -> dict[str, Any]:
+def _approximations(tuner: Tuner, best: Config, options: TuneArguments) -> dict[str, Any]:
     """Report the approximations; returns the values of those that were asked for and gain."""
-    values: dict[str, Any] = {}
-    for name, found in tuner.approximations(best).items():
-        if isinstance(found, str):
-            print0(f"  approximation {name}: {found}")
-            continue
-        chosen = name in options.approximate and found["gain"] > 1
-        if chosen:
-            values |= approximation(best, name, device.type)
-        print0(
-            f"  approximation {name}: the inversion is x{found['gain']:.2f} faster, tau changes by {found['error']:.2g}"
-            + (" (chosen)" if chosen else "")
-        )
-    return values
+    chosen, found = tuner.approximations(best, options.approximate)
+    for name, result in found.items():
+        if isinstance(result, str):
+            print0(f"  approximation {name}: {result}")
+        else:
+            print0(
+                f"  approximation {name}: the inversion is x{result['gain']:.2f} faster, tau changes by "
+                f"{result['error']:.2g}"
+            )
+    return {name: profiles.get(chosen, name) for name in profiles.ALLOWED if _differs(chosen, best, name)}
+
+
+def _differs(one: Config, other: Config, name: str) -> bool:
+    return bool(profiles.get(one, name) != profiles.get(other, name))
 
 
 def _whole_steps(tuner: Tuner, plain: Config, best: Config) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,24 +165,33 @@ class Tuner:
             f"{1e3 * trial.policy.policy:.4g})"
         )
 
-    def approximations(self, best: Config) -> dict[str, dict[str, float] | str]:
-        """What approximations change: 'error' of tau relative to ``best`` and 'gain', or why they cannot be used."""
+    def approximations(self, best: Config, asked: Collection[str]) -> tuple[Config, dict[str, dict[str, float] | str]]:
+        """The settings with those approximations that are asked for and gain, each tried together with those before.
+
+        Also what each one changes: 'error' of tau relative to ``best`` and 'gain', or why it cannot be used.
+        """
         found: dict[str, dict[str, float] | str] = {}
         if best.inversion.source != "inversion":
-            return found
-        seconds, tau = self.bench.inversion(best)
+            return best, found
+        try:
+            exact, tau = self.bench.inversion(best)
+        except Rejected as error:
+            return best, dict.fromkeys(APPROXIMATIONS, f"the exact inversion could not be timed: {error}")
+        chosen, lowest = best, exact
         for name in APPROXIMATIONS:
             try:
-                candidate = loading.replaced(best, approximation(best, name, self.device.type))
+                candidate = loading.replaced(chosen, approximation(chosen, name, self.device.type))
                 if self.left <= 0:
                     raise Rejected("not tried: out of time")
                 self._check(candidate)
-                faster, other = self.bench.inversion(candidate)
+                seconds, other = self.bench.inversion(candidate)
             except (Rejected, UserError) as error:
                 found[name] = str(error)
                 continue
-            found[name] = {"gain": seconds / faster, "error": float((other - tau).norm() / tau.norm())}
-        return found
+            found[name] = {"gain": exact / seconds, "error": float((other - tau).norm() / tau.norm())}
+            if name in asked and seconds < lowest:
+                chosen, lowest = candidate, seconds
+        return chosen, found
 
     def profile(self, settings: Config, key: dict[str, Any]) -> Profile:
         """The profile of settings that have been tried."""

@@ -115,10 +115,45 @@ def test_nothing_is_begun_that_the_time_does_not_allow() -> None:
 
 def test_approximations_are_reported_with_gain_and_error() -> None:
     tuner = make(TableBench())
-    found = tuner.approximations(tuner.run.config)
+    chosen, found = tuner.approximations(tuner.run.config, [])
     assert found["pec"] == {"gain": pytest.approx(2.0), "error": pytest.approx(0.1, rel=1e-5)}
     assert found["fp8"] == {"gain": pytest.approx(1.0), "error": 0.0}
     assert found["reuse_deep"] == "no deep features"
+    assert chosen == tuner.run.config
+
+
+def test_only_approximations_that_are_asked_for_and_gain_are_chosen() -> None:
+    tuner = make(TableBench())
+    chosen, _ = tuner.approximations(tuner.run.config, ["fp8", "pec"])
+    assert (chosen.inversion.solver, chosen.inversion.fp8) == ("pec", False)
+
+
+def test_approximations_that_are_chosen_were_tried_together() -> None:
+    class Every(TableBench):
+        """Each approximation makes the inversion a quarter faster."""
+
+        tried: list[tuple[bool, bool, bool]] = []
+
+        def inversion(self, c: Config) -> tuple[float, torch.Tensor]:
+            given = c.inversion.fp8, c.inversion.reuse_deep, c.inversion.solver == "pec"
+            self.tried.append(given)
+            return 0.02 * 0.75 ** sum(given), torch.ones(4)
+
+    tuner = make(Every())
+    chosen, _ = tuner.approximations(tuner.run.config, ["fp8", "pec"])
+    assert Every.tried == [(False, False, False), (True, False, False), (True, True, False), (True, False, True)]
+    assert chosen.inversion.fp8 and chosen.inversion.solver == "pec" and not chosen.inversion.reuse_deep
+
+
+def test_an_exact_inversion_that_cannot_be_timed_ends_no_search() -> None:
+    class Full(TableBench):
+        def inversion(self, c: Config) -> tuple[float, torch.Tensor]:
+            raise Rejected("out of memory")
+
+    tuner = make(Full())
+    chosen, found = tuner.approximations(tuner.run.config, ["pec"])
+    assert chosen == tuner.run.config
+    assert set(found.values()) == {"the exact inversion could not be timed: out of memory"}
 
 
 def test_a_run_without_inversion_has_neither_calls_nor_approximations() -> None:
@@ -126,5 +161,5 @@ def test_a_run_without_inversion_has_neither_calls_nor_approximations() -> None:
     tuner = make(bench, inversion={"source": "noise"})
     assert tuner.cost(tuner.run.config, {}) == pytest.approx(160 * (0.024 + 0.1 / 16))
     assert not bench.calls
-    assert tuner.approximations(tuner.run.config) == {}
+    assert tuner.approximations(tuner.run.config, ["pec"]) == (tuner.run.config, {})
     assert "call" not in tuner.profile(tuner.run.config, {}).seconds
