@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from typing import Any
 
 import pytest
@@ -27,13 +26,12 @@ def test_parameters_of_the_true_networks(which: Architecture, wanted: int) -> No
     assert footprint.numel(found.trained) == wanted and found.frozen == ()
 
 
-def test_a_call_of_sdxl_in_seconds_and_once() -> None:
+def test_a_call_of_sdxl_is_counted_once() -> None:
     """6.7613 TFLOP a picture (frozen in test_counts.py), and less than a third of a GB a pair beside the weights."""
     cost = footprint.inference_cost(network(SDXL), "bf16")
     assert round(cost.flops / 1e12, 4) == 6.7612 and cost.peak.fixed == 0
     assert cost.peak.per_pair / 1e9 == pytest.approx(0.331, abs=1e-3)
-    began = time.perf_counter()
-    assert footprint.inference_cost(network(SDXL), "bf16") is cost and time.perf_counter() - began < 0.1
+    assert footprint.inference_cost(network(SDXL), "bf16") is cost
 
 
 def test_pairs_that_a_budget_allows() -> None:

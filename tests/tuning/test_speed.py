@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from helpers.small_run import SMALL, run
+from torch import nn
 
 from smpo_fast import cli, train
 from smpo_fast.common.errors import ConfigError
@@ -25,10 +28,24 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty store of profiles, and quick measurements."""
+    """An empty store of profiles, and measurements that are the same on every machine: a UNet call takes 1 ms."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(bench, "seconds_of", bench.seconds_once)
+    monkeypatch.setattr(bench, "seconds_of", milliseconds_of_calls)
+    monkeypatch.setattr(bench, "seconds_once", milliseconds_of_calls)
     return tmp_path / "xdg"
+
+
+def milliseconds_of_calls(measured: Callable[[], Any], device: torch.device) -> float:
+    """0.001 for each call of a UNet, and as much for all the rest."""
+    calls = 1
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        nonlocal calls
+        calls += isinstance(module, UNet2DConditionModel)
+
+    with nn.modules.module.register_module_forward_pre_hook(count):
+        measured()
+    return calls / 1000
 
 
 def job(run_dir: Path, *words: str) -> Job:
@@ -232,7 +249,8 @@ def test_tune_writes_a_file_and_a_profile_that_run_and_plan_use(
     tune = ["tune", "--minutes", "5", "--approximate", "pec", "--out", str(file), *SMALL, *words]
     assert cli.main([*tune, f"run.dir={folder}"]) == 0
     shown = capsys.readouterr().out
-    assert "approximation reuse_deep: the inversion is x" in shown
+    assert "approximation pec: the inversion is x1.25 faster" in shown  # 3 calls and the rest, in place of 4
+    assert "approximation reuse_deep: the inversion is x1.00" in shown
     assert "whole step of 2 pairs, tuned" in shown, shown
     tuned = tomllib.loads(file.read_text())
     exact = {f"{s}.{k}" for s, table in tuned.items() for k in table if s != "inversion"}
