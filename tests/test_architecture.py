@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -103,11 +104,12 @@ def test_no_package_uses_anothers_private_names(file: Path) -> None:
 
 
 def test_kernels_import_torch_triton_and_what_they_share() -> None:
-    allowed = {"torch", "triton", "smpo_fast.kernels._launch"} | set(sys.stdlib_module_names)
+    allowed = {"torch", "triton", "smpo_fast.kernels._launch", "smpo_fast.kernels._triton"} | sys.stdlib_module_names
     for file in (ROOT / "kernels").glob("*.py"):
         for name in imports(file):
             assert within(name, allowed), f"{file.name} imports {name}"
-    assert imports(ROOT / "kernels" / "__init__.py") == set()
+    for name in imports(ROOT / "kernels" / "__init__.py"):
+        assert package(name) in sys.stdlib_module_names, name
 
 
 @pytest.mark.parametrize("library", OWNERS)
@@ -144,11 +146,39 @@ def test_settings_import_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_libraries_that_probe_for_hugging_faces_kernels_ignore_ours() -> None:
-    """With the repository on the path (the DeepSpeed launcher puts it there) `kernels` is importable by accident."""
-    code = "import kernels, transformers.utils.import_utils as u; print(u.is_kernels_available())"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.split()[-1] == "False"
+PROBE = """
+import diffusers.utils.import_utils as theirs, transformers.utils.import_utils as others
+print(theirs.is_kernels_available(), others.is_kernels_available())
+try:
+    from kernels import get_kernel
+    print(get_kernel())
+except ModuleNotFoundError as error:
+    print(error, error.name)
+import smpo_fast.kernels.geglu as ours
+print(ours.__name__)
+"""
+
+
+def probe(*first: Path) -> list[str]:
+    """What libraries find as ``kernels`` in the repository's root, with other folders on the path after it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *first]))}
+    words = [sys.executable, "-c", PROBE]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_in_the_root_libraries_do_not_take_our_kernels_for_hugging_faces() -> None:
+    """The root is first on the path of ``python -c`` and ``python -m``: there `kernels` is importable by accident."""
+    assert probe() == ["False False", "No module named 'kernels' kernels", "smpo_fast.kernels.geglu"]
+
+
+def test_in_the_root_libraries_find_hugging_faces_kernels_where_it_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel():\n    return 'theirs'\n")
+    facts = tmp_path / "kernels-0.17.1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.1\n")
+    assert probe(tmp_path)[1:] == ["theirs", "smpo_fast.kernels.geglu"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
