@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+TRITON = "triton>=3.6,<3.10; platform_system == 'Linux'"
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "smpo_fast" / "__init__.py").read_text())[1]
 
 setup(
@@ -42,13 +43,13 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "kernels": [TRITON],  # CUDA builds of PyTorch bring it; CPU builds do not
         "buckets": ["gcsfs", "s3fs"],  # caches and pairs at s3:// and gs://
         "lora": ["peft"],
         "xformers": ["xformers"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],
-        "bench": ["peft", "pytest", "pytest-benchmark"],
-        # CUDA builds of PyTorch bring Triton; CPU builds do not, and CI runs the kernels in its interpreter
+        "bench": ["peft", "pytest", "pytest-benchmark", TRITON],
         "dev": [
             "hypothesis",
             "mypy",
@@ -58,7 +59,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
-            "triton>=3.6,<3.10; platform_system == 'Linux'",
+            TRITON,  # CI runs the kernels in its interpreter
         ],
     },
     entry_points={"console_scripts": ["smpo = smpo_fast.cli:main"]},

@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smpo_fast.kernels._launch import cdiv, check, launch, needs_gradient, on_kernel, operator, power_of_2
+from smpo_fast.kernels._triton import tl, triton
 
 TILE = 1024  # elements per program: part of one row at the widths of SDXL and SD1.5, several rows if they are narrow
 WARPS = 4

@@ -32,11 +32,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 
 from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, needs_gradient, on_kernel, operator
+from smpo_fast.kernels._triton import tl, triton
 
 GROUP = 8  # rows of tiles that are processed together
 WIDE_SHARED = 200 * 1024  # bytes of shared memory per program that the widest tile needs

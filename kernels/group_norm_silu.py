@@ -39,13 +39,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from triton.language.extra import libdevice
 
 from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, needs_gradient, on_kernel, operator, power_of_2
+from smpo_fast.kernels._triton import libdevice, tl, triton
 
 # A tile has up to 8 rows of 1024 elements, 8 of each row per thread: threads exchange sums, which costs as much as the
 # arithmetic of 40 elements, once in 64 elements. Backward has half as many rows, because it needs more registers.

@@ -28,8 +28,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -43,6 +41,7 @@ from smpo_fast.kernels._launch import (
     operator,
     power_of_2,
 )
+from smpo_fast.kernels._triton import tl, triton
 
 MAX_FEATURES = 4096  # because a row is held in registers
 # In the backward pass, warps per multiprocessor: what fits into its registers, and with 32 bytes per thread and tensor

@@ -42,8 +42,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -58,6 +56,7 @@ from smpo_fast.kernels._launch import (
     tickets,
     transposition,
 )
+from smpo_fast.kernels._triton import tl, triton
 
 LINKS = ("sigmoid", "hinge", "ipo")
 BLOCK = 2048  # elements per program; fixed, because it determines the order of summation

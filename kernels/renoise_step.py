@@ -30,8 +30,6 @@ inversion step between two network calls becomes one launch without host arithme
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from smpo_fast.kernels._launch import (
@@ -45,6 +43,7 @@ from smpo_fast.kernels._launch import (
     packed,
     packed_like,
 )
+from smpo_fast.kernels._triton import tl, triton
 
 BLOCK = 1024
 WARPS = 4

@@ -38,8 +38,8 @@ def check(config: Config, device: torch.device) -> None:
     enabled = config.kernels.listed
     if enabled and importlib.util.find_spec("triton") is None:
         raise EnvironmentProblem(
-            f"kernels.enabled = {enabled} needs Triton, which is not installed: pip install triton (Linux), "
-            "or leave kernels.enabled out"
+            f"kernels.enabled = {enabled} needs Triton, which is not installed: "
+            'pip install "smpo-fast[kernels]" (Linux), or leave kernels.enabled out'
         )
     if enabled and only_eager(device):
         warn0(f"kernels.enabled = {enabled}: kernels need CUDA; on {device.type} eager code runs instead")

@@ -138,7 +138,7 @@ def _attention_of(found: Mapping[str, Any]) -> Finding:
 
 def _triton(found: Mapping[str, Any], gpu: bool) -> Finding:
     if found["state"] != OK:
-        fix = "pip install triton" if found["state"] == MISSING else _compiler_fix(found["why"])
+        fix = 'pip install "smpo-fast[kernels]"' if found["state"] == MISSING else _compiler_fix(found["why"])
         return Finding(
             "triton", found["state"], f"{found['why']}; the fused kernels cannot run: eager code is used", fix
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 import importlib.util
 import pstats
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -98,3 +99,15 @@ def test_without_gradients_autograd_is_not_involved(
 def test_this_folder_is_not_taken_for_a_library_called_kernels() -> None:
     """bitsandbytes prints that such a library has no get_kernel."""
     assert importlib.util.find_spec("kernels") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["geglu", "geglu_linear", "group_norm_silu", "layer_norm", "pair_loss", "renoise_step"]
+)
+def test_without_triton_a_kernel_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in ("smpo_fast.kernels._triton", f"smpo_fast.kernels.{name}"):
+        monkeypatch.delitem(sys.modules, known, raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "smpo-fast\[kernels\]"') as missing:
+        importlib.import_module(f"smpo_fast.kernels.{name}")
+    assert missing.value.name == "triton"

@@ -324,7 +324,7 @@ def test_kernels_without_a_place_are_refused() -> None:
 def test_without_triton_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     kernel_patch.check(settings(), torch.device("cpu"))
-    with pytest.raises(EnvironmentProblem, match="pip install triton"):
+    with pytest.raises(EnvironmentProblem, match=r'pip install "smpo-fast\[kernels\]"'):
         kernel_patch.check(settings(kernels={"enabled": ["geglu"]}), torch.device("cpu"))
 
 

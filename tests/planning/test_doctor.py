@@ -70,7 +70,7 @@ def test_a_healthy_machine(answers: dict[str, dict[str, Any]]) -> None:
         ("torch", BROKEN, "torch", "--force-reinstall torch", True),
         ("deepspeed", MISSING, "deepspeed", "pip install deepspeed", False),
         ("bitsandbytes", BROKEN, "bitsandbytes", "--force-reinstall bitsandbytes", False),
-        ("triton", MISSING, "triton", "pip install triton", False),
+        ("triton", MISSING, "triton", 'pip install "smpo-fast[kernels]"', False),
         ("peft", MISSING, "peft", "pip install peft", False),
     ],
 )
