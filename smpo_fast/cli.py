@@ -1,27 +1,40 @@
-"""Program ``smpo``: everything around training: import, generate and score pairs, prepare a cache, evaluate, plan."""
+"""Program ``smpo``: align SDXL or SD1.5 with preference pairs, from pairs of images to a pipeline."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from smpo_fast.common import programs
-from smpo_fast.config import arguments, commands, describe
+from smpo_fast.config import arguments, commands, completion, describe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 something that does not verify or a plan that does not fit, 2 a mistake, 3 failed."""
-    parser = argparse.ArgumentParser(prog="smpo", description=__doc__.partition(": ")[2])
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, command in commands.COMMANDS.items():
-        arguments.add_command(subparsers.add_parser(name, help=command.summary, description=command.summary), command)
-    args = arguments.parse(parser, argv)
-    return programs.run(lambda: ACTIONS[args.command](args))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == [completion.REQUEST]:
+        print("\n".join(completion.candidates(words[1:])))
+        return programs.DONE
+    overview = arguments.overview_parser(
+        "smpo", "Align SDXL or SD1.5 with preference pairs, from images to a pipeline."
+    )
+    place = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+    overview.parse_args(words[:place])
+    if place == len(words):
+        overview.print_help()
+        return programs.DONE
+    name = words[place]
+    if name not in commands.COMMANDS:
+        overview.error(arguments.unknown_command("smpo", name))
+    parser = arguments.command_parser(f"smpo {name}", commands.COMMANDS[name])
+    args = arguments.parse(parser, words[place + 1 :])
+    return programs.run(lambda: ACTIONS[name](args))
 
 
-# Each command imports what it needs: `smpo settings` answers without loading torch.
+# Each command reads its arguments and settings, and imports what it needs only if they are good: torch and diffusers
+# take seconds.
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -31,9 +44,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    options = arguments.arguments_of(commands.ImportArguments, args)
     from smpo_fast.data.ingest import importer
 
-    options = arguments.arguments_of(commands.ImportArguments, args)
     if options.dry_run:
         print(importer.dry_run(options.source, options))
     else:
@@ -42,62 +55,60 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    settings = arguments.settings_of(args)
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.data.cache.location import locate
     from smpo_fast.data.cache.prepare import prepare
     from smpo_fast.models.encoders import Encoders
     from smpo_fast.models.locate import find
 
-    settings = arguments.settings_of(args)
     world, source = world_from_environment(settings.run.device), find(settings.model)
     prepare(settings, Encoders(source, world.device), world.device, locate(settings), world=world)
     return programs.DONE
 
 
 def _verify(args: argparse.Namespace) -> int:
+    options, settings = arguments.arguments_of(commands.VerifyArguments, args), arguments.settings_of(args)
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.verification import report
 
-    options, settings = arguments.arguments_of(commands.VerifyArguments, args), arguments.settings_of(args)
     device = world_from_environment(settings.run.device).device
     return report.run(options.path, settings if args.config or args.overrides else None, device, deep=options.deep)
 
 
 def _score(args: argparse.Namespace) -> int:
+    options, settings = arguments.arguments_of(commands.ScoreArguments, args), arguments.set_settings(args)
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.data.rewards import scoring
 
-    options, settings = arguments.arguments_of(commands.ScoreArguments, args), arguments.set_settings(args)
     scoring.score(options.pairs, options.out, options, world_from_environment(options.device), settings.labels)
     return programs.DONE
 
 
 def _generate(args: argparse.Namespace) -> int:
+    options = arguments.arguments_of(commands.GenerateArguments, args)
+    settings = arguments.set_settings(args, [f"model.path={options.model}"] if options.model else [])
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.data.ingest import generate
 
-    options = arguments.arguments_of(commands.GenerateArguments, args)
-    settings = arguments.set_settings(args, [f"model.path={options.model}"] if options.model else [])
     generate.generate(options.prompts, options.out, settings.model, options, world_from_environment(options.device))
     return programs.DONE
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    settings = arguments.settings_of(args)
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.evaluation import compare
 
-    settings = arguments.settings_of(args)
     compare.run(settings, world_from_environment(settings.run.device).device)
     return programs.DONE
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
+    settings = arguments.settings_of(args)
     from smpo_fast.models import lora
     from smpo_fast.models.locate import find
 
-    settings = arguments.settings_of(args)
     folder = Path(settings.run.dir) / "merged"
     lora.merge(settings, find(settings.model), Path(settings.run.dir) / "export", folder)
     print(f"{folder}: the pipeline, with the adapters merged into its weights")
@@ -105,26 +116,33 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    settings, options = arguments.settings_of(args), arguments.arguments_of(commands.PlanArguments, args)
     from smpo_fast.planning import report
 
-    return report.run(arguments.settings_of(args), arguments.arguments_of(commands.PlanArguments, args))
+    return report.run(settings, options)
 
 
 def _tune(args: argparse.Namespace) -> int:
+    settings, options = arguments.settings_of(args), arguments.arguments_of(commands.TuneArguments, args)
     from smpo_fast.tuning import tune
 
-    return tune.run(arguments.settings_of(args), arguments.arguments_of(commands.TuneArguments, args))
+    return tune.run(settings, options)
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    options = arguments.arguments_of(commands.DoctorArguments, args)
     from smpo_fast.planning import doctor
 
-    options = arguments.arguments_of(commands.DoctorArguments, args)
     return doctor.run(options.ds_config, options.json_output)
 
 
 def _settings(args: argparse.Namespace) -> int:
     print(describe.settings_tables())
+    return programs.DONE
+
+
+def _completion(args: argparse.Namespace) -> int:
+    print(completion.script(arguments.arguments_of(commands.CompletionArguments, args).shell), end="")
     return programs.DONE
 
 
@@ -141,6 +159,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "tune": _tune,
     "doctor": _doctor,
     "settings": _settings,
+    "completion": _completion,
 }
 
 

@@ -13,7 +13,6 @@ if not __package__:  # started as a script: neither this folder's modules nor ke
     _HERE = Path(__file__).resolve().parent
     sys.path = [p for p in sys.path if Path(p or ".").resolve() not in (_HERE, _HERE.parent)]
 
-import argparse
 from collections.abc import Sequence
 
 from smpo_fast.common import programs
@@ -24,10 +23,7 @@ from smpo_fast.config.schema import Config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done or stopped by a signal with a checkpoint saved, 2 a mistake in settings or data, 3 failed."""
-    parser = argparse.ArgumentParser(description=TRAIN.summary)
-    arguments.add_command(parser, TRAIN)
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
-    args = arguments.parse(parser, argv)
+    args = arguments.parse(arguments.command_parser("train.py", TRAIN), argv)
     return programs.run(lambda: run(arguments.settings_of(args), arguments.arguments_of(TrainArguments, args)))
 
 

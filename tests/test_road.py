@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from smpo_fast import cli, train
+from smpo_fast.config.commands import COMMANDS
 from smpo_fast.config.schema import EMBEDDED
 from smpo_fast.data.pairs import reader
 from smpo_fast.data.pairs.pair import RawPair
@@ -49,6 +51,21 @@ def test_three_commands_from_a_folder_of_pictures_to_training(tmp_path: Path) ->
     assert len(rows) == 2 and rows[0]["logit_max"] == 0 and rows[1]["logit_max"] > 0
     summary = json.loads((tmp_path / "pairs" / "import.json").read_text())
     assert "23" in json.dumps(summary) and (tmp_path / "pairs" / "rejected.parquet").exists()
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are typed, where that would take long with smaller settings after them."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path("my_pictures"), 24)
+    assert train.main([*SETTINGS, "run.dir=runs/lora", "lora.rank=4", "data.max_pairs=12"]) == 0  # for smpo merge
+    small = ["batch.pairs_per_step=6", "batch.micro_pairs=3", "run.steps=2", "run.save_every=2", "run.device=cpu"]
+    for name, command in COMMANDS.items():
+        words = shlex.split(command.example.partition(" > ")[0])[1:]
+        more = [*small, "optim.warmup_steps=0", "eval.count=4"] if name in ("train", "tune", "evaluate") else []
+        status = cli.main([*words, *more])
+        # a plan for a run that does not fit and a machine without a GPU are no mistakes
+        assert status == 0 or (status == 1 and name in ("plan", "doctor")), (command.example, status)
 
 
 @pytest.mark.slow

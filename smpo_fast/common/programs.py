@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from smpo_fast import __version__
 from smpo_fast.common.console import printable
 from smpo_fast.common.errors import EnvironmentProblem, UserError, environment_problem
 
 DONE, UNMET, MISTAKE, FAILED = 0, 1, 2, 3  # exit status; UNMET: a check that was asked for has a negative answer
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+
+_LIBRARIES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "peft", "bitsandbytes")
+
+
+def versions() -> str:
+    """The version of this package, of Python and of the installed libraries that results depend on; imports none."""
+    found = []
+    for name in _LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return f"smpo_fast {__version__}, Python {platform.python_version()}; {', '.join(found)}"
 
 
 class Failure(Exception):

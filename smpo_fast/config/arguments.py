@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from smpo_fast.common import programs
 from smpo_fast.common.console import printable
 from smpo_fast.common.errors import ConfigError
 from smpo_fast.config import loading
-from smpo_fast.config.commands import Argument, Command
+from smpo_fast.config.commands import COMMANDS, Argument, Command, by_group
 from smpo_fast.config.schema import Config
 from smpo_fast.config.section import Section
 from smpo_fast.config.sibling_flags import ALIASES, REFUSED, SWITCHES
@@ -38,6 +40,72 @@ def declared(arguments: type[Section]) -> Iterator[Declared]:
     yield from sorted(found, key=lambda argument: not argument.positional)
 
 
+def usage(name: str, command: Command) -> str:
+    """How a program or subcommand is called, in a line."""
+    found = list(declared(command.arguments))
+    words = [name, *(a.name.upper() for a in found if a.positional)]
+    words += [f"{a.flag} {a.metavar}" for a in found if not a.positional and a.field.is_required()]
+    if any(not a.positional and not a.field.is_required() for a in found):
+        words.append("[options]")
+    settings = {"run": ["[settings]"], "set": [f"[--config FILE] [--set {command.set_section}.key=value ..]"], "": []}
+    return " ".join([*words, *settings[command.settings]])
+
+
+def command_parser(name: str, command: Command) -> argparse.ArgumentParser:
+    """The parser of a program or subcommand."""
+    parser = argparse.ArgumentParser(
+        prog=name,
+        usage=usage(name, command),
+        description=command.sentence,
+        epilog=f"example:\n  {command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_command(parser, command)
+    _add_common(parser)
+    return parser
+
+
+def overview_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The parser of the flags before a subcommand; its help lists the subcommands in their groups."""
+    width = max(map(len, COMMANDS))
+    listed: list[str] = []
+    for group, members in by_group().items():
+        listed += [f"{group.lower()}:", *(f"  {word:<{width}}  {c.summary}" for word, c in members.items()), ""]
+    parser = argparse.ArgumentParser(
+        prog=name,
+        usage=f"{name} [--help] [--version] COMMAND ..",
+        description=description,
+        epilog="\n".join([*listed, f"{name} COMMAND --help shows the arguments of a command, and an example."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_common(parser)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """Give a parser ``--version``, and what DeepSpeed's launcher adds to the words of a program."""
+    parser.add_argument("--version", action=_Version, help="show the versions of this package and its libraries")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+class _Version(argparse.Action):
+    """Print versions and end: they are looked up only if they are asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(programs.versions())
+        parser.exit()
+
+
+def unknown_command(prog: str, name: str) -> str:
+    """What to say of a command that does not exist."""
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"there is no command '{printable(name)}': {hint}{prog} --help lists the commands"
+
+
 def add_command(parser: argparse.ArgumentParser, command: Command) -> None:
     """Give a parser the arguments of a program or subcommand."""
     for argument in declared(command.arguments):
@@ -58,10 +126,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """
     args, rest = parser.parse_known_args(argv)  # argparse alone takes the words of one place only
     if rest and (not getattr(args, "takes_words", False) or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {printable(' '.join(rest))}")
+        parser.error(f"unrecognized arguments: {printable(' '.join(rest))}{_nearest_flag(parser, rest)}")
     if rest:
         args.overrides += rest
     return args
+
+
+def _nearest_flag(parser: argparse.ArgumentParser, words: Sequence[str]) -> str:
+    """The flag that the first unknown flag among ``words`` may have been meant to be, as a question."""
+    unknown = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
+    known = [flag for action in parser._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
+    near = difflib.get_close_matches(unknown, known, n=1)
+    return f": did you mean '{near[0]}'?" if near else ""
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

@@ -207,46 +207,133 @@ class DoctorArguments(Section):
     json_output: Annotated[bool, Argument("--json")] = Field(False, description="print JSON")
 
 
+class CompletionArguments(Section):
+    """Arguments of ``smpo completion``."""
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], POSITIONAL] = Field(description="bash, zsh or fish")
+
+
 class Command(NamedTuple):
     """A program or subcommand: what it does, its arguments, and how a run's settings are given to it.
 
-    settings: 'run' takes ``--config``, ``section.key=value`` words and the sibling scripts' flags; 'set' takes
-    ``--config`` and ``--set section.key=value``, and without ``--config`` no file at all; '' takes none.
+    group: the heading under which it is listed.  example: a command line that works on the embedded world, or on what
+    the examples before it have made of a folder ``my_pictures``.  settings: 'run' takes ``--config``,
+    ``section.key=value`` words and the sibling scripts' flags; 'set' takes ``--config`` and
+    ``--set section.key=value``, and without ``--config`` no file at all; '' takes none.
     """
 
+    group: str
     summary: str
-    arguments: type[Section]
+    example: str
+    arguments: type[Section] = NoArguments
     settings: Literal["", "run", "set"] = ""
     set_section: str = ""  # the section that --set is meant for
 
+    @property
+    def sentence(self) -> str:
+        """The summary as a sentence."""
+        return f"{self.summary[0].upper()}{self.summary[1:]}."
 
-TRAIN = Command("Align SDXL or SD1.5 with preference pairs (SmPO-Diffusion).", TrainArguments, "run")
+
+# The groups, in the order of use.
+DATA, PLAN, TRAINING, JUDGE, HAND_OVER, CHECK = (
+    "Prepare data", "Plan a run", "Train", "Judge the result", "Hand it over", "Check and look up",
+)  # fmt: skip
+
+TRAIN = Command(
+    TRAINING,
+    "align SDXL or SD1.5 with preference pairs (SmPO-Diffusion)",
+    "smpo train data.pairs=pairs data.scores=scores run.dir=runs/mine run.steps=20",
+    TrainArguments,
+    "run",
+)
 COMMANDS: dict[str, Command] = {
-    "train": TRAIN,
-    "import": Command("import preference pairs of any format into one table", ImportArguments),
-    "prepare": Command("encode the pairs of [data] with the networks of [model] into the cache", NoArguments, "run"),
-    "verify": Command(
-        "check anything that the programs write: hashes, counts, finite numbers and, if settings are given, whether a "
-        "cache or scores were made for them",
-        VerifyArguments,
-        "run",
+    "import": Command(
+        DATA,
+        "import preference pairs of any format into one table",
+        "smpo import my_pictures pairs",
+        ImportArguments,
     ),
-    "score": Command("score every image of a pair table with a reward model", ScoreArguments, "set", "labels"),
-    "generate": Command("generate images for prompts with a pipeline and pair them", GenerateArguments, "set", "model"),
-    "evaluate": Command(
-        "sample a run's base and export from the same noise, score the images and compare them", NoArguments, "run"
+    "generate": Command(
+        DATA,
+        "generate images for prompts with a pipeline and pair them",
+        "smpo generate embedded generated --model embedded --scorer embedded --count 8 --steps 5",
+        GenerateArguments,
+        "set",
+        "model",
     ),
-    "merge": Command(
-        "write the folder merged/ of a run: the base of [model] with a run's LoRA adapters merged into its weights",
+    "score": Command(
+        DATA,
+        "score every image of a pair table with a reward model",
+        "smpo score pairs scores --scorer embedded",
+        ScoreArguments,
+        "set",
+        "labels",
+    ),
+    "prepare": Command(
+        DATA,
+        "encode the pairs of [data] with the networks of [model] into the cache",
+        "smpo prepare data.pairs=pairs data.scores=scores run.dir=runs/mine",
         NoArguments,
         "run",
     ),
-    "plan": Command("estimate a run's memory, disk and time, and find settings that fit the GPU", PlanArguments, "run"),
+    "doctor": Command(
+        PLAN,
+        "check this machine: what training will use, and how to repair what is missing",
+        "smpo doctor",
+        DoctorArguments,
+    ),
+    "plan": Command(
+        PLAN,
+        "estimate a run's memory, disk and time, and find settings that fit the GPU",
+        'smpo plan --gpu "RTX 4090" run.steps=500',
+        PlanArguments,
+        "run",
+    ),
     "tune": Command(
-        "measure which kernels, attention, compilation and batch sizes are fastest for a run on this device",
+        PLAN,
+        "measure which kernels, attention, compilation and batch sizes are fastest here",
+        "smpo tune --minutes 0.5 --out tuned.toml",
         TuneArguments,
         "run",
     ),
-    "doctor": Command("check this machine: what training will use, and how to repair what is missing", DoctorArguments),
-    "settings": Command("print all settings with defaults and meaning, as Markdown", NoArguments),
+    "train": TRAIN,
+    "evaluate": Command(
+        JUDGE,
+        "sample a run's base and export from the same noise, score the images and compare them",
+        "smpo evaluate run.dir=runs/mine",
+        NoArguments,
+        "run",
+    ),
+    "merge": Command(
+        HAND_OVER,
+        "merge a run's LoRA adapters into the weights of its base: a pipeline in the run's folder merged/",
+        "smpo merge run.dir=runs/lora lora.rank=4",
+        NoArguments,
+        "run",
+    ),
+    "verify": Command(
+        CHECK,
+        "check anything that the programs write: hashes, counts, finite numbers, matching settings",
+        "smpo verify runs/mine",
+        VerifyArguments,
+        "run",
+    ),
+    "settings": Command(
+        CHECK, "print all settings with defaults and meaning, as Markdown", "smpo settings > settings.md"
+    ),
+    "completion": Command(
+        CHECK,
+        "print a script with which a shell completes commands, flags, settings and recipes",
+        "smpo completion bash > smpo-completion.bash",
+        CompletionArguments,
+    ),
 }
+
+
+def by_group() -> dict[str, dict[str, Command]]:
+    """The commands by their group, in the order of use."""
+    groups: dict[str, dict[str, Command]] = {}
+    for name, command in COMMANDS.items():
+        groups.setdefault(command.group, {})[name] = command
+    return groups

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from smpo_fast.config import arguments
-from smpo_fast.config.commands import COMMANDS, Command
+from smpo_fast.config.commands import Command, by_group
 from smpo_fast.config.loading import toml_value
 from smpo_fast.config.schema import Config
 from smpo_fast.config.sibling_flags import ALIASES, SWITCHES
@@ -26,6 +26,10 @@ The subcommands of `smpo`. `smpo train` is the same program as `smpo_fast/train.
 in a checkout; with the installed package alone these are `deepspeed --module smpo_fast.train` and
 `torchrun -m smpo_fast.train`. The exit status is 0 after success, 1 if a check has a negative answer (`smpo verify`,
 `smpo plan`, `smpo doctor`), 2 for a mistake in the command line, the settings or the data, and 3 if training failed.
+
+Each command has `--help` and `--version`; `smpo` alone lists the commands. The examples use the embedded miniature
+and, as `my_pictures`, a folder of your own. To complete commands, flags, settings and recipes by Tab, store what
+`smpo completion bash` prints (or `zsh`, `fish`) where its first line says.
 
 Where `[settings]` is shown, `--config FILE` names a TOML file or a shipped recipe (`--config sdxl_smpo`), and
 `section.key=value` words override it; all settings are in [settings.md](settings.md). The flags of sibling scripts,
@@ -60,8 +64,10 @@ def settings_page() -> str:
 def cli_page() -> str:
     """The text of docs/cli.md."""
     lines: list[str] = []
-    for name, command in COMMANDS.items():
-        lines += _command(f"smpo {name}", command)
+    for group, members in by_group().items():
+        lines += [f"## {group}", ""]
+        for name, command in members.items():
+            lines += _command(f"smpo {name}", command)
     lines += ["## Flags of sibling scripts", "", "| flag | same as |", "|---|---|"]
     lines += [f"| `--{flag} VALUE` | `{key}=VALUE` |" for flag, key in ALIASES.items()]
     lines += [f"| `--{flag}` | `{word}` |" for flag, word in SWITCHES.items()]
@@ -70,15 +76,8 @@ def cli_page() -> str:
 
 def _command(name: str, command: Command) -> Iterator[str]:
     declared = list(arguments.declared(command.arguments))
-    usage = [name, *(a.name.upper() for a in declared if a.positional)]
-    usage += [f"{a.flag} {a.metavar}" for a in declared if not a.positional and a.field.is_required()]
-    if any(not a.positional and not a.field.is_required() for a in declared):
-        usage.append("[options]")
-    usage += {"run": ["[settings]"], "set": [f"[--config FILE] [--set {command.set_section}.key=value ..]"], "": []}[
-        command.settings
-    ]
-    summary = command.summary[0].upper() + command.summary[1:].rstrip(".") + "."
-    yield from (f"## `{name}`", "", f"    {' '.join(usage)}", "", summary, "")
+    yield from (f"### `{name}`", "", f"    {arguments.usage(name, command)}", "", command.sentence, "")
+    yield from (f"Example: `{command.example}`", "")
     if declared:
         yield from ("| argument | meaning |", "|---|---|")
         for argument in declared:

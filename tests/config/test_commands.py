@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
 
-from smpo_fast import cli, train
+from smpo_fast import __version__, cli, train
 from smpo_fast.config import arguments, commands
 from smpo_fast.config.commands import GenerateOptions, ImportOptions
 from smpo_fast.data.ingest import columns, containers, generate, ranking
@@ -69,8 +74,90 @@ def test_the_names_of_the_options_are_those_that_the_packages_know() -> None:
     assert words(GenerateOptions, "encoding") == set(generate.ENCODINGS)
 
 
-def test_every_command_does_something() -> None:
+def test_every_command_does_something_and_its_group_is_in_one_place() -> None:
     assert set(cli.ACTIONS) == set(commands.COMMANDS)
+    assert [name for members in commands.by_group().values() for name in members] == list(commands.COMMANDS)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["--local_rank=0"]])
+def test_help_lists_the_commands_in_the_order_of_use(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert cli.main(words) == 0
+    except SystemExit as ended:
+        assert ended.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    places = [lines.index(f"{group.lower()}:") for group in commands.by_group()]
+    assert places == sorted(places)
+    for name, command in commands.COMMANDS.items():
+        (line,) = (line for line in lines if line.endswith(command.summary))
+        assert line.split()[0] == name and len(line) <= 110
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["plam"], "there is no command 'plam': did you mean 'plan'?"),
+        (["xyzzy"], "there is no command 'xyzzy': smpo --help lists"),
+        (["plan", "--gpuss", "3"], "unrecognized arguments: --gpuss: did you mean '--gpus'?"),
+        (["import", "in", "out", "--colums=a=b"], "did you mean '--columns'?"),
+    ],
+)
+def test_the_nearest_name_is_suggested(words: list[str], advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2 and advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_the_example_of_a_command_is_in_its_help_and_can_be_typed(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = commands.COMMANDS[name]
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    assert f"example:\n  {command.example}\n" in capsys.readouterr().out
+    program, called, *words = shlex.split(command.example.partition(" > ")[0])
+    args = arguments.parse(arguments.command_parser("smpo", command), words)
+    assert (program, called) == ("smpo", name)
+    arguments.arguments_of(command.arguments, args)
+    if command.settings:
+        (arguments.settings_of if command.settings == "run" else arguments.set_settings)(args)
+
+
+HEAVY = """
+import contextlib, os, sys
+from smpo_fast import cli, train
+calls = [(cli.main, words) for words in WORDS] + [(train.main, ["--help"]), (train.main, ["run.stepz=1"])]
+for program, words in calls:
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        try:
+            program(words)
+        except SystemExit:
+            pass
+    heavy = {"torch", "numpy", "diffusers", "transformers", "deepspeed", "pyarrow", "PIL"} & set(sys.modules)
+    assert not heavy, (words, heavy)
+"""
+
+
+def test_nothing_heavy_is_imported_before_arguments_and_settings_are_good() -> None:
+    given = {"score": ["in", "out"], "generate": ["in", "out"], "import": ["in", "out"], "verify": ["x"]}
+    calls: list[list[str]] = [[], ["--version"], ["settings"], ["plam"], ["completion", "bash"]]
+    for name, command in commands.COMMANDS.items():
+        calls += [[name, "--help"], [name, "--nothing"]]
+        if command.settings == "run":
+            calls.append([name, *given.get(name, []), "run.stepz=1"])
+    calls += [["score", "in", "out", "--scorer", "clip", "--batch", "x"], ["import", "in", "out", "--format", "x"]]
+    calls.append(["generate", "in", "out", "--set", "model.pth=x"])
+    subprocess.run([sys.executable, "-c", HEAVY.replace("WORDS", repr(calls))], check=True)
+
+
+@pytest.mark.parametrize("program", [cli.main, train.main])
+def test_version_names_the_libraries(program: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program(["--version"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and printed.startswith(f"smpo_fast {__version__}, Python ")
+    assert f"torch {importlib.metadata.version('torch')}" in printed
 
 
 @pytest.mark.parametrize("command", [*commands.COMMANDS.values(), commands.TRAIN], ids=lambda c: c.arguments.__name__)
