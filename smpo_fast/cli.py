@@ -115,6 +115,12 @@ def _merge(args: argparse.Namespace) -> int:
     return programs.DONE
 
 
+def _push(args: argparse.Namespace) -> int:
+    from smpo_fast.publishing.push import push
+
+    return push(arguments.arguments_of(commands.PushArguments, args))
+
+
 def _plan(args: argparse.Namespace) -> int:
     settings, options = arguments.settings_of(args), arguments.arguments_of(commands.PlanArguments, args)
     from smpo_fast.planning import report
@@ -155,6 +161,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": _generate,
     "evaluate": _evaluate,
     "merge": _merge,
+    "push": _push,
     "plan": _plan,
     "tune": _tune,
     "doctor": _doctor,

@@ -35,6 +35,7 @@ def run(settings: Config, options: TrainArguments) -> int:
     # Only now, with good settings: they import torch and diffusers, which takes seconds.
     with programs.ended_by_interrupt():
         from smpo_fast.common.runtime import Stopped, print0
+        from smpo_fast.publishing.model_card import write_card
         from smpo_fast.training.dry_run import survey
         from smpo_fast.training.job import Job
         from smpo_fast.training.overview import overview
@@ -48,6 +49,9 @@ def run(settings: Config, options: TrainArguments) -> int:
         return programs.DONE
     try:
         train(job, speed.measured)
+        if job.world.rank == 0:
+            card = write_card(job.run_dir)
+            print0(f"  {card.name:<15} the model card; smpo push {job.run_dir} OWNER/NAME uploads it with the export")
     except Stopped as stopped:
         where = f"the state is saved below {settings.run.dir}"
         print0(f"\nstopped by {stopped}; {where}: the same command continues the run")

@@ -20,7 +20,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 # Lowest first: a package may import those above it in this list, and nothing else. The programs come last.
 LAYERS = (
     "common", "embedded", "kernels", "config", "method", "models", "data", "engine", "evaluation", "training",
-    "verification", "planning", "tuning", "train", "cli",
+    "publishing", "verification", "planning", "tuning", "train", "cli",
 )  # fmt: skip
 # What a package may use of the layers below it, where that is less than all of them.
 ONLY = {
@@ -29,7 +29,7 @@ ONLY = {
     "config": {"common"},
     "method": {"common", "config"},
     "engine": {"common", "config", "kernels"},
-    "train": {"common", "config", "training", "tuning"},
+    "train": {"common", "config", "training", "publishing", "tuning"},
 }
 # Each of these libraries is imported in one place (a package, or a module of it) and nowhere else.
 OWNERS = {

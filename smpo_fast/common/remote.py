@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from smpo_fast.common.errors import EnvironmentProblem, UserError
 
@@ -56,6 +56,25 @@ def fetch_file(repository: str, names: Sequence[str]) -> Path:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             errors.append(f"{name}: {error}")
     raise EnvironmentProblem(f"'{repository}' is not a local folder, and the hub answered: {'; '.join(errors)}")
+
+
+def upload(repository: str, files: Mapping[str, Path], *, message: str, private: bool) -> str:
+    """Upload files, by their names there, to a model repository of the hub in one commit; returns its address.
+
+    private: whether the repository, if there is none yet, is visible to its owner only. Files that are there and not
+    given stay. Raises EnvironmentProblem with the hub's answer if it refuses, or cannot be reached.
+    """
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repository, private=private, exist_ok=True)
+        added = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+        hub.create_commit(repository, added, commit_message=message)
+    except (HTTPError, HFValidationError, OSError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"'{repository}' could not be written to the hub: {error}\n  (log in with 'hf auth login', or set HF_TOKEN "
+            "to a token that may write there; nothing is visible there until all files are)"
+        ) from error
+    return str(address)
 
 
 class RemoteFolder:

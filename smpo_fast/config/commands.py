@@ -155,6 +155,19 @@ class GenerateArguments(GenerateOptions):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description=DEVICE)
 
 
+class PushArguments(Section):
+    """Arguments of ``smpo push``."""
+
+    run: Annotated[Path, POSITIONAL] = Field(description="folder of a finished run")
+    repository: Annotated[str, POSITIONAL] = Field(description="owner/name on the hub; it is made if there is none")
+    dry_run: bool = Field(False, description="upload nothing; write the model card, and list files and sizes")
+    private: bool = Field(False, description="make a new repository visible to its owner only")
+    license: Annotated[str, Argument(metavar="NAME")] = Field(
+        "", description="the hub's name of the license (default: the base's)"
+    )
+    message: str = Field("Upload with smpo-fast", description="of the commit")
+
+
 class PlanArguments(Section):
     """Arguments of ``smpo plan``."""
 
@@ -311,6 +324,12 @@ COMMANDS: dict[str, Command] = {
         "smpo merge run.dir=runs/lora lora.rank=4",
         NoArguments,
         "run",
+    ),
+    "push": Command(
+        HAND_OVER,
+        "upload a finished run's export, with a model card, to the Hugging Face hub",
+        "smpo push runs/mine me/aligned --dry-run",
+        PushArguments,
     ),
     "verify": Command(
         CHECK,

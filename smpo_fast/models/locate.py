@@ -162,10 +162,10 @@ def schedule_of(source: ModelSource, inversion: Inversion) -> NoiseSchedule:
 
 
 def wanted_files(variant: str) -> tuple[list[str], list[str]]:
-    """Patterns of the files to fetch from the hub, and to leave out: configurations and one variant of the weights."""
+    """Patterns of files to fetch from the hub, and to leave out: card, configurations, one variant of the weights."""
     weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
     inside = [f"{part}/{p}" for part in (*PARTS, *OPTIONAL_PARTS) for p in ("*.json", "*.txt", weights)]
-    alone = ["config.json", "model_index.json", "diffusion_pytorch_model.safetensors"]
+    alone = ["README.md", "config.json", "model_index.json", "diffusion_pytorch_model.safetensors"]
     others = [] if variant else ["*.fp16.safetensors", "*.bf16.safetensors", "*non_ema*"]
     return [*inside, *alone, f"diffusion_pytorch_model{weights[1:]}"], others
 
@@ -177,7 +177,7 @@ def _folder(where: str, key: str, model: Model, weights: bool) -> Path:
         raise ModelError(f"{key}: {where} is a file; give a diffusers folder or a hub id")
     if not remote.is_hub_id(where) or Path(where).suffix in (".safetensors", ".ckpt"):
         raise ModelError(f"{key}: '{where}' is neither a folder nor a hub id (owner/name), and there is no such file")
-    wanted, unwanted = wanted_files(model.variant) if weights else (["*.json", "*/*.json"], [])
+    wanted, unwanted = wanted_files(model.variant) if weights else (["README.md", "*.json", "*/*.json"], [])
     try:
         return remote.fetch_repository(where, revision=model.revision, only=wanted, never=unwanted)
     except EnvironmentProblem as error:

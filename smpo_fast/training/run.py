@@ -85,7 +85,7 @@ def train_policy(job: Job) -> dict[str, Tensor]:
     checkpoint.tidy(job.run_dir, world, c.run.keep)
     announce_state(job, progress)
     if world.rank == 0:
-        describe_run(job, kernels)
+        describe_run(job, kernels, loader.labels.report)
     log = RunLog(job.run_dir, c, progress.step, world)
     store = open_store(job)
     schedule = schedule_of(job.source, c.inversion)

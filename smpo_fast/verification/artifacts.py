@@ -18,6 +18,7 @@ from smpo_fast.data.pairs.verify import is_table, verify_table
 from smpo_fast.data.rewards.verify import is_score_table, verify_scores
 from smpo_fast.engine.verify import is_checkpoint, is_checkpoints_folder, verify_checkpoint, verify_checkpoints
 from smpo_fast.evaluation.verify import is_evaluation, verify_evaluation
+from smpo_fast.models.base_facts import CARD
 from smpo_fast.models.verify import is_export, verify_export
 from smpo_fast.training.run_folder import FINISHED, OWN_FILES
 from smpo_fast.training.run_lock import LOCK_FILE
@@ -70,7 +71,7 @@ def _verify_run(folder: Path, request: Request) -> Iterator[Finding]:
         artifact = _recognise(path)
         if artifact is not None:
             yield from artifact.verify(path, request)
-        elif path.name == "tensorboard":
+        elif path.name in ("tensorboard", CARD):
             yield note(path, "not checked: nothing is read from it")
         else:
             yield note(path, leftover_advice(path.name) or "not checked: no run writes it")
