@@ -54,7 +54,7 @@ def remove_drafts(folder: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_write(file) as draft:
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, value: Any, indent: int | None = None) -> None:

@@ -173,4 +173,7 @@ def toml_value(value: Any) -> str:
     """A setting's value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    return repr(value) if isinstance(value, (int, float)) else json.dumps(value)
+    if isinstance(value, (int, float)):
+        return repr(value)
+    # TOML knows JSON's escapes, but not its pairs of them for one character; DEL must be escaped in TOML alone
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

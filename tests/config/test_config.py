@@ -156,6 +156,13 @@ def test_the_generated_pages_are_current(name: str, page: Callable[[], str]) -> 
     assert page() == file.read_text(), "run: python -m smpo_fast.config.describe docs"
 
 
+@pytest.mark.parametrize("text", ["café 😀", "a\x7fb", 'say "no"\n\\', "\u2028\x00"])
+def test_any_text_is_written_and_read_again(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(loading.dump(loading.from_dict({"run": {"dir": text}})), encoding="utf-8")
+    assert loading.load(file).run.dir == text
+
+
 def test_toml_numbers_are_numbers() -> None:
     """The reason for TOML: a learning rate written 1e-8 is a number."""
     assert tomllib.loads("lr = 1e-8")["lr"] == 1e-8
