@@ -20,6 +20,7 @@ setup(
     packages=[*find_packages(include=["smpo_fast", "smpo_fast.*"]), "smpo_fast.kernels", "smpo_fast.recipes"],
     package_dir={"smpo_fast": "smpo_fast", "smpo_fast.kernels": "kernels", "smpo_fast.recipes": "configs"},
     package_data={
+        "smpo_fast": ["py.typed"],
         "smpo_fast.recipes": ["*.toml", "*.json"],
         "smpo_fast.embedded": ["default.toml", "assets/*", "assets/**/*"],
         "smpo_fast.models": ["public/*", "public/**/*"],

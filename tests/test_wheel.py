@@ -43,6 +43,7 @@ def programs(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"smpo_fast/recipes/{file.name}" for file in CONFIGS.iterdir()} <= names
     assert {f"smpo_fast/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")} <= names
+    assert "smpo_fast/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "kernels", "configs"))]
     subprocess.run([*pip, "--python", str(clean / "bin" / "python"), "install", "--no-deps", str(wheel)], check=True)
     return clean / "bin"

@@ -42,9 +42,14 @@ def decode(data: bytes) -> Image.Image:
     image = _open(data)
     try:
         image.load()
-        return _upright(_to_rgb(image), _orientation(image))
+        return upright_rgb(image)
     except DECODE_ERRORS as error:
         raise BadImage(f"cannot be decoded: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode as ``decode`` gives it."""
+    return _upright(_to_rgb(image), _orientation(image))
 
 
 def header_size(data: bytes) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,25 @@ def predict_in_float32(unet: nn.Module) -> None:
 
     A loss compares errors that differ in their third or fourth digit, which is where half precision ends.
     """
-    bare: Any = getattr(unet, "module", unet)  # without DeepSpeed's wrapper
-    last = getattr(bare.conv_out, "base_layer", bare.conv_out)  # without LoRA
+    last = _last_convolution(unet)
     if type(last) is nn.Conv2d:
         last.__class__ = _Float32Conv2d
+
+
+@contextmanager
+def borrowed(unet: nn.Module) -> Iterator[None]:
+    """Inside, denoisers of a UNet may change it; afterwards it is as it was, for its owner to sample with."""
+    last = _last_convolution(unet)
+    kind = type(last)
+    try:
+        yield
+    finally:
+        last.__class__ = kind
+
+
+def _last_convolution(unet: nn.Module) -> Any:
+    bare: Any = getattr(unet, "module", unet)  # without DeepSpeed's wrapper
+    return getattr(bare.conv_out, "base_layer", bare.conv_out)  # without LoRA
 
 
 class Denoiser:

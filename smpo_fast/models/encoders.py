@@ -17,19 +17,16 @@ from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.pipeline_folder import TEXT_PARTS
 
 
-class Encoders:
-    """VAE and text encoders in float32: needed to prepare a cache, not to train."""
+class LoadedEncoders:
+    """VAE and text encoders that are in memory.
 
-    def __init__(self, source: ModelSource, device: torch.device) -> None:
-        self.kind, self.device = source.kind, device
-        self.identity = encoders_identity(source)
-        self.vae = load_network(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
+    kind: 'sdxl' or 'sd15'.  vae: in float32.  text: tokenizers and their encoders, in the order of ``TEXT_PARTS``.
+    """
+
+    def __init__(self, kind: str, vae: Any, text: Sequence[tuple[Any, Any]], device: torch.device) -> None:
+        self.kind, self.vae, self.text, self.device = kind, vae, text, device
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # image pixels per latent pixel, each way
-        self.text = []
-        for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):
-            network = load_network(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval()
-            self.text.append((load_tokenizer(source.folder / tokenizer, network), network))
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,3 +64,16 @@ class Encoders:
         return tokenizer(
             [bounded(prompt) for prompt in prompts], max_length=tokenizer.model_max_length, **options
         ).input_ids
+
+
+class Encoders(LoadedEncoders):
+    """The VAE and text encoders of a source in float32: needed to prepare a cache, not to train."""
+
+    def __init__(self, source: ModelSource, device: torch.device) -> None:
+        self.identity = encoders_identity(source)
+        vae = load_network(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
+        text = []
+        for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):
+            network = load_network(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval()
+            text.append((load_tokenizer(source.folder / tokenizer, network), network))
+        super().__init__(source.kind, vae, text, device)
