@@ -25,11 +25,10 @@ and rounding to nearest would leave the weight unchanged.
 A block in which a gradient, or the v that follows from it, is not finite is left as it was, weights and states: its
 scales would become infinite or NaN, and with them the states of all its elements.
 
-Random numbers are Philox4x32-10 (Salmon et al., SC 2011) with key ``seed`` and counter (i // 4, step), i the element's
-index in its parameter. Element i uses word i % 4: the upper half for v, the lower half for the weight. Blocks too are
-counted from the parameter's start. A slice therefore gives exactly the bits that the whole parameter gives; only a
-block divided between slices needs the maxima of both sides, see ``adamw8bit_block_max``. Use a different seed for every
-parameter.
+Every element has a random word per step (``_rounding.py``): the upper half is for v, the lower half for the weight.
+Blocks too are counted from the parameter's start. A slice therefore gives exactly the bits that the whole parameter
+gives; only a block divided between slices needs the maxima of both sides, see ``adamw8bit_block_max``. Use a different
+seed for every parameter.
 
 Shapes: everything [n], scales [blocks touched]. Dtypes: weight fp32 or bf16, gradient any float, arithmetic fp32.
 
@@ -50,6 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smpo_fast.kernels._launch import INTERPRET, cdiv, check, launch, on_kernel
+from smpo_fast.kernels._rounding import element_words, random_words, round_stochastically, round_to_bf16
 
 try:
     import triton
@@ -114,7 +114,7 @@ def adamw8bit_step_reference(
         w, g, codes_m, codes_v = weight[part], grad[part], m8[part], v8[part]
         lead = first % BLOCK
         m, v = _moments(g, codes_m, codes_v, m_scale[blocks], v_scale[blocks], beta1, beta2, grad_scale, lead)
-        words = _random_words(m.numel(), first - lead, step, seed, weight.device).view_as(m)
+        words = random_words(m.numel(), first - lead, step, seed, weight.device).view_as(m)
         largest_m, largest_v = _largest(m.abs(), m_max, blocks), _largest(v, v_max, blocks)
         finite = largest_v < math.inf
         m_scale[blocks] = torch.where(finite, largest_m, m_scale[blocks])
@@ -124,7 +124,7 @@ def adamw8bit_step_reference(
         codes_v.copy_(torch.where(kept, _flat(_encode_v(v, largest_v, words), lead, len(w)), codes_v))
         update = _flat(m / (_sqrt(v) * root + eps), lead, len(w))
         new = w.float() * decay - update * rate
-        new = new if w.dtype == torch.float32 else _round_stochastically(new, _flat(words, lead, len(w)))
+        new = new if w.dtype == torch.float32 else round_stochastically(new, _flat(words, lead, len(w)))
         w.copy_(torch.where(kept, new, w))
 
 
@@ -223,28 +223,6 @@ def _sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
 
 
-def _random_words(n: int, first: int, step: int, seed: int, device: torch.device) -> Tensor:
-    """One 32-bit word per element as int64 [n], from element ``first`` on; n and first are multiples of 4."""
-    quad = torch.arange(first // 4, (first + n) // 4, device=device)
-    c0, c1 = quad & 0xFFFFFFFF, quad >> 32
-    c2, c3 = torch.full_like(quad, step), torch.zeros_like(quad)
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
-    for _ in range(10):
-        # products of 64 bits wrap around in int64, with the right bits
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = (b >> 32 & 0xFFFFFFFF) ^ c1 ^ k0, b & 0xFFFFFFFF
-        c2, c3 = (a >> 32 & 0xFFFFFFFF) ^ c3 ^ k1, a & 0xFFFFFFFF
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return torch.stack((c0, c1, c2, c3), dim=1).view(-1)
-
-
-def _round_stochastically(x: Tensor, words: Tensor) -> Tensor:
-    """fp32 to bf16 by stochastic rounding, which preserves the mean; NaN and infinities are unchanged."""
-    bits = x.contiguous().view(torch.int32)
-    rounded = (bits + (words & 0xFFFF).to(torch.int32)) & -65536
-    return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
-
-
 # --- kernels ---------------------------------------------------------------------------------------------------
 
 
@@ -310,28 +288,6 @@ def _code(b_x, b_scale, b_chance, CODES: tl.constexpr):
 
 
 @_jit
-def _words(i_block, seed_low, seed_high, step, ROWS: tl.constexpr, QUADS: tl.constexpr):
-    """A random uint32 word per element [ROWS, 4 QUADS]; one Philox call yields four."""
-    i_quad = i_block[:, None] * QUADS + tl.arange(0, QUADS)[None, :]
-    zero = tl.zeros([ROWS, QUADS], tl.uint32)
-    w0, w1, w2, w3 = tl.philox_impl(
-        i_quad.to(tl.uint32), (i_quad >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero,
-        zero + seed_low.to(tl.uint32), zero + seed_high.to(tl.uint32),
-    )  # fmt: skip
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-
-
-@_jit
-def _round_to_bf16(b_x, b_words):
-    b_bits = b_x.to(tl.uint32, bitcast=True)
-    b_rounded = (b_bits + (b_words & 0xFFFF)) >> 16
-    # an infinity stays one, and a NaN keeps a mantissa bit, without which it would become an infinity
-    b_special = (b_bits >> 16) | tl.where((b_bits & 0x7FFFFF) != 0, 0x40, 0)
-    b_rounded = tl.where((b_bits & 0x7F800000) == 0x7F800000, b_special, b_rounded)
-    return b_rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@_jit
 def _step_kernel(
     p_weight, p_grad, p_m8, p_v8, p_m_scale, p_v_scale, p_m_max, p_v_max, p_grad_scale, grad_scale,
     n, lead, blocks, first_block, step, seed_low, seed_high, beta1, beta2, new1, new2, eps, decay, rate, root,
@@ -349,11 +305,11 @@ def _step_kernel(
     m &= m_block[:, None]
     tl.store(p_m_scale + i_block, b_largest_m, mask=m_block)
     tl.store(p_v_scale + i_block, b_largest_v, mask=m_block)
-    b_words = _words(i_block + first_block, seed_low, seed_high, step, ROWS, BLOCK // 4)
+    b_words = element_words(i_block + first_block, seed_low, seed_high, step, ROWS, BLOCK // 4)
     b_new = tl.load(p_weight + o, mask=m, other=0.0).to(tl.float32) * decay
     b_new -= tl.div_rn(b_m, tl.sqrt_rn(b_v) * root + eps) * rate
     if p_weight.dtype.element_ty == tl.bfloat16:
-        tl.store(p_weight + o, _round_to_bf16(b_new, b_words), mask=m)
+        tl.store(p_weight + o, round_to_bf16(b_new, b_words), mask=m)
     else:
         tl.store(p_weight + o, b_new, mask=m)
     b_code = _code(tl.abs(b_m), b_largest_m[:, None], 0.5, M_CODES)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from smpo_fast.kernels import adamw8bit
 from smpo_fast.kernels._launch import INTERPRET
+from smpo_fast.kernels._rounding import random_words
 from smpo_fast.kernels.adamw8bit import (
     BLOCK,
     State,
@@ -56,7 +57,7 @@ def test_random_words_are_philox() -> None:
     """The published output for a counter and key of zeros; and every part of counter and key changes the output."""
 
     def words(element: int, step: int, seed: int) -> tuple[int, ...]:
-        return tuple(adamw8bit._random_words(4, element, step, seed, torch.device("cpu")).tolist())
+        return tuple(random_words(4, element, step, seed, torch.device("cpu")).tolist())
 
     assert words(0, 0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     near = [(20, 7, 9), (24, 7, 9), (20 + 2**34, 7, 9), (20, 8, 9), (20, 7, 10), (20, 7, 9 + 2**40)]
@@ -256,7 +257,7 @@ def test_rounding_of_v_leaves_the_mean() -> None:
     n = 60_000
     scale = torch.ones(n // BLOCK + 1)
     for value in (0.9, 0.1234, 3e-3, 2e-6):
-        words = adamw8bit._random_words(len(scale) * BLOCK, 0, 1, 5, torch.device("cpu")).view(-1, BLOCK)
+        words = random_words(len(scale) * BLOCK, 0, 1, 5, torch.device("cpu")).view(-1, BLOCK)
         code = adamw8bit._encode_v(torch.full_like(words, value, dtype=torch.float32), scale, words)
         decoded = adamw8bit._fourth_power(code.double(), 255)
         assert len(code.unique()) == 2
