@@ -8,7 +8,7 @@ a required argument that this module cannot generate; they count as not measured
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ FORWARD_ONLY = {"geglu_linear"}
 """Operations whose calls with a gradient run the eager reference."""
 _NO_GRADIENT = {"target", "reference", "x_t", "x_0", "total", "residual_out"}
 # arguments that operations without a return value write to; the floating-point ones are compared
-_IN_PLACE = (("x", "total"), ("weight", "m_scale", "v_scale", "m8", "v8"))
+_IN_PLACE = (("x", "total"), ("weight", "m_scale", "v_scale", "m8", "v8"), ("averages",))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def shapes_of(op: str, architecture: architectures.Architecture) -> list[tuple[i
 
     geglu_linear: its projection is 8 times as wide as its input, and its output half of that.
     """
-    if op.startswith("adamw"):
+    if op.startswith(("adamw", "ema")):
         return list(WEIGHTS)
     table = counting.op_shapes(architecture, images=2)
     if op == "geglu_linear":
@@ -143,7 +143,10 @@ def _layer_pool(
 
 
 def _optimizer_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Arguments of an optimizer step over one flat parameter; weights are bf16 if that is the dtype, else fp32."""
+    """Arguments of an optimizer step over one flat parameter, or of its moving average, which follows fp32 weights.
+
+    What the step writes is bf16 if that is the dtype, else fp32.
+    """
     weight = dtype if dtype == torch.bfloat16 else torch.float32
     blocks = (-(-shape[0] // 256),)
 
@@ -158,6 +161,8 @@ def _optimizer_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
         "m8": lambda: codes(torch.int8), "v8": lambda: codes(torch.uint8), "m_scale": scale, "v_scale": scale,
         "lr": lambda: 1e-5, "beta1": lambda: 0.9, "beta2": lambda: 0.999, "eps": lambda: 1e-8,
         "weight_decay": lambda: 0.01, "step": lambda: 100,
+        "averages": lambda: [_normal(shape, weight, device)], "seeds": lambda: [0], "offsets": lambda: [0],
+        "weights": lambda: [_normal(shape, torch.float32, device)], "decay": lambda: 0.999,
     }  # fmt: skip
 
 
@@ -185,6 +190,19 @@ def _pair_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
         "h": numbers, "prediction": prediction, "reference": seen, "target": state, "weight": numbers,
         "beta": lambda: 2.0, "link": lambda: "sigmoid",
     }  # fmt: skip
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a tensor, or of the tensors in a list; other values are the same."""
+    if isinstance(value, list):
+        return [_copied(inner) for inner in value]
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values and in lists among them."""
+    flat = (inner for value in values for inner in (value if isinstance(value, list) else [value]))
+    return [x for x in flat if isinstance(x, Tensor)]
 
 
 @dataclass
@@ -216,7 +234,7 @@ class Prepared:
 
     def _fresh(self) -> dict[str, Any]:
         """Copies that may be written to; leaves of autograd where a gradient is needed."""
-        made = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
+        made = {k: _copied(v) for k, v in self.arguments.items()}
         for name in self.learned:
             made[name].requires_grad_(made[name].ndim == 1 or "prediction" not in self.arguments)
         if "prediction" in made:
@@ -233,7 +251,8 @@ class Prepared:
 
         def forward() -> list[Tensor]:
             out = self._tensors(op(**inputs))
-            return [inputs[name] for name in self.written if inputs[name].is_floating_point()] if self.written else out
+            written = _tensors_in(inputs[name] for name in self.written)
+            return [x for x in written if x.is_floating_point()] if self.written else out
 
         def gradients(out: list[Tensor]) -> list[Tensor]:
             smooth = [o for o in out if o.requires_grad]
@@ -249,11 +268,11 @@ class Prepared:
     def moved(self, mode: str) -> int:
         """Bytes that a mode moves at least: every tensor argument read once and every result written once."""
         inputs = self._fresh()
-        read = sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor))
+        read = sum(x.nbytes for x in _tensors_in(inputs.values()))
         with torch.no_grad():
             written = sum(o.nbytes for o in self._tensors(self.case.reference(**inputs)))
         if self.written:
-            written = sum(inputs[name].nbytes for name in self.written)
+            written = sum(x.nbytes for x in _tensors_in(inputs[name] for name in self.written))
             return read - (inputs["x"].nbytes if "total" in inputs else 0) + written
         back = sum(u.nbytes for u in self.upstream) + read
         back += sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad)

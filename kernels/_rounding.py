@@ -46,10 +46,9 @@ def _jit(function: Any) -> Any:
 
 
 @_jit
-def element_words(i_block, seed_low, seed_high, step, ROWS: tl.constexpr, QUADS: tl.constexpr):
-    """A random uint32 word per element [ROWS, 4 QUADS]; one Philox call yields four."""
-    i_quad = i_block[:, None] * QUADS + tl.arange(0, QUADS)[None, :]
-    zero = tl.zeros([ROWS, QUADS], tl.uint32)
+def element_words(i_quad, seed_low, seed_high, step):
+    """A random uint32 word for each element of the quads [*, Q], [*, 4 Q]; one Philox call yields four."""
+    zero = (i_quad * 0).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox_impl(
         i_quad.to(tl.uint32), (i_quad >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero,
         zero + seed_low.to(tl.uint32), zero + seed_high.to(tl.uint32),

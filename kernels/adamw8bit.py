@@ -305,7 +305,8 @@ def _step_kernel(
     m &= m_block[:, None]
     tl.store(p_m_scale + i_block, b_largest_m, mask=m_block)
     tl.store(p_v_scale + i_block, b_largest_v, mask=m_block)
-    b_words = element_words(i_block + first_block, seed_low, seed_high, step, ROWS, BLOCK // 4)
+    i_quad = (i_block + first_block)[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    b_words = element_words(i_quad, seed_low, seed_high, step)
     b_new = tl.load(p_weight + o, mask=m, other=0.0).to(tl.float32) * decay
     b_new -= tl.div_rn(b_m, tl.sqrt_rn(b_v) * root + eps) * rate
     if p_weight.dtype.element_ty == tl.bfloat16:

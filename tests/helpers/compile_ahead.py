@@ -24,11 +24,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smpo_fast.kernels import adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step
+from smpo_fast.kernels import adamw8bit, ema, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step
 
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 Launch = tuple[Any, dict[str, Any]]
 
@@ -108,6 +108,12 @@ def adamw8bit_launches(weight: torch.dtype, grad: torch.dtype, n: int = 2048 * 1
     adamw8bit._block_max(meta(n, dtype=grad), *state, **betas)
 
 
+def ema_launches(average: torch.dtype, weight: torch.dtype, n: int = 2048 * 1280, offset: int = 0) -> None:
+    """Two slices of a parameter."""
+    averages, weights = ([meta(n, dtype=dtype)] * 2 for dtype in (average, weight))
+    ema._update(averages, weights, decay=0.999, step=3, seeds=[2**40] * 2, offsets=[offset] * 2)
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL_SHARED, LARGE_SHARED = 99 * 1024, 227 * 1024  # bytes a program may use on sm_89, and from sm_90 on
 CASES: dict[str, Callable[[], None]] = {
@@ -128,6 +134,8 @@ CASES: dict[str, Callable[[], None]] = {
     "adamw8bit fp32": lambda: adamw8bit_launches(FP32, FP32),
     "adamw8bit bf16": lambda: adamw8bit_launches(BF16, FP32),
     "adamw8bit all bf16": lambda: adamw8bit_launches(BF16, BF16),
+    "ema fp32": lambda: ema_launches(FP32, FP32),
+    "ema bf16": lambda: ema_launches(BF16, FP32),
 }
 # compiled in the slow tests: one pair, one image (Triton makes a size of 1 a constant), fp32, odd sizes
 EDGE_CASES: dict[str, Callable[[], None]] = {
@@ -147,6 +155,7 @@ EDGE_CASES: dict[str, Callable[[], None]] = {
     "geglu_linear one feature": lambda: geglu_linear_launches(40, 64, 1, BF16, SMALL_SHARED),
     "geglu_linear odd half": lambda: geglu_linear_launches(131, 37, 11, BF16, SMALL_SHARED),
     "adamw8bit cut": lambda: adamw8bit_launches(BF16, FP32, 4099, cut=True),
+    "ema cut": lambda: ema_launches(BF16, BF16, 4099, 3),
 }
 
 
@@ -161,7 +170,7 @@ def launches(make: Callable[[], None]) -> Iterator[Launch]:
     def catch(kernel: Any, programs: int, *, device: torch.device, **arguments: Any) -> None:
         caught.setdefault(kernel.fn.__name__, (kernel, arguments))
 
-    for kernel_module in (adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
+    for kernel_module in (adamw8bit, ema, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
         kernel_module.launch = catch  # type: ignore[assignment]
     make()
     return iter(caught.values())

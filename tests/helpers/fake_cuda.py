@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from smpo_fast.engine import staging
-from smpo_fast.kernels import adamw8bit
+from smpo_fast.kernels import adamw8bit, ema
 from smpo_fast.models import step_ops
 from smpo_fast.models.kernel_checks import KernelCheck
 from smpo_fast.models.tracing import META, LiveBytes, fused_attention, replaced
@@ -94,7 +94,8 @@ class FakeCuda:
             (torch.cuda, "Stream", _Stream), (torch.cuda, "Event", _Event), (torch.cuda, "stream", self._on_stream),
             (torch.cuda, "current_stream", self._current_stream), (torch.cuda, "synchronize", self._synchronize),
             (staging, "_pinned", lambda size: self.on_host((size,), torch.uint8, pinned=True)),
-            (adamw8bit, "launch", self._launch), (architectures, "_randomise", lambda *given: None),
+            (adamw8bit, "launch", self._launch), (ema, "launch", self._launch),
+            (architectures, "_randomise", lambda *given: None),
             (prefetch, "ThreadPoolExecutor", partial(ThreadPoolExecutor, initializer=self._enter_thread)),
             (step_ops, "check_kernel", lambda name, *given: KernelCheck(name, True, 0.0, 0.0, "")),
         ]  # fmt: skip

@@ -77,7 +77,16 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched from now on."""
-    from smpo_fast.kernels import adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step
+    from smpo_fast.kernels import (
+        adamw8bit,
+        ema,
+        geglu,
+        geglu_linear,
+        group_norm_silu,
+        layer_norm,
+        pair_loss,
+        renoise_step,
+    )
 
     seen: list[str] = []
 
@@ -85,6 +94,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(kernel.fn.__name__)
         _launch.launch(kernel, *args, **kwargs)
 
-    for kernel_module in (adamw8bit, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
+    for kernel_module in (adamw8bit, ema, geglu, geglu_linear, group_norm_silu, layer_norm, pair_loss, renoise_step):
         monkeypatch.setattr(kernel_module, "launch", counted)
     return seen

@@ -65,6 +65,8 @@ CEILINGS = {
     "adamw8bit bf16: block_max": (40, 16),
     "adamw8bit all bf16: step": (92, 16),
     "adamw8bit all bf16: block_max": (40, 16),
+    "ema fp32: update": (40, 0),
+    "ema bf16: update": (56, 0),
 }
 # kernel of a case: most machine instructions per element of its tile, over the architectures
 INSTRUCTIONS = {
