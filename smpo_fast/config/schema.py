@@ -393,6 +393,18 @@ class Optim(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, ge=0, description="gradient norm after clipping; 0: no clipping")
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of an exponential moving average of the trained weights, e.g. 0.999; 0: none",
+    )
+    ema_warmup: bool = Field(
+        True, description="decay of the n-th step at most n / (9 + n), so that the average forgets its beginning"
+    )
+    ema_dtype: Literal["fp32", "bf16-sr"] = Field(
+        "fp32", description="dtype of the average; bf16-sr: bf16 with stochastic rounding, half the memory"
+    )
 
 
 KernelName = Literal["pair_loss", "renoise_step", "group_norm_silu", "layer_norm", "geglu", "geglu_linear"]

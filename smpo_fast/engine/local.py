@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smpo_fast.common.runtime import COMPUTE_DTYPES, World, rng
 from smpo_fast.config.schema import Config
+from smpo_fast.engine.ema import WeightAverage
 from smpo_fast.engine.optimizers import make_optimizer, whole_parameters
 from smpo_fast.engine.protocol import (
     StepResult,
@@ -51,6 +52,7 @@ class LocalEngine:
         self._optimizer = make_optimizer(self._masters.values(), config, world)
         self._slices = whole_parameters(self._masters)
         self._optimizer.assign_slices([list(self._masters.values())], self._slices)
+        self._average = WeightAverage(self._slices, config)
         self._rounding: torch.Generator | None = None
         if config.optim.accumulate == "bf16-sr":
             self._rounding = torch.Generator(self._sums_device())
@@ -114,6 +116,7 @@ class LocalEngine:
             set_learning_rate(self._optimizer, lr)
             self._optimizer.step(scale=scale, gradients=gradients)
             self._copy_masters_to_half()
+            self._average.update()
         self._optimizer.zero_grad(set_to_none=True)
         self._sums.clear()
         self._ready = False
@@ -134,10 +137,10 @@ class LocalEngine:
         return float(largest_absolute(list(self._masters.values()), self._device))
 
     def save(self, folder: Path) -> None:
-        write_state(folder, 0, self._slices, self._optimizer, self.unet)
+        write_state(folder, 0, self._slices, [self._optimizer, self._average], self.unet)
 
     def load(self, files: Sequence[Path]) -> None:
-        read_state(files, self._slices, self._optimizer, self.unet)
+        read_state(files, self._slices, [self._optimizer, self._average], self.unet)
         self._copy_masters_to_half()
 
     def full_state(self) -> dict[str, Tensor]:
@@ -145,8 +148,12 @@ class LocalEngine:
         weights = {name: p.detach().float() for name, p in {**frozen, **self._masters}.items()}
         return {name: t.cpu().clone() for name, t in {**weights, **persistent_buffers(self.unet)}.items()}
 
+    def full_average(self) -> dict[str, Tensor]:
+        shapes = {name: master.shape for name, master in self._masters.items()}
+        return self._average.gathered(shapes, World(device=self._device), cut=False)
+
     def close(self) -> None:
-        free_tensors(self.unet.parameters(), [self._optimizer])
+        free_tensors(self.unet.parameters(), [self._optimizer, self._average])
         self._masters, self._half_and_master, self._sums, self._slices = {}, [], {}, []
 
 

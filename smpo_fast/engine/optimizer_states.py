@@ -24,17 +24,10 @@ STATE_BYTES: dict[str, float] = {  # bytes per parameter by optim.name, in addit
 BITSANDBYTES_CLASSES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "lion8bit": "Lion8bit"}
 
 
-def _saved_step(param_slice: ParameterSlice, saved: ShardReader) -> int:
-    """The step count, which is the same for every slice of a parameter."""
-    found = saved.exact(saved.slices(param_slice.name, "step")[0], "step")
-    assert found is not None
-    return int(found)
-
-
 @torch.no_grad()
 def _restore_adamw(inner: torch.optim.AdamW, tensor: Tensor, param_slice: ParameterSlice, saved: ShardReader) -> None:
     where = tensor.device if inner.param_groups[0]["fused"] else torch.device("cpu")
-    inner.state[tensor] = {"step": torch.tensor(float(_saved_step(param_slice, saved)), device=where)}
+    inner.state[tensor] = {"step": torch.tensor(float(saved.number(param_slice.name, "step")), device=where)}
     for name in ("exp_avg", "exp_avg_sq"):
         moment = saved.elements(param_slice, name).view(tensor.shape)
         # in the memory format of the weights, which fused kernels rely on
@@ -51,7 +44,7 @@ def _restore_adafactor(
     }  # fmt: skip
     found = {name: saved.exact(param_slice, name) for name in shapes}
     kept = {name: v.to(tensor.device).view(shapes[name]) for name, v in found.items() if v is not None}
-    inner.state[tensor] = {"step": _saved_step(param_slice, saved), **kept}
+    inner.state[tensor] = {"step": saved.number(param_slice.name, "step"), **kept}
 
 
 def _restore_bitsandbytes(inner: Any, tensor: Tensor, param_slice: ParameterSlice, saved: ShardReader) -> None:
@@ -59,7 +52,7 @@ def _restore_bitsandbytes(inner: Any, tensor: Tensor, param_slice: ParameterSlic
 
     inner.init_state(inner.param_groups[0], tensor, 0, 0)  # allocates paged states in paged memory
     state = inner.state[tensor]
-    state["step"] = _saved_step(param_slice, saved)
+    state["step"] = saved.number(param_slice.name, "step")
     for i, table in (("1", "dynamic"), ("2", "udynamic")):
         kept = state.get(f"state{i}")
         if kept is None:  # Lion has one state only
@@ -98,7 +91,7 @@ def _dequantised(param_slice: ParameterSlice, kind: str, scales: str, table: Ten
 
 def _restore_aligned(inner: AlignedAdamW8bit, tensor: Tensor, param_slice: ParameterSlice, saved: ShardReader) -> None:
     state = inner.state_of(tensor)
-    state["step"] = _saved_step(param_slice, saved)
+    state["step"] = saved.number(param_slice.name, "step")
     for name in STATE_NAMES:
         state[name].copy_(saved.elements(param_slice, name, BLOCK if name.endswith("scale") else 1))
 

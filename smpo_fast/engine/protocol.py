@@ -42,14 +42,15 @@ class Engine(Protocol):
     def step(self, lr: float) -> StepResult:
         """Average the gradients over the ranks, clip, update with learning rate ``lr``, and drop the gradients.
 
-        A loss or gradient that is not finite on any rank leaves weights and optimizer state unchanged on every rank.
+        The moving average follows. A loss or gradient that is not finite on any rank leaves weights, optimizer state
+        and average unchanged on every rank.
         """
 
     def largest_weight(self) -> float:
         """The largest absolute value of the trained weights over all ranks; inf or nan where one is not finite."""
 
     def save(self, folder: Path) -> None:
-        """Write this rank's slices of weights and optimizer state into ``folder``, which exists.
+        """Write this rank's slices of weights, optimizer state and average into ``folder``, which exists.
 
         Gradients of an unfinished step are not saved. Not collective: an error is raised on this rank alone.
         """
@@ -62,6 +63,12 @@ class Engine(Protocol):
 
     def full_state(self) -> dict[str, Tensor]:
         """The state dict with the master weights in fp32, on the CPU: complete on rank 0, empty on the others."""
+
+    def full_average(self) -> dict[str, Tensor]:
+        """The moving average of the trained weights by name, in fp32 on the CPU: complete on rank 0.
+
+        Empty on the others, and without ``optim.ema``.
+        """
 
     def close(self) -> None:
         """Free the weights, gradients and optimizer states. Neither the engine nor ``unet`` can be used afterwards.

@@ -93,6 +93,12 @@ class ShardReader:
         found = (file.get_tensor(key) for other, key, file in stored if other == param_slice)
         return next(found, None)
 
+    def number(self, name: str, kind: str) -> int:
+        """A whole number that is the same for every slice of a parameter, such as a count of steps."""
+        found = self.exact(self.slices(name, kind)[0], kind)
+        assert found is not None
+        return int(found)
+
     def elements(self, param_slice: ParameterSlice, kind: str, block: int = 1) -> Tensor:
         """The entries of a slice, however the parameter was cut: one per element, or one per ``block`` elements.
 

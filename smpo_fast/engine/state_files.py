@@ -1,26 +1,38 @@
-"""Writing and reading the weights and optimizer states of an engine as parameter slices."""
+"""Writing and reading the weights of an engine, and what it keeps besides them, as parameter slices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from smpo_fast.engine.optimizers import LocalSlice, SlicedOptimizer
+from smpo_fast.engine.optimizers import LocalSlice
 from smpo_fast.engine.shards import ParameterSlice, ShardReader, ShardWriter
 
 
+class SliceStates(Protocol):
+    """What is kept for every slice besides its weights: the states of an optimizer, or an average."""
+
+    def states(self, param_slice: ParameterSlice) -> Iterable[tuple[str, Tensor]]:
+        """What is to be saved of a slice, as (kind, tensor of any shape)."""
+
+    def restore(self, param_slice: ParameterSlice, saved: ShardReader) -> None:
+        """Load it again, after the weights of the slice. Raises CheckpointError where something is missing."""
+
+
 def write_state(
-    folder: Path, rank: int, slices: Iterable[LocalSlice], optimizer: SlicedOptimizer, module: nn.Module
+    folder: Path, rank: int, slices: Iterable[LocalSlice], kept: Sequence[SliceStates], module: nn.Module
 ) -> None:
-    """Write this rank's slices with their optimizer states; rank 0 adds the buffers of the module."""
+    """Write this rank's slices with all that is kept for them; rank 0 adds the buffers of the module."""
     writer = ShardWriter(folder, rank)
     for local in slices:
         writer.add(local.param_slice, "weight", local.values())
-        for kind, value in optimizer.states(local.param_slice):
-            writer.add(local.param_slice, kind, value)
+        for states in kept:
+            for kind, value in states.states(local.param_slice):
+                writer.add(local.param_slice, kind, value)
     if rank == 0:
         for name, buffer in persistent_buffers(module).items():
             writer.add(ParameterSlice(name, 0, buffer.numel()), "buffer", buffer)
@@ -29,9 +41,9 @@ def write_state(
 
 @torch.no_grad()
 def read_state(
-    files: Sequence[Path], slices: Iterable[LocalSlice], optimizer: SlicedOptimizer, module: nn.Module
+    files: Sequence[Path], slices: Iterable[LocalSlice], kept: Sequence[SliceStates], module: nn.Module
 ) -> None:
-    """Read into this rank's slices, their optimizer states and all buffers what any layout wrote into these files.
+    """Read into this rank's slices, what is kept for them and all buffers what any layout wrote into these files.
 
     Raises CheckpointError where something is missing.
     """
@@ -39,7 +51,8 @@ def read_state(
     for local in slices:
         weights = local.values()
         weights.copy_(saved.elements(local.param_slice, "weight").view(weights.shape))
-        optimizer.restore(local.param_slice, saved)
+        for states in kept:
+            states.restore(local.param_slice, saved)
     for name, buffer in persistent_buffers(module).items():
         if buffer.numel():
             whole = ParameterSlice(name, 0, buffer.numel())

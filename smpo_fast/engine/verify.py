@@ -24,6 +24,7 @@ from smpo_fast.common.verification import (
     note,
 )
 from smpo_fast.engine.checkpoint import MANIFEST, read_manifest
+from smpo_fast.engine.ema import AVERAGE
 from smpo_fast.engine.shards import parse_key
 
 _ADVICE = "put back a good copy, or remove this checkpoint and resume from an earlier one"
@@ -85,16 +86,19 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any], step: int) -> Ite
 
 
 def _check_slices(folder: Path, files: list[Path]) -> Finding:
-    """The slices of every parameter must follow each other, from its first element on."""
-    found = defaultdict(list)
+    """The slices of every parameter, and of its average, must follow each other, from its first element on."""
+    found, averages = defaultdict(list), defaultdict(list)
     for file in files:
         with safe_open(file, "pt") as stored:
             for param_slice, kind in map(parse_key, stored.keys()):
                 if kind in ("weight", "buffer"):
                     found[param_slice.name].append(param_slice)
-    for name, slices in found.items():
+                elif kind == AVERAGE:
+                    averages[param_slice.name].append(param_slice)
+    for name, slices in (*found.items(), *averages.items()):
         slices.sort(key=lambda s: s.offset)
         if slices[0].offset or any(a.end != b.offset for a, b in pairwise(slices)):
             return bad(folder, f"{name}: its slices leave a gap or overlap: {_ADVICE}")
     numbers = sum(s.numel for slices in found.values() for s in slices)
-    return good(folder, f"{len(found)} parameters and buffers of {numbers} numbers, without gaps")
+    averaged = f", {len(averages)} of them with their averages" if averages else ""
+    return good(folder, f"{len(found)} parameters and buffers of {numbers} numbers{averaged}, without gaps")

@@ -23,6 +23,7 @@ from smpo_fast.config.schema import Config
 from smpo_fast.engine import collectives
 from smpo_fast.engine.collectives import on_every_rank, shutdown
 from smpo_fast.engine.ds_config import zero_stage
+from smpo_fast.engine.ema import WeightAverage
 from smpo_fast.engine.optimizers import LocalSlice, make_optimizer, whole_parameters
 from smpo_fast.engine.protocol import (
     StepResult,
@@ -82,6 +83,7 @@ class DeepSpeedEngine:
         self._optimizer.assign_slices(owners, self._slices)
         if self.dtype is not torch.float32:
             self._restore_masters(originals)
+        self._average = WeightAverage(self._slices, config)
         self.unet: nn.Module = _PolicyModule(unet, self._engine)
         self._ready = False
 
@@ -127,8 +129,12 @@ class DeepSpeedEngine:
         require_last_backward(self._ready)
         self._ready = False
         set_learning_rate(self._engine.optimizer, lr)
-        if self._stage == 0:
-            return self._step_unsharded()
+        result = self._step_unsharded() if self._stage == 0 else self._step_sharded()
+        if result.applied:
+            self._average.update()
+        return result
+
+    def _step_sharded(self) -> StepResult:
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         return StepResult(applied, float(self._engine.get_global_grad_norm()))
@@ -154,7 +160,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         mine = self._slices if self._stage > 0 or self._world.rank == 0 else []
-        write_state(folder, self._world.rank, mine, self._optimizer, self._module)
+        write_state(folder, self._world.rank, mine, [self._optimizer, self._average], self._module)
         if self.dtype is torch.float16 and self._world.rank == 0:
             (folder / _LOSS_SCALE_FILE).write_text(json.dumps(loss_scaler_state(self._engine.optimizer.loss_scaler)))
 
@@ -163,7 +169,7 @@ class DeepSpeedEngine:
         self._copy_masters_to_computing_weights()
 
     def _read(self, files: Sequence[Path]) -> None:
-        read_state(files, self._slices, self._optimizer, self._module)
+        read_state(files, self._slices, [self._optimizer, self._average], self._module)
         if self.dtype is torch.float16:
             scale = next(file for file in files if file.name == _LOSS_SCALE_FILE)
             vars(self._engine.optimizer.loss_scaler).update(json.loads(scale.read_text()))
@@ -191,6 +197,11 @@ class DeepSpeedEngine:
             state |= {name: b.cpu().clone() for name, b in persistent_buffers(self._module).items()}
         return state
 
+    def full_average(self) -> dict[str, Tensor]:
+        trained = [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
+        shapes = {name: p.ds_shape if self._stage == 3 else p.shape for name, p in trained}  # type: ignore[attr-defined]
+        return self._average.gathered(shapes, self._world, cut=self._stage > 0)
+
     def _gathered(self, parameter: nn.Parameter) -> Tensor:
         import deepspeed
 
@@ -203,7 +214,7 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self._engine.destroy()
-        free_tensors(self._module.parameters(), [self._engine.optimizer, self._optimizer])
+        free_tensors(self._module.parameters(), [self._engine.optimizer, self._optimizer, self._average])
         self._slices = []
 
 

@@ -12,6 +12,7 @@ from smpo_fast.config.schema import Config
 from smpo_fast.data.cache.format import CacheInfo
 
 SECTIONS = ("objective", "inversion", "labels", "optim", "lora")
+AVERAGE_SETTINGS = ("ema", "ema_warmup", "ema_dtype")
 
 
 def checkpoint_facts(
@@ -39,9 +40,20 @@ def checkpoint_facts(
 
 
 def fact_defaults(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of facts that an earlier version did not record: a setting's default, and any scores of the pairs."""
+    """The values of facts that were not recorded.
+
+    An earlier version had a setting's default, and any scores of the pairs. A run without an average of the weights
+    trained as this one does, so this one may begin one.
+    """
     pairs = {name: facts["pairs"][name] for name in ("scores", "scorer")}
-    return {**_sections({name: Config.model_fields[name].annotation() for name in SECTIONS}), "pairs": pairs}  # type: ignore[misc]
+    defaults = _sections({name: Config.model_fields[name].annotation() for name in SECTIONS})  # type: ignore[misc]
+    defaults["optim"] |= {name: facts["optim"][name] for name in AVERAGE_SETTINGS if name in facts["optim"]}
+    return {**defaults, "pairs": pairs}
+
+
+def average_begins(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether a run with these ``facts`` averages its weights, and its checkpoint, with those ``recorded``, did not."""
+    return "ema" in facts["optim"] and "ema" not in recorded["optim"]
 
 
 def unrecorded_scores(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -54,6 +66,9 @@ def _sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     sections = {name: section.model_dump() for name, section in settings.items()}
     # where numbers are stored and what is written at the end do not change the numbers
     del sections["inversion"]["store"], sections["lora"]["merge"], sections["optim"]["offload"]
+    if not sections["optim"]["ema"]:
+        for name in AVERAGE_SETTINGS:
+            del sections["optim"][name]
     return sections
 
 

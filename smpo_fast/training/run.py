@@ -25,7 +25,7 @@ from smpo_fast.models.encoders import Encoders
 from smpo_fast.models.inference import compilation
 from smpo_fast.models.locate import schedule_of
 from smpo_fast.training import reference
-from smpo_fast.training.facts import fact_defaults, trajectory_facts, unrecorded_scores
+from smpo_fast.training.facts import average_begins, fact_defaults, trajectory_facts, unrecorded_scores
 from smpo_fast.training.finish import finish
 from smpo_fast.training.job import Job
 from smpo_fast.training.loader import Loader
@@ -116,11 +116,15 @@ def train_policy(job: Job) -> dict[str, Tensor]:
 def announce_state(job: Job, progress: Progress) -> None:
     """Say from where a run continues; nothing for one that starts."""
     steps, folder = job.config.run.steps, job.run_dir
+    if not progress.step:
+        return
+    recorded = checkpoint.read_manifest(checkpoint.list_checkpoints(folder)[-1])["facts"]
+    if average_begins(recorded, job.facts):
+        print0(f"{folder}: no average of the weights was saved: it begins with those of step {progress.step}")
     if progress.step == steps:
         print0(f"{folder}: all {steps} steps are done; what follows the last step is done again")
-    elif progress.step:
+    else:
         print0(f"{folder}: the run continues from its checkpoint of step {progress.step} of {steps}")
-        recorded = checkpoint.read_manifest(checkpoint.list_checkpoints(folder)[-1])["facts"]
         if scores := unrecorded_scores(recorded, job.facts):
             warn0(
                 f"{folder}: its checkpoint was written by a version that did not record which scores it was trained "

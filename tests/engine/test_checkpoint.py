@@ -24,7 +24,7 @@ from smpo_fast.common.errors import CheckpointError
 from smpo_fast.common.runtime import World
 from smpo_fast.engine import checkpoint, collectives, shards
 from smpo_fast.engine.checkpoint import Progress
-from smpo_fast.engine.protocol import StepResult
+from smpo_fast.engine.protocol import Engine, StepResult
 from smpo_fast.engine.shards import ShardReader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -63,6 +63,9 @@ class FakeEngine:
         self.loaded = "".join(file.read_text() for file in files if file.name != "a.pt")
 
     def full_state(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def full_average(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -312,7 +315,8 @@ def continues(
     rank: int, size: int, folder: Path, stage: int | str | None, optimizer: str, precision: str, **optim: str
 ) -> dict[str, Any]:
     """Save in the middle of the third step; resume in a new engine; compare with a run that was not interrupted."""
-    world, settings = World(rank, size), toy.settings(optimizer, precision, **optim)
+    averaged: dict[str, Any] = {"ema": 0.9, "ema_dtype": "bf16-sr"}
+    world, settings = World(rank, size), toy.settings(optimizer, precision, **averaged, **optim)
     straight = toy.make(settings, rank, size, stage)
     logged = toy.train(straight, settings, range(4), rank, size)
     stopped = toy.make(settings, rank, size, stage)
@@ -328,6 +332,7 @@ def continues(
         "losses and norms": logged[2:] == logged_again,
         "weights as saved": toy.same(stopped.full_state(), at_once),
         "final weights": toy.same(straight.full_state(), again.full_state()),
+        "averages": toy.same(straight.full_average(), again.full_average()),
     }
 
 
@@ -418,13 +423,17 @@ def go_on(
 ) -> dict[str, Tensor]:
     """Resume the run of another layout on the same pairs for every rank: the weights loaded, and two steps later."""
     world = World(rank, size)
-    trained = toy.make(toy.settings(optimizer, precision, 4 * size, clip=0.0), rank, size, stage)
+    trained = toy.make(toy.settings(optimizer, precision, 4 * size, clip=0.0, ema=0.9), rank, size, stage)
     assert checkpoint.restore_latest(folder, trained, world, FACTS) == Progress(2)
-    found = trained.full_state()
+    found = state_of(trained)
     if to:
         checkpoint.save(to, trained, Progress(2), world, FACTS, keep=1)
     toy.train(trained, toy.settings(optimizer, precision, 4, clip=0.0), range(2, 4))
-    return {f"found {k}": v for k, v in found.items()} | trained.full_state()
+    return {f"found {k}": v for k, v in found.items()} | state_of(trained)
+
+
+def state_of(trained: Engine) -> dict[str, Tensor]:
+    return trained.full_state() | {f"average {k}": v for k, v in trained.full_average().items()}
 
 
 def move(rank: int, size: int, folder: Path, last: str) -> dict[str, Any]:
@@ -443,13 +452,13 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
     """The states at every move of a run that began in one process."""
     folder, states = tmp_path_factory.mktemp("moves"), {}
     for optimizer, precision in MOVERS:
-        settings = toy.settings(optimizer, precision, 4, clip=0.0)
+        settings = toy.settings(optimizer, precision, 4, clip=0.0, ema=0.9)
         trained = toy.make(settings)
         toy.train(trained, settings, range(2))
         checkpoint.save(folder / f"alone {optimizer}", trained, Progress(2), World(), FACTS, keep=1)
-        states[f"straight {optimizer}"] = {f"found {k}": v for k, v in trained.full_state().items()}
+        states[f"straight {optimizer}"] = {f"found {k}": v for k, v in state_of(trained).items()}
         toy.train(trained, settings, range(2, 4))
-        states[f"straight {optimizer}"] |= trained.full_state()
+        states[f"straight {optimizer}"] |= state_of(trained)
     states |= run_ranks(move, 2, folder=folder, last="alone")[0]
     states |= run_ranks(move, 4, folder=folder, last=f"2 {MOVES[2][-1]}")[0]
     for optimizer, precision in MOVERS:

@@ -34,7 +34,7 @@ def test_local_engine_is_adamw_on_the_whole_batch() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adamw8bit_aligned", "adafactor"])
 def test_a_nonfinite_step_leaves_no_trace(optimizer: str, precision: str) -> None:
-    settings = toy.settings(optimizer, precision)
+    settings = toy.settings(optimizer, precision, ema=0.9)
     plain, skipping = toy.make(settings), toy.make(settings)
     toy.train(plain, settings, [0, 2])
     toy.train(skipping, settings, [0])
@@ -46,6 +46,7 @@ def test_a_nonfinite_step_leaves_no_trace(optimizer: str, precision: str) -> Non
     assert not skipping.step(1e-3).applied
     toy.train(skipping, settings, [2])
     assert toy.same(plain.full_state(), skipping.full_state())
+    assert toy.same(plain.full_average(), skipping.full_average())
 
 
 def test_a_nonfinite_loss_with_finite_gradients_is_skipped() -> None:

@@ -108,10 +108,13 @@ EXACT = [
 ]  # fmt: skip
 
 
+AVERAGED: dict[str, Any] = {"ema": 0.9, "ema_dtype": "bf16-sr"}
+
+
 def on_the_same_pairs(rank: int, size: int, optimizer: str, precision: str, stage: int | str) -> tuple[Any, ...]:
-    trained = toy.make(toy.settings(optimizer, precision, 4 * size, clip=0.0), rank, size, stage)
+    trained = toy.make(toy.settings(optimizer, precision, 4 * size, clip=0.0, **AVERAGED), rank, size, stage)
     logged = toy.train(trained, toy.settings(optimizer, precision, 4, clip=0.0), STEPS)
-    return [(loss, applied) for loss, applied, _ in logged], trained.full_state()
+    return [(loss, applied) for loss, applied, _ in logged], trained.full_state(), trained.full_average()
 
 
 @pytest.mark.parametrize("optimizer, precision, stage", EXACT)
@@ -128,11 +131,12 @@ def test_sharding_over_four_ranks_changes_no_bit(optimizer: str, precision: str,
 
 def check_exact(size: int, optimizer: str, precision: str, stage: int | str) -> None:
     found = run_ranks(on_the_same_pairs, size, optimizer=optimizer, precision=precision, stage=stage)[0]
-    settings = toy.settings(optimizer, precision, 4, clip=0.0)
+    settings = toy.settings(optimizer, precision, 4, clip=0.0, **AVERAGED)
     local = toy.make(settings)
     logged = toy.train(local, settings, STEPS)
     assert found[0] == [(loss, applied) for loss, applied, _ in logged]
     assert toy.same(found[1], local.full_state())
+    assert toy.same(found[2], local.full_average())
 
 
 # --- steps that are skipped -----------------------------------------------------------------------------------
@@ -142,7 +146,7 @@ BAD = {"nan": (1, math.nan), "inf": (0, math.inf)}  # which rank's loss is multi
 
 def skip_steps(rank: int, size: int, optimizer: str, precision: str, stage: int) -> dict[str, bool]:
     """Train steps 0 and 2 with bad steps between them, and without."""
-    settings = toy.settings(optimizer, precision)
+    settings = toy.settings(optimizer, precision, ema=0.9)
     plain = toy.make(settings, rank, size, stage)
     toy.train(plain, settings, [0, 2], rank, size)
     skipping = toy.make(settings, rank, size, stage)
@@ -159,6 +163,7 @@ def skip_steps(rank: int, size: int, optimizer: str, precision: str, stage: int)
     verdicts["weights unchanged"] = toy.same(before, skipping.full_state())
     toy.train(skipping, settings, [2], rank, size)
     verdicts["optimizer unchanged"] = toy.same(plain.full_state(), skipping.full_state())
+    verdicts["average unchanged"] = toy.same(plain.full_average(), skipping.full_average())
     return verdicts
 
 

@@ -106,6 +106,27 @@ def test_a_resume_says_that_the_scores_were_not_recorded(
     assert ("did not record which scores it was trained with; the run goes on with table" in said) is warned
 
 
+def test_a_resumed_run_may_begin_an_average_and_not_change_or_drop_one() -> None:
+    off, on, longer = (facts_of({"optim": {"ema": decay}}) for decay in (0.0, 0.9, 0.99))
+    assert different_facts(off, on, fact_defaults(on)) == []
+    assert different_facts(on, longer, fact_defaults(longer)) == [("optim.ema", 0.9, 0.99)]
+    dropped = different_facts(on, off, fact_defaults(off))
+    assert [name for name, _, _ in dropped] == ["optim.ema", "optim.ema_dtype", "optim.ema_warmup"]
+    assert off == facts_of({"optim": {"ema_dtype": "bf16-sr"}}), "of no average"
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("before", [0.0, 0.9])
+def test_a_resume_says_that_an_average_begins(
+    before: float, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts, settings = facts_of({"optim": {"ema": 0.9}}), loading.from_dict({"run": {"steps": steps}})
+    engine = toy.make(toy.settings())
+    checkpoint.save(tmp_path, engine, Progress(step=1), World(), facts_of({"optim": {"ema": before}}), keep=1)
+    announce_state(SimpleNamespace(config=settings, run_dir=tmp_path, facts=facts), Progress(step=1))  # type: ignore[arg-type]
+    assert ("it begins with those of step 1" in capsys.readouterr().out) is (before == 0.0)
+
+
 def test_a_checkpoint_without_the_facts_of_today_continues(cache: str, tmp_path: Path) -> None:
     assert run(tmp_path / "run", cache, "run.steps=1") == 0
     file = tmp_path / "run" / "checkpoints" / "step-000001" / "manifest.json"
