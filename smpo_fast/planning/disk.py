@@ -14,7 +14,7 @@ from smpo_fast.models.config_files import read_object
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR
 from smpo_fast.models.single_file.parts import empty_state
-from smpo_fast.planning.memory import state_bytes
+from smpo_fast.planning.memory import average_bytes, state_bytes
 from smpo_fast.planning.planned_run import PlannedRun
 
 FILE_BYTES = 2  # per number in the cache and in the trajectories: float16
@@ -28,7 +28,7 @@ def disk_bytes(run: PlannedRun, source: ModelSource) -> dict[str, float]:
     pairs, _ = count_pairs(settings)
     flips, moments = 1 + settings.data.flip, 2
     stepped = 4 if variant.master == "fp32" else COMPUTE_DTYPES[variant.precision].itemsize
-    checkpoint = stepped * trained + state_bytes(variant.optimizer, run.network)
+    checkpoint = stepped * trained + state_bytes(variant.optimizer, run.network) + average_bytes(run)
     parts = ("vae", "text_encoder", "text_encoder_2")
     if source.file is None:
         others = sum(f.stat().st_size for part in parts for f in (source.folder / part).glob("*.safetensors"))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from smpo_fast.common.runtime import COMPUTE_DTYPES
 from smpo_fast.engine import ds_config
+from smpo_fast.engine.ema import DTYPES as AVERAGE_DTYPES
 from smpo_fast.engine.optimizer_states import STATE_BYTES
 from smpo_fast.models import footprint
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
@@ -35,11 +36,17 @@ def state_bytes(optimizer: str, network: NetworkSpec) -> float:
     return 4 * sum(means)
 
 
+def average_bytes(run: PlannedRun) -> float:
+    """Bytes of the moving average of the trained weights; 0 without one."""
+    optim = run.config.optim
+    return AVERAGE_DTYPES[optim.ema_dtype].itemsize * run.counts[0] if optim.ema else 0.0
+
+
 class ZeroLayout(NamedTuple):
     """Where a ZeRO stage keeps what belongs to a trained parameter: whole on every rank, or a shard on each."""
 
     weights_sharded: bool = False
-    states_sharded: bool = False  # masters and optimizer states
+    states_sharded: bool = False  # masters, optimizer states, and the average of the weights
     gradients_sharded: bool = False
     gradients_stay: bool = False  # between steps too
     masters_always: bool = False  # a second fp32 copy also where the weights are fp32
@@ -88,7 +95,7 @@ def memory(run: PlannedRun, variant: RunVariant) -> Memory:
     parts, zero, phases = _parts(run, variant), zero_layout(variant), {}
     trained = run.counts[0]
     stays = parts["weights"] + parts["masters"] + parts["optimizer states"] + parts["window"] + LIBRARY_BYTES
-    stays += parts["weights for the inversion"]
+    stays += parts["average of the weights"] + parts["weights for the inversion"]
     if zero.gradients_stay:
         stays += parts["gradients"]
     resident = variant.reference in ("replicated", "sharded")
@@ -122,6 +129,7 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
     whole = trained + frozen
     masters = _master_bytes(variant) * trained * (share if zero.states_sharded else 1.0)
     states = state_bytes(variant.optimizer, run.network) * (share if zero.states_sharded else 1.0)
+    average = average_bytes(run) * (share if zero.states_sharded else 1.0)
     gradients = GRADIENT_BYTES[variant.accumulate] * trained * (share if zero.gradients_sharded else 1.0)
     spread = {"sharded": share, "replicated": 1.0, "streamed": 1.0}
     backward = footprint.training_cost(run.network, variant.precision, variant.checkpointing).peak
@@ -137,6 +145,7 @@ def _parts(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
         "weights": 0.0 if variant.offload_weights else whole * size * (share if zero.weights_sharded else 1.0),
         "masters": masters * (not variant.offload_optimizer),
         "optimizer states": states * (not variant.states_on_host),
+        "average of the weights": average * (not variant.average_on_host),
         "gradients": gradients * (not variant.gradients_on_host),
         "reference": whole * size * spread.get(variant.reference, 0.0),
         "window": _step_batch_bytes(run),
@@ -205,12 +214,15 @@ def _host(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
     states = state_bytes(variant.optimizer, run.network) * variant.states_on_host
     sums = GRADIENT_BYTES[variant.accumulate] * trained * variant.gradients_on_host
     masters = max(_master_bytes(variant), 4) * trained * variant.offload_optimizer
+    average = average_bytes(run) * variant.average_on_host
     return {
         "processes": PROCESS_BYTES * here,
-        "offloaded states": (states + masters + sums) * share * here,
+        "offloaded states": (states + masters + sums + average) * share * here,
         "offloaded weights": (trained + frozen) * size * here / run.ranks * variant.offload_weights,
         "streamed reference": (trained + frozen) * size * here * (variant.reference == "streamed"),
         "prefetched pairs": _step_batch_bytes(run) / 2 * here,
-        # every rank reads the weights at the start; rank 0 gathers them in fp32 for the export
-        "loading or export": max((trained + frozen) * 4.0 * here, (trained + frozen) * 8.0),
+        # every rank reads the weights at the start; rank 0 gathers them, and their average, in fp32 for the export
+        "loading or export": max(
+            (trained + frozen) * 4.0 * here, (trained + frozen) * 8.0 + trained * 4.0 * bool(run.config.optim.ema)
+        ),
     }

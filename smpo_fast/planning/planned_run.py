@@ -45,6 +45,11 @@ class RunVariant:
         return self.offload_optimizer or self.offload != "none" or self.optimizer == PAGED
 
     @property
+    def average_on_host(self) -> bool:
+        """Whether the moving average of the weights is in host memory."""
+        return self.offload_optimizer or self.offload != "none"
+
+    @property
     def gradients_on_host(self) -> bool:
         """Whether the sums of the gradients are in host memory."""
         return self.offload_optimizer or self.offload == "states+gradients"

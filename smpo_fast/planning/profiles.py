@@ -69,7 +69,8 @@ def key_of(run: PlannedRun, device: torch.device, settings: Config | None = None
     settings: those of a run in which only what they leave open was measured; None: everything was.
     """
     own = set() if settings is None else loading.given(settings) & set(KEYS)
-    variant, network = run.variant(), run.network
+    variant, network, optim = run.variant(), run.network, run.config.optim
+    averaged = [f"ema {optim.ema_dtype}"] if optim.ema else []
     return {
         **_machine(device.type),
         "network": json_hash([network.config, network.lora]),
@@ -77,7 +78,7 @@ def key_of(run: PlannedRun, device: torch.device, settings: Config | None = None
         "latent": list(network.latent),
         "prompt": list(network.prompt),
         "precision": run.precision,
-        "optimizer": [variant.optimizer, variant.master, variant.accumulate, variant.offload],
+        "optimizer": [variant.optimizer, variant.master, variant.accumulate, variant.offload, *averaged],
         "reference": variant.reference,
         "zero": [variant.stage, variant.offload_optimizer, variant.offload_weights],
         "ranks": run.ranks,

@@ -24,7 +24,7 @@ from smpo_fast.models.denoiser import Denoiser
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR, NetworkSpec
 from smpo_fast.planning.gpus import Gpu, link_gb
-from smpo_fast.planning.memory import state_bytes, zero_layout
+from smpo_fast.planning.memory import average_bytes, state_bytes, zero_layout
 from smpo_fast.planning.planned_run import PlannedRun, RunVariant
 from smpo_fast.planning.profiles import Profile
 
@@ -125,7 +125,7 @@ def _host_gb(run: PlannedRun, variant: RunVariant) -> float:
     micro_steps = math.ceil(run.examples_of_rank / variant.micro_pairs)
     share = 1 / run.ranks if zero_layout(variant).states_sharded else 1.0
     gradients = (size * trained * micro_steps + size * trained) * share * variant.gradients_on_host
-    gradients += 2 * state_bytes(variant.optimizer, run.network) * (variant.offload != "none")
+    gradients += 2 * (state_bytes(variant.optimizer, run.network) + average_bytes(run)) * (variant.offload != "none")
     inverted = (
         math.ceil(run.pairs_of_rank / variant.inversion_pairs) if run.config.inversion.source == "inversion" else 0
     )

@@ -59,8 +59,8 @@ def cache(parent: Path) -> Path:
     return parent / "cache"
 
 
-def checkpoint_folder(parent: Path) -> Path:
-    settings = toy.settings()
+def checkpoint_folder(parent: Path, **optim: Any) -> Path:
+    settings = toy.settings(**optim)
     engine = toy.make(settings)
     toy.train(engine, settings, range(1))
     return checkpoint.save(parent, engine, Progress(step=1, pairs_seen=10), World(), {"seed": 3}, keep=2)

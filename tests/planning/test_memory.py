@@ -39,6 +39,11 @@ def without_masters(micro: int, pairs: int, offload: str) -> Settings:
                     model_reference="streamed")  # fmt: skip
 
 
+def averaged_on_host(micro: int, pairs: int) -> Settings:
+    made = without_masters(micro, pairs, "states")
+    return {**made, "optim": {**made["optim"], "ema": 0.999, "ema_dtype": "bf16-sr"}}
+
+
 def lora(pairs: int, checkpointing: bool = True) -> Settings:
     return settings(1, pairs, checkpointing, "adamw", lora_rank=16, model_reference="adapters-off")
 
@@ -57,7 +62,8 @@ RUNS = {
     "SDXL, aligned states": pytest.param(SDXL, settings(1, 4, optimizer="adamw8bit_aligned"), marks=SLOW),
     "SDXL, Adafactor": pytest.param(SDXL, settings(1, 4, optimizer="adafactor"), marks=SLOW),
     "SD1.5, all weights, 24 GB": pytest.param(SD15, settings(2, 16, False, "adamw"), marks=SLOW),
-    "SD1.5, all weights, 12 GB": (SD15, without_masters(2, 16, "states")),
+    "SD1.5, averaged": pytest.param(SD15, settings(2, 16, optim_ema=0.999), marks=SLOW),
+    "SD1.5, all weights, 12 GB, averaged on the host": (SD15, averaged_on_host(2, 16)),
 }
 
 

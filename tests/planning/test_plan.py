@@ -75,8 +75,12 @@ def small_buckets(stage: int) -> dict[str, Any]:
     return raw | {"zero_optimization": zero | {k: n for k in zero for word, n in sizes.items() if word in k and n}}
 
 
+def averaged_settings(ranks: int) -> Config:
+    return settings(batch={"pairs_per_step": 2 * ranks}, optim={"ema": 0.9})
+
+
 def _followed(stage: int | None, rank: int, size: int) -> dict[str, int]:
-    c, cpu = settings(batch={"pairs_per_step": 2 * size}), torch.device("cpu")
+    c, cpu = averaged_settings(size), torch.device("cpu")
     unet = make_unet(SMALL, cpu, torch.float32).train()
     peaks: dict[str, int] = {}
     with LiveBytes(unet.parameters(), device="cpu") as live:
@@ -100,7 +104,7 @@ def check_stages(size: int, stages: list[int | None]) -> None:
     for found in run_ranks(followed, size, stages=stages):
         for stage, peaks in found.items():
             ds = None if stage is None else small_buckets(stage)
-            s = subject(SMALL, settings(batch={"pairs_per_step": 2 * size}), ranks=size, ds=ds)
+            s = subject(SMALL, averaged_settings(size), ranks=size, ds=ds)
             told = memory.memory(s, replace(s.variant(), reference="none"))
             for phase, peak in peaks.items():
                 planned = told.phases[phase] - memory.LIBRARY_BYTES - told.parts["window"]
@@ -178,6 +182,23 @@ def test_ranks_share_what_their_stage_shards(per_node: int) -> None:
     assert plans[0].parts["optimizer states"] == states / 4 and plans[0].host["offloaded states"] == 0
     assert plans[1].parts["optimizer states"] == 0
     assert plans[1].host["offloaded states"] == (states + masters + sums) / 4 * per_node
+
+
+def test_the_average_is_sharded_and_offloaded_like_the_states() -> None:
+    to_host = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    for dtype, size in (("fp32", 4), ("bf16-sr", 2)):
+        for zero, here, there in (({"stage": 2}, size / 4, 0.0), (to_host, 0.0, size / 4), ({"stage": 0}, size, 0.0)):
+            told = []
+            for ema in (0.0, 0.9):
+                c = settings(batch={"pairs_per_step": 4}, optim={"ema": ema, "ema_dtype": dtype})
+                s = subject(SDXL_TOY, c, ranks=4, per_node=1, ds={"zero_optimization": zero})
+                told.append(memory.memory(s, s.variant()))
+            assert told[1].parts["average of the weights"] == here * s.counts[0] and not memory.average_bytes(
+                subject(SDXL_TOY, settings())
+            )
+            assert told[1].host["offloaded states"] - told[0].host["offloaded states"] == there * s.counts[0]
+            for phase, peak in told[0].phases.items():
+                assert told[1].phases[phase] - peak == pytest.approx(here * s.counts[0])
 
 
 def test_weights_without_masters() -> None:

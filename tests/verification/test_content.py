@@ -47,11 +47,13 @@ def test_numbers_that_are_not_finite_in_a_checkpoint(value: float, tmp_path: Pat
     assert [p.partition(": put")[0] for p in problems(folder)] == [f"{file}: {name}: NaN or infinite values"]
 
 
-def test_a_parameter_with_a_gap_in_a_checkpoint(tmp_path: Path) -> None:
-    folder = artifacts.checkpoint_folder(tmp_path)
+@pytest.mark.parametrize("kind", ["weight", "ema"])
+def test_a_parameter_with_a_gap_in_a_checkpoint(tmp_path: Path, kind: str) -> None:
+    folder = artifacts.checkpoint_folder(tmp_path, ema=0.9)
+    assert not problems(folder)
     (file,) = (folder / "engine").glob("*.safetensors")
     stored = load_file(file)
-    name = next(n for n in stored if n.startswith("weight@0+"))
+    name = next(n for n in stored if n.startswith(f"{kind}@0+"))
     size = stored[name].numel()
     stored[name.replace(f"@0+{size}/", f"@2+{size}/")] = stored.pop(name)
     save_file(stored, file)
