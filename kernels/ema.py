@@ -12,10 +12,9 @@ far below bf16's spacing, so rounding to nearest would leave it where it is. Eve
 (``_rounding.py``), of which the lower half is used. Elements are counted from the parameter's start, so a slice gives
 exactly the bits that the whole parameter gives. Use a different seed for every parameter.
 
-A UNet has over a thousand parameters, most of them small: a launch for each would take longer than the memory they
-move. So the addresses, lengths, offsets and seeds of all slices are written to a table, and a program finds its slice
-there. Slices whose memory is aligned to 16 bytes and whose length is a multiple of 16 have wide accesses; the others
-have a second launch.
+A UNet has over a thousand parameters, most of them small, so there is one launch for all of them: addresses, lengths,
+offsets and seeds of all slices are written to a table, and a program finds its slice there. Slices whose memory is
+aligned to 16 bytes and whose length is a multiple of 16 have wide accesses; the others have a second launch.
 
 Shapes: [n] each. Dtypes: averages fp32 or bf16, weights fp32 or bf16, arithmetic fp32.
 

@@ -407,6 +407,9 @@ def test_without_triton_eager_code_serves() -> None:
         "import torch; from smpo_fast.kernels import adamw8bit as a\n"
         "w = torch.ones(10); a.adamw8bit_step(w, w.clone(), *a.adamw8bit_state(10), lr=1., beta1=.9, beta2=.999,\n"
         "    eps=1e-8, weight_decay=0., step=1)\n"
-        "assert a.triton is None and w.abs().max() < 1e-6, w"
+        "assert a.triton is None and w.abs().max() < 1e-6, w\n"
+        "from smpo_fast.kernels import ema as e\n"
+        "x = torch.zeros(10).bfloat16(); e.ema_update([x], [x + 1], decay=0., step=0, seeds=[0], offsets=[0])\n"
+        "assert e.triton is None and x.eq(1).all(), x"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

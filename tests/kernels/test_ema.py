@@ -96,6 +96,16 @@ def test_bf16_keeps_the_mean_where_rounding_to_nearest_does_not_move(
     assert moved.var().item() == pytest.approx(steps * 0.01 * 0.99, rel=0.1), "the steps are independent of each other"
 
 
+def test_rounding_errors_do_not_add_up() -> None:
+    """An average at rest is one of the two neighbours of its weight, as after one stochastic rounding."""
+    weight, decay, spacing = 1 + draw(2000, seed=1).abs().clamp(max=0.99), 0.9, 2**-7
+    average = weight.bfloat16()
+    for step in range(150):
+        ema_update_reference([average], [weight], decay=decay, step=step, seeds=[1], offsets=[0])
+    errors = (average.float() - weight) / spacing
+    assert errors.abs().max() < 1 and errors.std().item() == pytest.approx(6**-0.5, rel=0.05)
+
+
 @BOTH
 def test_the_seed_and_the_step_decide_the_rounding(update: Callable[..., None], device: torch.device) -> None:
     weight, found = draw(2000, seed=2, device=device), []

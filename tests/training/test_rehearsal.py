@@ -23,7 +23,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 Plant = Callable[[Any], None]
 
 
-def rehearse(architecture: Architecture, plant: Plant = lambda trainer: None, steps: int = 1, **optim: str) -> FakeCuda:
+def rehearse(architecture: Architecture, plant: Plant = lambda trainer: None, steps: int = 1, **optim: Any) -> FakeCuda:
     """Steps with the settings of a run on CUDA; ``plant`` changes the trainer before. Raises Fault."""
     with FakeCuda(torch.bfloat16) as fake:
         with fake.waiting():  # loading a network may copy as it likes
@@ -66,6 +66,19 @@ def test_offloaded_states_cost_one_wait() -> None:
     """They travel through pinned memory, all at once: the host does not wait for each of a network's parameters."""
     here, offloaded = (rehearse(SDXL_TOY, offload=where).counts["waits"] for where in ("none", "states"))
     assert offloaded == here + 1
+
+
+@pytest.mark.slow
+def test_an_average_of_the_weights_costs_two_uploads() -> None:
+    """A table of the parameters, and how many programs each has; and the same of those that are not aligned."""
+    plain, averaged = (rehearse(SDXL_TOY, ema=decay).counts for decay in (0.0, 0.9))
+    assert averaged == plain | {"uploads": plain["uploads"] + 2 * 2}
+
+
+@pytest.mark.slow
+def test_an_average_on_the_host_costs_one_wait() -> None:
+    waits = [rehearse(SDXL_TOY, steps=n, offload="states", ema=e).counts["waits"] for e in (0.0, 0.9) for n in (1, 2)]
+    assert waits[3] - waits[2] == waits[1] - waits[0] + 1
 
 
 # --- each fault is seen ---------------------------------------------------------------------------------------
