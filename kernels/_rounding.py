@@ -35,7 +35,7 @@ def random_words(n: int, first: int, step: int, seed: int, device: torch.device)
 
 
 def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
-    """fp32 to bf16 by stochastic rounding, which preserves the mean; NaN and infinities are unchanged."""
+    """fp32 [n] to bf16 by stochastic rounding with words [n], which preserves the mean; NaN and infinities stay."""
     bits = x.contiguous().view(torch.int32)
     rounded = (bits + (words & 0xFFFF).to(torch.int32)) & -65536
     return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)

@@ -1,6 +1,7 @@
 """ema: moving averages of the weights, for many slices of parameters in one pass over memory and one launch.
 
-For every element, with d the ``decay`` of this step::
+For every element, with d the ``decay`` of this step (Polyak averaging with exponential weights, as EDM2 applies it:
+arXiv 2312.02696, section 3)::
 
     average = average + (1 - d) (weight - average)
 
