@@ -104,6 +104,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     return programs.DONE
 
 
+def _export(args: argparse.Namespace) -> int:
+    from smpo_fast.training import exports
+
+    exports.run(arguments.arguments_of(commands.ExportArguments, args))
+    return programs.DONE
+
+
 def _merge(args: argparse.Namespace) -> int:
     settings = arguments.settings_of(args)
     from smpo_fast.models import lora
@@ -160,6 +167,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "score": _score,
     "generate": _generate,
     "evaluate": _evaluate,
+    "export": _export,
     "merge": _merge,
     "push": _push,
     "plan": _plan,

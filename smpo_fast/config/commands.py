@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from smpo_fast.config.schema import ExportFormat
 from smpo_fast.config.section import Section
 
 DEVICE = "where to compute; auto: cuda if there is a GPU, else cpu"
@@ -168,6 +169,33 @@ class PushArguments(Section):
     message: str = Field("Upload with smpo-fast", description="of the commit")
 
 
+class ExportArguments(Section):
+    """Arguments of ``smpo export``."""
+
+    run: Annotated[Path, POSITIONAL] = Field(description="folder of a run")
+    to: Annotated[list[ExportFormat], Argument(metavar="FORMAT,..")] = Field(
+        min_length=1, description=f"one or more of {', '.join(get_args(ExportFormat))} (docs/models.md)"
+    )
+    checkpoint: Annotated[int, Argument(metavar="STEP")] = Field(
+        0, ge=0, description="step of the checkpoint (default: the newest; without any, the finished export)"
+    )
+    out: Annotated[Path | None, Argument(metavar="FOLDER")] = Field(
+        None, description="where to write (default: the run's folder; for an earlier step, its subfolder exports-..)"
+    )
+    dtype: Literal["", "float16", "bfloat16", "float32"] = Field(
+        "", description="dtype of the weights (default: the run's model.export_dtype)"
+    )
+    rank: int = Field(0, ge=0, description="rank of an extracted LoRA (default: the run's export.lora_rank)")
+    energy: float = Field(
+        0.0, ge=0, le=1, description="share of the squared change that it keeps (default: the run's export.lora_energy)"
+    )
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return [word for word in value.split(",") if word] if isinstance(value, str) else value
+
+
 class PlanArguments(Section):
     """Arguments of ``smpo plan``."""
 
@@ -317,6 +345,12 @@ COMMANDS: dict[str, Command] = {
         "smpo evaluate run.dir=runs/mine",
         NoArguments,
         "run",
+    ),
+    "export": Command(
+        HAND_OVER,
+        "write a run's weights, from any of its checkpoints, in the formats of other programs",
+        "smpo export runs/mine --to single-file --dtype bfloat16",
+        ExportArguments,
     ),
     "merge": Command(
         HAND_OVER,

@@ -434,14 +434,26 @@ class Log(Section):
     trackio: str = Field("", description="trackio project; empty: off")
 
 
+ExportFormat = Literal["diffusers", "single-file", "lora-kohya", "lora-peft", "lora-diffusers"]
+
+
 class Export(Section):
     """What a finished run writes beside the curves (docs/models.md); model.export_dtype is the dtype."""
 
-    formats: list[Literal["diffusers", "single-file"]] = Field(
+    formats: list[ExportFormat] = Field(
         ["diffusers"],
-        description="diffusers: <run.dir>/export, which the evaluation reads, always; single-file: also "
-        "<run.dir>/single-file, a .safetensors file for ComfyUI, A1111, Forge and InvokeAI; with adapters it needs "
-        "lora.merge",
+        description="diffusers: <run.dir>/export, which the evaluation reads, always: a pipeline, or with adapters a "
+        "LoRA; the others: also <run.dir>/<format>; single-file: a .safetensors checkpoint for ComfyUI, A1111, Forge "
+        "and InvokeAI, with adapters merged; lora-kohya: a LoRA for the same programs; lora-peft, lora-diffusers: for "
+        "these libraries. Without adapters a LoRA is extracted from the change of all weights",
+    )
+    lora_rank: int = Field(64, ge=1, description="rank of an extracted LoRA, the largest where lora_energy is below 1")
+    lora_energy: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each layer's squared change that an extracted LoRA keeps: a layer has the smallest rank "
+        "that does, but at most lora_rank",
     )
 
 
@@ -492,8 +504,11 @@ class Config(Section):
             raise ValueError(
                 "export.formats must have 'diffusers': the evaluation reads it, and other formats are made of it"
             )
-        if "single-file" in self.export.formats and self.lora.rank and not self.lora.merge:
-            raise ValueError("export.formats has 'single-file', which needs merged adapters: set lora.merge = true")
+        if "lora-kohya" in self.export.formats and self.lora.rank and self.lora.use_dora:
+            raise ValueError(
+                "export.formats has 'lora-kohya', but readers of kohya's names do not agree on what a DoRA is: use "
+                "'lora-diffusers', 'lora-peft', or 'single-file', which has it merged"
+            )
         if self.inversion.store and self.objective.name == "sft":
             raise ValueError("inversion.store keeps nothing for objective.name = 'sft', which needs no reference")
         return self

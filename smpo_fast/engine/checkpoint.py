@@ -14,20 +14,24 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from smpo_fast.common.errors import CheckpointError
 from smpo_fast.common.runtime import World, print0
 from smpo_fast.common.storage import as_json, json_hash, publish_folder, sha256, sync
 from smpo_fast.engine.collectives import gather, on_every_rank, on_rank_0
 from smpo_fast.engine.protocol import Engine
+from smpo_fast.engine.shards import ParameterSlice, ShardReader
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 consisted of DeepSpeed's own files
@@ -138,6 +142,25 @@ def restore_latest(
         there, here = _layout_text(manifest["layout"]), _layout_text(engine.layout)
         print0(f"{newest} was written by {there}; this run has {here}: sums may be rounded differently from here on")
     return Progress(**manifest["progress"])
+
+
+def read_weights(
+    folder: Path, shapes: Mapping[str, Sequence[int]]
+) -> tuple[Progress, dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint's progress, facts, and trained weights in float32, whatever engine and number of ranks wrote it.
+
+    shapes: of the weights that are trained, by name. No engine is needed. Raises CheckpointError for a checkpoint that
+    is damaged or has other weights.
+    """
+    if reason := _problem(folder, {"facts": None, "defaults": {}}, World()):
+        raise CheckpointError(f"checkpoint {folder}: {reason}")
+    manifest = read_manifest(folder)
+    saved = ShardReader([folder / name for name in manifest["files"]])
+    weights = {
+        name: saved.elements(ParameterSlice(name, 0, math.prod(shape)), "weight").float().view(*shape)
+        for name, shape in shapes.items()
+    }
+    return Progress(**manifest["progress"]), manifest["facts"], weights
 
 
 # --- writing --------------------------------------------------------------------------------------------------

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 
 from smpo_fast.common.errors import ModelError
 from smpo_fast.models.config_files import read_object, shown, some
-from smpo_fast.models.pipeline_folder import LORA_FILE
+from smpo_fast.models.pipeline_folder import LORA_FILE, LORA_SETTINGS, PEFT_FILE, PEFT_SETTINGS
 from smpo_fast.models.single_file import layout
 from smpo_fast.models.single_file.header import Header, read_header
 from smpo_fast.models.single_file.parts import empty_state
 
-_PEFT_FILE = "adapter_model.safetensors"
+_NAME = re.compile(r"[\w.]+")
 # Ends of names, longer ones before those that they end with.
 _ENDS = {
     "down": (
@@ -69,7 +70,7 @@ def locate_loras(words: Sequence[str], unet_config: Mapping[str, Any]) -> tuple[
             header = read_header(lora.file, "model.lora")
             for weight, layer in _matched(header, layers).items():
                 _check_shapes(header, layer, weight, shapes[weight])
-            _default_alpha(header)
+            _peft_settings(header)
     return found
 
 
@@ -79,14 +80,15 @@ def merge_loras(unet: Any, loras: Sequence[BaseLora]) -> None:
     layers = _names_of_layers(weights, unet.config)
     for lora in loras:
         header = read_header(lora.file, "model.lora")
-        default, root = _default_alpha(header)
+        peft = _peft_settings(header)
         with safe_open(lora.file, framework="pt") as file, torch.no_grad():
             for weight, layer in _matched(header, layers).items():
                 down, up = (file.get_tensor(layer[which]).float() for which in ("down", "up"))
                 rank = len(down)
-                alpha = float(file.get_tensor(layer["alpha"])) if "alpha" in layer else default or rank
+                usual = peft.alpha(weight.removesuffix(".weight")) or rank
+                alpha = float(file.get_tensor(layer["alpha"])) if "alpha" in layer else usual
                 delta = (up.flatten(1) @ down.flatten(1)).reshape(weights[weight].shape)
-                weights[weight] += delta * (lora.scale * alpha / (math.sqrt(rank) if root else rank))
+                weights[weight] += delta * (lora.scale * alpha / (math.sqrt(rank) if peft.root else rank))
 
 
 def _located(word: str) -> BaseLora:
@@ -96,11 +98,11 @@ def _located(word: str) -> BaseLora:
     except ValueError:
         place, scale = word, 1.0
     path = Path(place if colon and place else word)
-    for file in (path, path / LORA_FILE, path / _PEFT_FILE):
+    for file in (path, path / LORA_FILE, path / PEFT_FILE):
         if file.is_file():
             return BaseLora(file, scale)
     raise ModelError(
-        f"model.lora: '{word}' is neither a .safetensors file nor a folder with {LORA_FILE} or {_PEFT_FILE}; a scale "
+        f"model.lora: '{word}' is neither a .safetensors file nor a folder with {LORA_FILE} or {PEFT_FILE}; a scale "
         "follows the path after a colon (path:0.8)"
     )
 
@@ -165,23 +167,40 @@ def _check_shapes(header: Header, layer: Mapping[str, str], weight: str, shape: 
         )
 
 
-def _default_alpha(header: Header) -> tuple[float, bool]:
-    """peft's alpha for layers without one of their own (0: the rank); and whether the rank's root divides it.
+class _PeftSettings(NamedTuple):
+    """What peft's settings say of the scale of layers without an alpha of their own.
 
-    diffusers keeps peft's settings in the file's metadata, peft in adapter_config.json beside it.
+    usual: alpha, 0 for the rank; root: whether the rank's root divides it; others: alphas by names of layers or their
+    ends.
     """
-    beside = header.file.with_name("adapter_config.json")
-    if "lora_adapter_metadata" in header.metadata:
-        try:
-            said = dict(json.loads(header.metadata["lora_adapter_metadata"]))
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"model.lora: {header.file}: its lora_adapter_metadata cannot be read: {error}") from error
-        settings = {name.removeprefix("unet."): value for name, value in said.items()}
-    else:
-        settings = read_object(beside, "model.lora") if beside.is_file() else {}
-    if settings.get("alpha_pattern"):
+
+    usual: float
+    root: bool
+    others: Mapping[str, float]
+
+    def alpha(self, layer: str) -> float:
+        """The alpha of a layer, 0 for its rank."""
+        return next((a for end, a in self.others.items() if f".{layer}".endswith(f".{end}")), self.usual)
+
+
+def _peft_settings(header: Header) -> _PeftSettings:
+    """diffusers keeps peft's settings in the file's metadata, peft in adapter_config.json beside it."""
+    beside = header.file.with_name(PEFT_SETTINGS)
+    try:
+        if LORA_SETTINGS in header.metadata:
+            said = dict(json.loads(header.metadata[LORA_SETTINGS]))
+            settings = {name.removeprefix("unet."): value for name, value in said.items()}
+        else:
+            settings = read_object(beside, "model.lora") if beside.is_file() else {}
+        others = {str(end).removeprefix("^"): float(a) for end, a in dict(settings.get("alpha_pattern") or {}).items()}
+        usual = float(settings.get("lora_alpha") or 0)
+    except (ValueError, TypeError) as error:
         raise ModelError(
-            f"model.lora: {header.file} has an alpha of its own for some layers (alpha_pattern "
-            f"{shown(settings['alpha_pattern'])}): {_ELSEWHERE}"
+            f"model.lora: {header.file}: its peft settings ({LORA_SETTINGS}) cannot be read: {error}"
+        ) from error
+    if patterns := [end for end in others if not _NAME.fullmatch(end)]:
+        raise ModelError(
+            f"model.lora: {header.file} has an alpha of its own for some layers by a pattern ({shown(patterns[0])}), "
+            f"and only names of layers are understood: {_ELSEWHERE}"
         )
-    return float(settings.get("lora_alpha") or 0), bool(settings.get("use_rslora"))
+    return _PeftSettings(usual, bool(settings.get("use_rslora")), others)

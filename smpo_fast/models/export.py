@@ -14,7 +14,14 @@ from smpo_fast.config.schema import Model
 from smpo_fast.models.config_files import read_object
 from smpo_fast.models.load import empty_unet
 from smpo_fast.models.locate import ModelSource
-from smpo_fast.models.pipeline_folder import OPTIONAL_PARTS, PARTS, begin_export, publish_export, write_scheduler
+from smpo_fast.models.pipeline_folder import (
+    OPTIONAL_PARTS,
+    PARTS,
+    begin_export,
+    check_written,
+    publish_export,
+    write_scheduler,
+)
 
 
 def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
@@ -24,11 +31,12 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
     other parts are copied rather than loaded and saved: they are exactly the files used in training, and library
     versions that could read those can read the export. An earlier export is replaced, except for files that no export
     writes, such as a README.
-    Raises RuntimeError when names or shapes differ from the UNet's, and ModelError for weights that are not finite or
-    do not fit the dtype.
+    The UNet is read again and compared. Raises RuntimeError when names or shapes differ from the UNet's, ModelError for
+    weights that are not finite or do not fit the dtype, and EnvironmentProblem where the disk does not give back what
+    was written.
     """
-    unet = empty_unet(source)
-    unet.load_state_dict(to_export_dtype(state, dtype), assign=True)
+    unet, cast = empty_unet(source), to_export_dtype(state, dtype)
+    unet.load_state_dict(cast, assign=True)
     building = begin_export(folder)
     shutil.copyfile(source.folder / "model_index.json", building / "model_index.json")
     for part in (*PARTS[2:], *OPTIONAL_PARTS):
@@ -38,6 +46,7 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
         write_scheduler(building, read_object(source.folder / "model_index.json"), source.scheduler)
     _copy_part(source.vae_folder, building / "vae", source.variant)
     unet.save_pretrained(building / "unet", safe_serialization=True)
+    check_written(building / "unet", cast)
     publish_export(building, folder)
 
 

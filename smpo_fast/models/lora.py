@@ -1,4 +1,4 @@
-"""LoRA: a frozen base with trained low-rank adapters, from peft's layers to a file that diffusers' pipelines load.
+"""LoRA: a frozen base with trained low-rank adapters, peft's layers; `lora_files` writes them for other programs.
 
 The reference is the same network with its adapters disabled. That is exact only while the adapters start as zero and
 the base never changes; so every initialisation offered has B = 0, and there is no dropout, which would make policy and
@@ -8,23 +8,26 @@ reference differ before the first step.
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from smpo_fast.common.errors import ConfigError, EnvironmentProblem, ModelError
 from smpo_fast.common.runtime import rng
-from smpo_fast.config.schema import Config, Lora
+from smpo_fast.config.schema import Config, Lora, Model
 from smpo_fast.models.export import export_pipeline, to_export_dtype
-from smpo_fast.models.load import empty_unet, load_unet, pipeline_class
+from smpo_fast.models.load import empty_unet, load_unet
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.pipeline_folder import LORA_FILE as FILE
-from smpo_fast.models.pipeline_folder import begin_export, publish_export
-from smpo_fast.models.single_file.header import sort_header
+from smpo_fast.models.pipeline_folder import LORA_SETTINGS
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -107,31 +110,75 @@ def adapters_off(unet: Any) -> Iterator[None]:
         unet.enable_adapters()
 
 
-def save(config: Config, source: ModelSource, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapters for ``pipe.load_lora_weights(folder)``, as a folder that appears complete or not at all.
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters without their network.
 
-    state: the network's weights by name, of any shapes; only the adapters are used. The file's metadata has peft's
-    settings, from which loaders take a scale other than 1, and DoRA. Raises ModelError for weights that are not finite
-    or do not fit ``model.export_dtype``.
+    tensors: by peft's names, such as ``mid_block.attentions.0.proj_in.lora_A.weight`` [rank, inputs]; settings: those
+    of peft's LoraConfig, as JSON values.
+    """
+
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+    def alpha(self, layer: str) -> float:
+        """peft's alpha of a layer."""
+        return float(self.settings["alpha_pattern"].get(layer, self.settings["lora_alpha"]))
+
+
+def trained_adapters(config: Config, source: ModelSource, state: Mapping[str, Tensor]) -> Adapters:
+    """The adapters of a trained network in ``model.export_dtype``.
+
+    state: the network's weights by name, of any shapes; only the adapters are used. Raises ModelError for weights that
+    are not finite or do not fit the dtype.
     """
     from peft.utils import get_peft_model_state_dict
 
     unet: Any = empty_unet(source)  # peft takes names and settings from a network
     add_adapters(unet, config.lora, config.run.seed)
     adapters = {name: t for name, t in state.items() if ".lora_" in name}
-    weights = get_peft_model_state_dict(unet, state_dict=adapters)
-    weights = to_export_dtype(weights, config.model.export_dtype)
-    building = begin_export(folder)
-    pipeline_class(source).save_lora_weights(
-        building,
-        unet_lora_layers={name: t.contiguous() for name, t in weights.items()},
-        unet_lora_adapter_metadata={
-            key: sorted(value) if isinstance(value, set) else value
-            for key, value in unet.peft_config["default"].to_dict().items()
-        },
+    weights = to_export_dtype(get_peft_model_state_dict(unet, state_dict=adapters), config.model.export_dtype)
+    return Adapters({name: t.contiguous() for name, t in weights.items()}, _as_json(unet.peft_config["default"]))
+
+
+def scale_1_adapters(tensors: Mapping[str, Tensor], ranks: Mapping[str, int]) -> Adapters:
+    """Adapters of a rank of its own for each layer, with alpha = rank.
+
+    tensors: by peft's names, in shapes as peft gives them; ranks: by layer, of at least one.
+    """
+    from peft import LoraConfig
+
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {layer: rank for layer, rank in ranks.items() if rank != usual}
+    wanted = LoraConfig(
+        r=usual, lora_alpha=usual, target_modules=list(ranks), rank_pattern=others, alpha_pattern=dict(others)
     )
-    sort_header(building / FILE)
-    publish_export(building, folder)
+    return Adapters(tensors, _as_json(wanted))
+
+
+def _as_json(settings: Any) -> dict[str, Any]:
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.to_dict().items()}
+
+
+def read_adapters(folder: Path) -> Adapters:
+    """The adapters that a run has exported. Raises ModelError for a folder without any."""
+    file = folder / FILE
+    if not file.is_file():
+        raise ModelError(f"{folder} has no {FILE}: train with lora.rank first")
+    with safe_open(file, framework="pt") as opened:
+        said = json.loads((opened.metadata() or {}).get(LORA_SETTINGS, "{}"))
+        tensors = {name.removeprefix("unet."): opened.get_tensor(name) for name in opened.keys()}
+    return Adapters(tensors, {name.removeprefix("unet."): value for name, value in said.items()})
+
+
+def merged_state(source: ModelSource, model: Model, adapters: Adapters) -> dict[str, Tensor]:
+    """The weights of a UNet by name with adapters added to them, in float32."""
+    unet: Any = load_unet(source, model, torch.float32, torch.device("cpu"))
+    tensors, settings = ({f"unet.{name}": x for name, x in found.items()} for found in vars(adapters).values())
+    unet.load_lora_adapter(tensors, prefix="unet", metadata=settings or None)
+    unet.fuse_lora()
+    unet.unload_lora()
+    return dict(unet.state_dict())
 
 
 def merge(config: Config, source: ModelSource, adapters: Path, folder: Path) -> None:
@@ -139,10 +186,5 @@ def merge(config: Config, source: ModelSource, adapters: Path, folder: Path) -> 
 
     Raises ModelError for a folder without adapters.
     """
-    if not (adapters / FILE).is_file():
-        raise ModelError(f"{adapters} has no {FILE}: train with lora.rank first")
-    unet: Any = load_unet(source, config.model, torch.float32, torch.device("cpu"))
-    unet.load_lora_adapter(adapters, weight_name=FILE, prefix="unet")
-    unet.fuse_lora()
-    unet.unload_lora()
-    export_pipeline(source, unet.state_dict(), folder, config.model.export_dtype)
+    state = merged_state(source, config.model, read_adapters(adapters))
+    export_pipeline(source, state, folder, config.model.export_dtype)

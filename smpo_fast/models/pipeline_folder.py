@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
 from smpo_fast.common import storage
+from smpo_fast.common.errors import EnvironmentProblem
 
 TEXT_PARTS = {
     "sdxl": (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
@@ -19,6 +24,8 @@ TEXT_PARTS = {
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 OPTIONAL_PARTS = ("feature_extractor", "safety_checker")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_SETTINGS = "lora_adapter_metadata"  # of such a file: peft's settings as JSON, each name behind "unet."
+PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 EXPORT_INFO = "export.json"
 
 
@@ -36,6 +43,20 @@ def begin_export(folder: Path) -> Path:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     return building
+
+
+def check_written(place: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read a safetensors file again, or all of a folder, and compare with the ``tensors``, of any shapes, in them.
+
+    Raises EnvironmentProblem where the disk does not give back what was written.
+    """
+    left = set(tensors)
+    for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as written:
+            names = set(written.keys())
+            left ^= {n for n in names if n not in tensors or torch.equal(written.get_tensor(n), tensors[n])}
+    if left:
+        raise EnvironmentProblem(f"{place} does not read back as it was written: check the disk, and export again")
 
 
 def publish_export(building: Path, folder: Path) -> None:

@@ -39,6 +39,24 @@ def is_export(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in marks)
 
 
+def is_exports(folder: Path) -> bool:
+    """Whether a folder is what ``smpo export`` makes of a checkpoint: exports, and nothing else."""
+    return (
+        folder.is_dir() and any(map(is_export, folder.iterdir())) and all(map(_is_export_or_hidden, folder.iterdir()))
+    )
+
+
+def _is_export_or_hidden(path: Path) -> bool:
+    return is_export(path) or path.name.startswith(".")
+
+
+def verify_exports(folder: Path) -> Iterator[Finding]:
+    """Verify all exports in a folder."""
+    for export in sorted(filter(is_export, folder.iterdir())):
+        yield from verify_export(export)
+    yield from check_leftovers_of(folder)
+
+
 def verify_export(folder: Path) -> Iterator[Finding]:
     """Verify an export: hashes of all files, finite numbers, every network complete, configuration readable.
 

@@ -121,7 +121,7 @@ def _use(facts: RunFacts, where: str, files: Mapping[str, Path]) -> Iterator[str
     yield f'image = pipe("a photograph of an owl", guidance_scale={guidance:g}).images[0]\n```\n'
     loose = [name for name in files if name.endswith(".safetensors") and "/" not in name and name != LORA_FILE]
     for name in loose:
-        folder = "loras" if facts.adapters and "lora" in str(files[name].parent) else "checkpoints"
+        folder = "loras" if files[name].parent.name == "lora-kohya" else "checkpoints"
         yield f"In ComfyUI: put `{name}` into `models/{folder}`; in A1111 and Forge into "
         yield f"`models/{'Lora' if folder == 'loras' else 'Stable-diffusion'}`.\n"
     if base.get("prediction") == "v_prediction":

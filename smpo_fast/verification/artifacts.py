@@ -19,7 +19,7 @@ from smpo_fast.data.rewards.verify import is_score_table, verify_scores
 from smpo_fast.engine.verify import is_checkpoint, is_checkpoints_folder, verify_checkpoint, verify_checkpoints
 from smpo_fast.evaluation.verify import is_evaluation, verify_evaluation
 from smpo_fast.models.base_facts import CARD
-from smpo_fast.models.verify import is_export, verify_export
+from smpo_fast.models.verify import is_export, is_exports, verify_export, verify_exports
 from smpo_fast.training.run_folder import FINISHED, OWN_FILES
 from smpo_fast.training.run_lock import LOCK_FILE
 from smpo_fast.training.verify import is_run, is_store, verify_own_files, verify_store
@@ -87,5 +87,6 @@ ARTIFACTS = (
     Artifact("the checkpoints of a run", is_checkpoints_folder, lambda p, r: verify_checkpoints(p)),
     Artifact("a run", is_run, _verify_run),
     Artifact("an exported pipeline or adapters", is_export, lambda p, r: verify_export(p)),
+    Artifact("the exports of a checkpoint (smpo export)", is_exports, lambda p, r: verify_exports(p)),
     Artifact("a pair table (smpo import, or parquet files)", is_table, lambda p, r: verify_table(p, deep=r.deep)),
 )

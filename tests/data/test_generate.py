@@ -30,7 +30,7 @@ from smpo_fast.data.pairs import reader
 from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.rewards import scorers
 from smpo_fast.embedded import pipeline_path
-from smpo_fast.models import lora
+from smpo_fast.models import lora, lora_files
 from smpo_fast.models.load import load_unet
 from smpo_fast.models.locate import find
 
@@ -158,7 +158,8 @@ def test_adapters_of_a_run_change_the_pictures(tmp_path: Path) -> None:
     for name, weight in unet.named_parameters():
         if ".lora_B" in name:
             torch.nn.init.constant_(weight, 0.2)
-    lora.save(settings, source, unet.state_dict(), tmp_path / "export")
+    adapted = lora.trained_adapters(settings, source, unet.state_dict())
+    lora_files.write_diffusers(adapted, source, tmp_path / "export")
     few = {**FEW, "count": 1, "per_prompt": 2}
     found = []
     for name, adapters in (("base", ""), ("tuned", str(tmp_path / "export"))):

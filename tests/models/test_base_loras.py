@@ -91,10 +91,12 @@ def said(**values: object) -> dict[str, str]:
         (peft("unet."), {}),
         (peft("unet."), said(lora_alpha=6)),
         (peft("unet."), said(lora_alpha=6, use_rslora=True)),
+        (peft("unet."), said(lora_alpha=6, alpha_pattern={"conv_in": 3, "^mid_block.resnets.0.conv1": 5, "q": 9})),
         (diffusers(), {}),
         (processors(), {}),
     ],
-    ids=["kohya", "kohya, original names", "peft", "alpha in metadata", "rslora", "diffusers", "processors"],
+    ids=["kohya", "kohya, original names", "peft", "alpha in metadata", "rslora", "alphas of layers", "diffusers",
+         "processors"],
 )  # fmt: skip
 def test_the_weights_are_those_that_diffusers_fuses(tensors: Tensors, facts: dict[str, str], tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors", {"format": "pt", **facts})
@@ -154,10 +156,12 @@ def test_what_cannot_be_added_is_refused_before_anything_is_loaded(
         locate.find(settings("embedded", lora=[f"{tmp_path}/a.safetensors"]))
 
 
-@pytest.mark.parametrize("facts", ["{", "3", json.dumps({"unet.alpha_pattern": {"conv_in": 4}})])
+@pytest.mark.parametrize(
+    "facts", ["{", "3", *(json.dumps({"unet.alpha_pattern": found}) for found in (3, {"conv_in": "x"}, {"conv_.*": 4}))]
+)
 def test_settings_that_cannot_be_followed_are_refused(facts: str, tmp_path: Path) -> None:
     save_file(peft("unet."), tmp_path / "a.safetensors", {"lora_adapter_metadata": facts})
-    with pytest.raises(ModelError, match="lora_adapter_metadata cannot be read|alpha_pattern {'conv_in': 4}"):
+    with pytest.raises(ModelError, match=r"peft settings .* cannot be read|by a pattern \('conv_\.\*'\)"):
         locate.find(settings("embedded", lora=[f"{tmp_path}/a.safetensors"]))
 
 

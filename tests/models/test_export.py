@@ -22,7 +22,7 @@ from smpo_fast.common import storage
 from smpo_fast.common.errors import ModelError
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
-from smpo_fast.models import lora
+from smpo_fast.models import lora, lora_files
 from smpo_fast.models.export import export_pipeline
 from smpo_fast.models.identity import encoders_identity
 from smpo_fast.models.load import load_unet
@@ -166,7 +166,8 @@ def test_exported_files_have_the_permissions_of_the_umask(tmp_path: Path) -> Non
     try:
         export_pipeline(source, state_of(source), tmp_path / "export", "float16")
         run = loading.from_dict({"lora": {"rank": 2}})
-        lora.save(run, source, adapted_state(run), tmp_path / "adapters")
+        adapted = lora.trained_adapters(run, source, adapted_state(run))
+        lora_files.write_diffusers(adapted, source, tmp_path / "adapters")
     finally:
         os.umask(before)
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
@@ -197,11 +198,10 @@ def test_weights_that_no_network_should_have_are_not_exported(
     assert not list(tmp_path.iterdir())
 
 
-def test_adapters_that_do_not_fit_the_export_are_not_written(tmp_path: Path) -> None:
+def test_adapters_that_do_not_fit_the_export_are_refused() -> None:
     run = loading.from_dict({"lora": {"rank": 2}})
     state = adapted_state(run)
     name = next(n for n in state if ".lora_B" in n)
     state[name][0, 0] = 1e6
     with pytest.raises(ModelError, match="lora_B.* beyond the range"):
-        lora.save(run, find(run.model), state, tmp_path / "adapters")
-    assert not list(tmp_path.iterdir())
+        lora.trained_adapters(run, find(run.model), state)

@@ -19,7 +19,7 @@ from smpo_fast import cli, train
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.evaluation import compare
-from smpo_fast.models import load, lora
+from smpo_fast.models import load, lora, lora_files
 from smpo_fast.models.locate import find
 from smpo_fast.training.policy import load_policy
 from smpo_fast.training.run_log import read_metrics
@@ -216,7 +216,8 @@ def test_what_diffusers_loads_predicts_as_what_was_trained(words: dict[str, Any]
     """Also where the scale is not 1: the file's metadata tells it."""
     settings = loading.from_dict({"lora": words, "model": {"export_dtype": "float32"}})
     unet, source = trained_like(settings), find(settings.model)
-    lora.save(settings, source, unet.state_dict(), tmp_path / "export")
+    adapted = lora.trained_adapters(settings, source, unet.state_dict())
+    lora_files.write_diffusers(adapted, source, tmp_path / "export")
     lora.merge(settings, source, tmp_path / "export", tmp_path / "merged")
     loaded = load.load_pipeline(source, torch.float32)
     loaded.load_lora_weights(tmp_path / "export")

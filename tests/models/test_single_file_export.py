@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from helpers.pipelines import settings
+from helpers.pipelines import CPU, settings
 from helpers.single_files import MINIATURE, original_tensors, pipeline_tensors, pretend_public, true_shapes
 from helpers.small_run import run
 from safetensors import safe_open
@@ -23,7 +23,10 @@ from smpo_fast.common.errors import ConfigError, EnvironmentProblem
 from smpo_fast.config import loading
 from smpo_fast.models import locate
 from smpo_fast.models.config_files import read_object
+from smpo_fast.models.load import load_unet
 from smpo_fast.models.single_file import layout, write
+from smpo_fast.models.single_file import modelspec as modelspec_module
+from smpo_fast.models.single_file.modelspec import modelspec
 from smpo_fast.models.single_file.parts import CLASSES, classic_names, empty_state
 from smpo_fast.models.single_file.write import write_single_file
 from smpo_fast.models.verify import verify_export
@@ -31,8 +34,10 @@ from smpo_fast.models.verify import verify_export
 
 def written(folder: Path, dtype: str = "float32", **values: object) -> Path:
     """The miniature, or another pipeline, as a single file."""
-    source = locate.find(settings(values.pop("path", "embedded"), **values))  # type: ignore[arg-type]
-    return write_single_file(source, folder, title="mine", resolution=1024, dtype=dtype)
+    model = settings(values.pop("path", "embedded"), **values)  # type: ignore[arg-type]
+    source = locate.find(model)
+    unet = load_unet(source, model, torch.float32, CPU).state_dict()
+    return write_single_file(source, unet, folder, modelspec(source, "mine", 1024), title="mine", dtype=dtype)
 
 
 def metadata(file: Path) -> dict[str, str]:
@@ -149,7 +154,7 @@ def test_the_same_pipeline_gives_the_same_bytes_and_replaces_the_earlier_file(tm
 
 
 def test_what_does_not_read_back_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = write.save_file
+    real = modelspec_module.save_file
 
     def damaged(tensors: dict[str, torch.Tensor], file: Path, facts: dict[str, str]) -> None:
         real(tensors, file, facts)
@@ -159,7 +164,7 @@ def test_what_does_not_read_back_is_not_published(tmp_path: Path, monkeypatch: p
             stream.seek(-1, os.SEEK_END)
             stream.write(bytes([last[0] ^ 1]))
 
-    monkeypatch.setattr(write, "save_file", damaged)
+    monkeypatch.setattr(modelspec_module, "save_file", damaged)
     with pytest.raises(EnvironmentProblem, match="does not read back as it was written"):
         written(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -183,7 +188,7 @@ def test_a_run_from_a_file_writes_a_file_of_the_same_kind(tmp_path: Path, monkey
     ("values", "message"),
     [
         ({"export": {"formats": ["single-file"]}}, "must have 'diffusers'"),
-        ({"export": {"formats": ["diffusers", "single-file"]}, "lora": {"rank": 2}}, "set lora.merge = true"),
+        ({"export": {"formats": ["diffusers", "lora-kohya"]}, "lora": {"rank": 2, "use_dora": True}}, "what a DoRA is"),
     ],
 )
 def test_formats_that_cannot_be_written_are_refused(values: dict[str, dict[str, object]], message: str) -> None:
