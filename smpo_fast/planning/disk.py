@@ -10,6 +10,7 @@ from smpo_fast.common.errors import UserError
 from smpo_fast.common.runtime import COMPUTE_DTYPES
 from smpo_fast.config.schema import Config
 from smpo_fast.data.pairs import reader
+from smpo_fast.models import footprint
 from smpo_fast.models.config_files import read_object
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.network_spec import IMAGES_PER_PAIR
@@ -34,17 +35,32 @@ def disk_bytes(run: PlannedRun, source: ModelSource) -> dict[str, float]:
         others = sum(f.stat().st_size for part in parts for f in (source.folder / part).glob("*.safetensors"))
     else:
         others = sum(source.file.bytes_of(part) for part in parts if part in source.file.parts)
+    number = getattr(torch, settings.model.export_dtype).itemsize
+    pipeline = (trained + frozen) * number + others
+    if settings.lora.rank:  # trained are the adapters, which are merged into the frozen weights
+        pipeline = frozen * number + others
+    values = trained if settings.lora.rank else _extracted_values(run)
+    loras = sum(name.startswith("lora-") for name in settings.export.formats)
     examples = settings.batch.pairs_per_step * FILE_BYTES * IMAGES_PER_PAIR * latent
     return {
         "cache": pairs * FILE_BYTES * (IMAGES_PER_PAIR * flips * moments * latent + prompt + pooled),
         "checkpoints": (settings.run.keep + 1) * checkpoint,  # one more while the next is written
-        "export": (trained + frozen) * getattr(torch, settings.model.export_dtype).itemsize + others,
-        "single file": (_values(source) + trained + frozen) * getattr(torch, settings.model.export_dtype).itemsize
+        "export": trained * number if settings.lora.rank else pipeline,
+        "merged pipeline": pipeline if settings.lora.merge else 0.0,
+        "single file": (_values(source) + (frozen or trained)) * number
         if "single-file" in settings.export.formats
         else 0.0,
+        "LoRA files": loras * values * number,
         "converted model": 0.0 if source.file is None else others + source.file.bytes_of("unet"),
         "trajectories": examples * settings.run.steps if settings.inversion.store else 0.0,
     }
+
+
+def _extracted_values(run: PlannedRun) -> int:
+    """How many numbers a LoRA has that is extracted from the change of all weights, at its largest rank."""
+    shapes = [shape for shape in footprint.parameter_shapes(run.network).trained if len(shape) > 1]
+    sides = [(shape[0], math.prod(shape[1:])) for shape in shapes]
+    return sum(min(run.config.export.lora_rank, *both) * sum(both) for both in sides)
 
 
 def _values(source: ModelSource) -> int:

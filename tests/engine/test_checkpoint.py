@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from smpo_fast.common.errors import CheckpointError
 from smpo_fast.common.runtime import World
+from smpo_fast.common.storage import as_json
 from smpo_fast.engine import checkpoint, collectives, shards
 from smpo_fast.engine.checkpoint import Progress
 from smpo_fast.engine.protocol import Engine, StepResult
@@ -462,10 +463,34 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
     states |= run_ranks(move, 2, folder=folder, last="alone")[0]
     states |= run_ranks(move, 4, folder=folder, last=f"2 {MOVES[2][-1]}")[0]
     for optimizer, precision in MOVERS:
-        states[f"back {optimizer}"] = go_on(
-            folder / f"4 {MOVES[4][-1]} {optimizer}", None, 0, 1, None, optimizer, precision
-        )
+        last = folder / f"4 {MOVES[4][-1]} {optimizer}"
+        states[f"back {optimizer}"] = go_on(last, None, 0, 1, None, optimizer, precision)
+        shapes = {name: p.shape for name, p in toy.make(toy.settings(optimizer, precision)).unet.named_parameters()}
+        states[f"read {optimizer}"] = checkpoint.read_weights(checkpoint.list_checkpoints(last)[-1], shapes)[2]
     return states
+
+
+@pytest.mark.parametrize("optimizer, precision", MOVERS)
+def test_the_weights_of_four_ranks_are_read_without_an_engine(
+    moved: dict[str, dict[str, Tensor]], optimizer: str, precision: str
+) -> None:
+    read, straight = moved[f"read {optimizer}"], moved[f"straight {optimizer}"]
+    assert read and all(torch.equal(value, straight[f"found {name}"]) for name, value in read.items())
+
+
+def test_weights_are_read_with_progress_and_facts_or_refused(tmp_path: Path) -> None:
+    trained = toy.make(toy.settings())
+    folder = checkpoint.save(tmp_path, trained, Progress(3), World(), FACTS, keep=1)
+    shapes = {name: tuple(p.shape) for name, p in trained.unet.named_parameters()}
+    progress, facts, weights = checkpoint.read_weights(folder, shapes)
+    assert (progress, facts) == (Progress(3), as_json(FACTS))
+    assert all(torch.equal(weights[name], value) for name, value in trained.full_state().items())
+    with pytest.raises(CheckpointError, match="'weight' of other.weight, elements 0 to 5, is missing"):
+        checkpoint.read_weights(folder, {"other.weight": (2, 3)})
+    (file,) = (folder / "engine").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"checkpoint {folder}: damaged"):
+        checkpoint.read_weights(folder, shapes)
 
 
 @pytest.mark.parametrize("optimizer, precision", MOVERS)
