@@ -56,16 +56,17 @@ class Extraction(NamedTuple):
     prediction_error: float
 
     def report(self) -> str:
-        """What a user needs to judge it, in three lines."""
+        """What a user needs to judge it, in four lines."""
         changes = sum(layer.change for layer in self.layers)
         total = changes + self.left_out
         missed = sum(layer.missed for layer in self.layers) + self.left_out
         ranks = sorted({layer.rank for layer in self.layers})
+        weights, predictions = math.sqrt(missed / total), self.prediction_error
         span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         worst = sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:_WORST]
         return (
-            f"LoRA extracted from the change of {len(self.layers)} layers, {span}: relative error of the weights' "
-            f"change {math.sqrt(missed / total):.3f}, of the UNet's predictions {self.prediction_error:.3f} "
+            f"LoRA extracted from the change of {len(self.layers)} layers, {span}\n"
+            f"  relative error of the weights' change {weights:.3f}, of the UNet's predictions {predictions:.3f} "
             "(0: as the trained weights, 1: as the base)\n"
             f"  {self.left_out / total:.2%} of the squared change is in norms and biases, which no LoRA has\n"
             f"  worst layers: {', '.join(f'{layer.layer} {layer.error:.3f}' for layer in worst)}"

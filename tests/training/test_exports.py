@@ -67,7 +67,7 @@ def test_a_lora_of_a_full_fine_tune(plain: Path, tmp_path: Path, capsys: pytest.
     """Its rank and dtype are those of the command line, its errors are printed."""
     words = ["--rank", "3", "--dtype", "bfloat16", "--out", str(tmp_path)]
     assert export(plain, ["lora-kohya", "lora-diffusers"], *words) == 0
-    assert "rank 3: relative error of the weights' change" in capsys.readouterr().out
+    assert "rank 3\n  relative error of the weights' change" in capsys.readouterr().out
     found = load_file(tmp_path / "lora-diffusers" / LORA_FILE)
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     assert {len(value) for name, value in found.items() if "lora_A" in name} == {3}
