@@ -302,6 +302,7 @@ def test_training_predicts_as_the_pipeline_does(pipeline: StableDiffusionXLPipel
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_build_runs_from_nothing_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = Sizes(vae_steps=3, unet_steps=3, unet_images=32, unet_batch=8, pairs=6, evaluated=4)
     with pytest.raises(SystemExit, match="needs the result of stage vae"):

@@ -26,6 +26,7 @@ from smpo_fast.training.run_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
 SMALL = [
     "data.max_pairs=24", "run.steps=4", "run.save_every=2", "batch.pairs_per_step=6", "batch.micro_pairs=2",
     "batch.inversion_pairs=4", "optim.warmup_steps=0", "optim.lr=1e-3", "eval.prompts=", "log.tensorboard=false",
@@ -71,11 +72,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Path:
 @pytest.mark.parametrize(
     "words",
     [
-        ["model.precision=bf16"],
+        pytest.param(["model.precision=bf16"], marks=SLOW),
         ["model.precision=bf16", "lora.use_dora=true", 'lora.targets=["attention", "ff"]'],
         ["model.precision=bf16-autocast", "lora.use_rslora=true", 'lora.targets=["all-linear"]', "lora.init=kaiming"],
         ["model.gradient_checkpointing=true", 'lora.targets=["attn2.to_k", "conv1"]', "lora.alpha=8"],
-        ["model.attention=eager", "optim.name=adamw8bit", "inversion.network=reference"],
+        pytest.param(["model.attention=eager", "optim.name=adamw8bit", "inversion.network=reference"], marks=SLOW),
     ],
     ids=["bf16", "dora", "autocast", "checkpointing", "eager"],
 )
@@ -133,9 +134,6 @@ def ds_file(folder: Path, stage: int) -> str:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (folder / "ds.json").write_text(json.dumps(settings))
     return str(folder / "ds.json")
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(

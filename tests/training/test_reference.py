@@ -160,7 +160,7 @@ def test_streamed_gives_the_same_losses_bitwise(plain: list[dict[str, Any]], cac
     assert run(tmp_path / "run", cache, "model.reference=streamed") == plain
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_adapters_off_gives_the_losses_of_a_second_network_bitwise(precision: str, cache: str, tmp_path: Path) -> None:
     words = [cache, "lora.rank=4", "optim.lr=1e-3", f"model.precision={precision}", "inversion.network=reference"]
     off, apart = (run(tmp_path / w, *words, f"model.reference={w}") for w in ("adapters-off", "replicated"))

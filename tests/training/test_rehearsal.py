@@ -140,14 +140,14 @@ def no_record_of_the_stream(trainer: Any) -> None:
 @pytest.mark.parametrize(
     ("plant", "message"),
     [
-        (wrong_device, "both devices"),
-        (number_read, "reads a number"),
         (tensor_read, "copy to the host"),
         (pageable_upload, "copy from the host"),
-        (constant, "copy from the host"),
-        (double, "in float64"),
-        (single, "in torch.float32"),
         (no_record_of_the_stream, "another stream"),
+        pytest.param(wrong_device, "both devices", marks=pytest.mark.slow),
+        pytest.param(number_read, "reads a number", marks=pytest.mark.slow),
+        pytest.param(constant, "copy from the host", marks=pytest.mark.slow),
+        pytest.param(double, "in float64", marks=pytest.mark.slow),
+        pytest.param(single, "in torch.float32", marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_fault_is_seen(plant: Plant, message: str) -> None:

@@ -96,7 +96,7 @@ def test_micro_batches_add_up_to_the_mean_that_is_logged(how: list[str], cache: 
     assert len(shares) > 1 and sum(shares) == pytest.approx(read_metrics(tmp_path / "run")[0]["train_loss"])
 
 
-@pytest.mark.parametrize("solver", ["pec", "ab2", "heun"])
+@pytest.mark.parametrize("solver", ["pec", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ab2", "heun"))])
 def test_solvers_train(solver: str, cache: str, tmp_path: Path) -> None:
     words = [cache, f"inversion.solver={solver}", "inversion.steps=4", "run.steps=2"]
     counted = calls_of(tmp_path / "run", *words)

@@ -28,6 +28,7 @@ def test_stopped_or_killed_and_started_again(kind: signal.Signals, cache: str, p
     assert_same_run(plain, tmp_path / "run")
 
 
+@SLOW
 def test_two_ranks_stopped_by_ctrl_c_go_on_exactly(cache: str, plain: Path, tmp_path: Path) -> None:
     """A terminal sends SIGINT to the launcher and the ranks; the launcher then sends SIGTERM to the ranks."""
     process = launch(tmp_path / "run", cache, ranks=2)
@@ -39,7 +40,7 @@ def test_two_ranks_stopped_by_ctrl_c_go_on_exactly(cache: str, plain: Path, tmp_
     assert_same_run(plain, tmp_path / "run", tolerance=2e-4)
 
 
-@pytest.mark.slow
+@SLOW
 def test_sigterm_to_the_launcher_stops_the_run_and_saves(cache: str, plain: Path, tmp_path: Path) -> None:
     """The program ``deepspeed`` ends at once, without a word to its ranks."""
     process = launch(tmp_path / "run", cache, ranks=2)
