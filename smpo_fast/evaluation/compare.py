@@ -15,7 +15,7 @@ from smpo_fast.config.schema import Config
 from smpo_fast.data.rewards.scorers import check_scorer, load_scorer
 from smpo_fast.evaluation.report import write_report
 from smpo_fast.evaluation.sampling import aligned_pipeline, read_prompts, sample
-from smpo_fast.evaluation.statistics import compare
+from smpo_fast.evaluation.statistics import compare_all
 from smpo_fast.models import lora
 from smpo_fast.models.load import load_pipeline
 from smpo_fast.models.locate import ModelSource, find
@@ -42,7 +42,7 @@ def evaluate(config: Config, source: ModelSource, export: Path, out: Path, devic
     aligned = sample(aligned_pipeline(config, export, source, dtype).to(device), prompts, config, "sample aligned")
     images = {"base": base, "aligned": aligned}
     scores = score(config, images, prompts, device)
-    comparisons = [compare(name, both["base"], both["aligned"]) for name, both in scores.items()]
+    comparisons = compare_all({name: (both["base"], both["aligned"]) for name, both in scores.items()})
     write_report(out, config, prompts, images, scores, comparisons)
     return "\n".join(c.line() for c in comparisons)
 

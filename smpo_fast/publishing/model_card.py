@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from smpo_fast.common.remote import is_hub_id
-from smpo_fast.common.runtime import print0
+from smpo_fast.common.runtime import print0, warn0
 from smpo_fast.common.storage import write_text
 from smpo_fast.config.loading import toml_value
 from smpo_fast.config.schema import EMBEDDED, Config
@@ -133,19 +133,24 @@ def _evaluation(facts: RunFacts) -> Iterator[str]:
     settings, rows = facts.evaluation.get("eval", {}), facts.evaluation.get("comparisons", [])
     if not rows:
         return
+    if "p_corrected" not in rows[0]:
+        warn0(f"{facts.folder}/evaluation is of an earlier version: smpo evaluate makes one that the card can show")
+        return
     yield "## Evaluation\n"
-    yield "| score | base | this model | gain (95 % interval) | same-noise win-rate |\n|---|---|---|---|---|"
+    yield "| score | base | this model | gain (95 % interval) | same-noise win-rate (95 % interval) | p |"
+    yield "|---|---|---|---|---|---|"
     for row in rows:
         yield (
             f"| {row['name']} | {row['base']:.4g} | {row['aligned']:.4g} | {row['gain']:+.3g} "
-            f"({row['gain_low']:+.3g} to {row['gain_high']:+.3g}) | {row['win_rate']:.1%} |"
+            f"({row['gain_low']:+.3g} to {row['gain_high']:+.3g}) | {row['win_rate']:.1%} ({row['win_low']:.1%} to "
+            f"{row['win_high']:.1%}) | {row['p_corrected']:.2g} |"
         )
     yield (
         f"\nMeans over {rows[0]['prompts']} prompts ({shared_name(settings['prompts'])}), one image each, scored by "
         f"`{settings['scorer']}`. Base and aligned images of a prompt start from the same noise (seed "
         f"{settings['seed']} + the prompt's number) and take {settings['steps']} steps of the pipeline's own sampler "
         f"at guidance {settings['guidance']:g}. The intervals are percentiles of a bootstrap over prompts; a tie "
-        "counts half a win.\n"
+        f"counts half a win; p is of a paired permutation test of the gain, corrected for {len(rows)} scores (Holm).\n"
     )
 
 
