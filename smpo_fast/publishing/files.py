@@ -14,7 +14,7 @@ from smpo_fast.models.verify import verify_export
 
 GRID, CURVES = f"images/{report.GRID}", "images/curves.png"
 # Folders of a run with weights, and where in the repository their files go.
-_WEIGHTS = {"export": "", "single-file": "", "lora-kohya": ""}
+_WEIGHTS = {"export": "", "single-file": "", "lora-kohya": "", "lora-diffusers": "", "lora-peft": "peft"}
 
 
 def _weight_folders(run_dir: Path) -> list[Path]:
