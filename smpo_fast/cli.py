@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from smpo_fast.common import programs
-from smpo_fast.config import arguments, commands, completion, describe
+from smpo_fast.common.json_report import json_report
+from smpo_fast.config import arguments, commands, completion, describe, loading
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +48,13 @@ def _import(args: argparse.Namespace) -> int:
     options = arguments.arguments_of(commands.ImportArguments, args)
     from smpo_fast.data.ingest import importer
 
-    if options.dry_run:
-        print(importer.dry_run(options.source, options))
-    else:
-        importer.import_pairs(options.source, options.out, options)
+    with json_report(options.json_output) as facts:
+        if options.dry_run:
+            understood = importer.dry_run(options.source, options)
+            facts |= vars(understood)
+            print(understood)
+        else:
+            facts |= {"out": options.out, **importer.import_pairs(options.source, options.out, options)}
     return programs.DONE
 
 
@@ -73,7 +77,8 @@ def _verify(args: argparse.Namespace) -> int:
     from smpo_fast.verification import report
 
     device = world_from_environment(settings.run.device).device
-    return report.run(options.path, settings if args.config or args.overrides else None, device, deep=options.deep)
+    given = settings if args.config or args.overrides else None
+    return report.run(options.path, given, device, deep=options.deep, as_json=options.json_output)
 
 
 def _score(args: argparse.Namespace) -> int:
@@ -81,7 +86,10 @@ def _score(args: argparse.Namespace) -> int:
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.data.rewards import scoring
 
-    scoring.score(options.pairs, options.out, options, world_from_environment(options.device), settings.labels)
+    with json_report(options.json_output) as facts:
+        world = world_from_environment(options.device)
+        found = scoring.score(options.pairs, options.out, options, world, settings.labels)
+        facts |= {"out": options.out, **{key: found.get(key) for key in ("counts", "scorers", "labels")}}
     return programs.DONE
 
 
@@ -96,11 +104,11 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    settings = arguments.settings_of(args)
+    settings, options = arguments.settings_of(args), arguments.arguments_of(commands.EvaluateArguments, args)
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.evaluation import compare
 
-    compare.run(settings, world_from_environment(settings.run.device).device)
+    compare.run(settings, world_from_environment(settings.run.device).device, as_json=options.json_output)
     return programs.DONE
 
 
@@ -150,7 +158,10 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> int:
-    print(describe.settings_tables())
+    with json_report(arguments.arguments_of(commands.SettingsArguments, args).json_output) as facts:
+        known = loading.keys()
+        facts |= {"settings": {key: {"default": field.default, "meaning": field.description} for key, field in known}}
+        print(describe.settings_tables())
     return programs.DONE
 
 

@@ -16,6 +16,7 @@ if not __package__:  # started as a script: neither this folder's modules nor ke
 from collections.abc import Sequence
 
 from smpo_fast.common import programs
+from smpo_fast.common.json_report import json_report
 from smpo_fast.config import arguments, loading
 from smpo_fast.config.commands import TRAIN, TrainArguments
 from smpo_fast.config.schema import Config
@@ -42,11 +43,15 @@ def run(settings: Config, options: TrainArguments) -> int:
         from smpo_fast.training.run import train
         from smpo_fast.tuning import speed
 
-    job = speed.known(Job(settings, options.ds_config))
-    print0(overview(job))
-    if options.dry_run:
-        print0(f"{survey(job)}\nspeed      {speed.describe(job)}")
-        return programs.DONE
+    with json_report(options.json_output) as facts:
+        job = speed.known(Job(settings, options.ds_config))
+        described = overview(job)
+        print0("\n".join(f"{name:<11}{text}" for name, text in described.items()))
+        if options.dry_run:
+            found, chosen = survey(job), speed.describe(job)
+            facts |= {**described, **vars(found), "speed": chosen}
+            print0(f"{found}\nspeed      {chosen}")
+            return programs.DONE
     try:
         train(job, speed.measured)
         if job.world.rank == 0:

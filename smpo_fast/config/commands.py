@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,8 +25,31 @@ class Argument(NamedTuple):
 POSITIONAL = Argument(positional=True)
 
 
+JSON = Argument("--json")
+
+
+def json_flag(keys: str) -> Any:
+    """The field of a flag ``--json``. keys: those of the object that is printed."""
+    return Field(False, description=f"print the facts as JSON: {keys}")
+
+
 class NoArguments(Section):
     """No arguments of its own."""
+
+
+class SettingsArguments(Section):
+    """Arguments of ``smpo settings``."""
+
+    json_output: Annotated[bool, JSON] = json_flag("settings (by section.key: default, meaning)")
+
+
+class EvaluateArguments(Section):
+    """Arguments of ``smpo evaluate``."""
+
+    json_output: Annotated[bool, JSON] = json_flag(
+        "out, comparisons (for each score: name, base, aligned, gain with its interval and median, win_rate with its "
+        "interval, ties, p_value, p_corrected, prompts)"
+    )
 
 
 class TrainArguments(Section):
@@ -37,6 +60,17 @@ class TrainArguments(Section):
     )
     print_config: bool = Field(False, description="print the resolved settings and stop")
     dry_run: bool = Field(False, description="check settings, files and pairs, say what the run would do; no networks")
+    json_output: Annotated[bool, JSON] = json_flag(
+        "with --dry-run: model, objective, step, optimizer, weights, run (what the run is), pairs (count, "
+        "counted_in, path, unusable, unscored), labels, draws (pairs, usable, epochs), state (step, steps, "
+        "checkpoint), cache, speed"
+    )
+
+    @model_validator(mode="after")
+    def _json_of_a_dry_run(self) -> TrainArguments:
+        if self.json_output and not self.dry_run:
+            raise ValueError("--json goes with --dry-run; a run writes its facts to metrics.jsonl in its folder")
+        return self
 
 
 class VerifyArguments(Section):
@@ -47,6 +81,9 @@ class VerifyArguments(Section):
     )
     deep: bool = Field(
         False, description="decode every image of a pair table; encode or score a sample again (docs/verification.md)"
+    )
+    json_output: Annotated[bool, JSON] = json_flag(
+        "path, artifact, findings (each with grade 'ok', 'note' or 'BAD', place, text), checked, bad, notes"
     )
 
 
@@ -89,6 +126,10 @@ class ImportArguments(ImportOptions):
     )
     out: Annotated[Path, POSITIONAL] = Field(description="folder for the table; training reads it as data.pairs")
     dry_run: bool = Field(False, description="write nothing; show how the source is understood")
+    json_output: Annotated[bool, JSON] = json_flag(
+        "those of import.json (docs/data.md), with out; with --dry-run given, container, files, split, format, "
+        "pairing, columns, records, read, pairs, rejected, rows"
+    )
 
 
 class ScoreOptions(Section):
@@ -110,6 +151,10 @@ class ScoreArguments(ScoreOptions):
     )
     out: Annotated[Path, POSITIONAL] = Field(description="folder for the scores; training reads it as data.scores")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description=DEVICE)
+    json_output: Annotated[bool, JSON] = json_flag(
+        "out, counts (pairs, pictures, rejected), scorers (each with name, mean, std, weight), labels (what the scores "
+        "make of the pairs)"
+    )
 
 
 class GenerateOptions(Section):
@@ -211,7 +256,10 @@ class PlanArguments(Section):
         None, description="DeepSpeed JSON file: sharding, offload, precision"
     )
     measure: bool = Field(False, description="run one real step of each phase on this machine and report its time")
-    json_output: Annotated[bool, Argument("--json")] = Field(False, description="print JSON")
+    json_output: Annotated[bool, JSON] = json_flag(
+        "run, model, choice, speed, parameters, memory, phases, needed, fits, host, disk, pairs, work, time, best; in "
+        "bytes, FLOP and seconds"
+    )
 
 
 class TuneArguments(Section):
@@ -232,6 +280,10 @@ class TuneArguments(Section):
     ds_config: Annotated[Path | None, Argument("--ds_config", "FILE")] = Field(
         None, description="DeepSpeed JSON file of the run: its sharding and precision limit what can be chosen"
     )
+    json_output: Annotated[bool, JSON] = json_flag(
+        "out, device, settings (the chosen ones), seconds (of their phases), candidates (settings, pair_seconds, "
+        "reason if rejected), approximations (gain and error, or why not), whole_steps (ms a pair, or why not)"
+    )
 
     @field_validator("approximate", mode="before")
     @classmethod
@@ -245,7 +297,7 @@ class DoctorArguments(Section):
     ds_config: Annotated[Path | None, Argument("--ds_config", "FILE")] = Field(
         None, description="DeepSpeed JSON file whose requirements are checked as well"
     )
-    json_output: Annotated[bool, Argument("--json")] = Field(False, description="print JSON")
+    json_output: Annotated[bool, JSON] = json_flag("can_train, findings (each with name, state, text, fix, needed)")
 
 
 class CompletionArguments(Section):
@@ -343,7 +395,7 @@ COMMANDS: dict[str, Command] = {
         JUDGE,
         "sample a run's base and export from the same noise, score the images and compare them",
         "smpo evaluate run.dir=runs/mine",
-        NoArguments,
+        EvaluateArguments,
         "run",
     ),
     "export": Command(
@@ -373,7 +425,10 @@ COMMANDS: dict[str, Command] = {
         "run",
     ),
     "settings": Command(
-        CHECK, "print all settings with defaults and meaning, as Markdown", "smpo settings > settings.md"
+        CHECK,
+        "print all settings with defaults and meaning, as Markdown",
+        "smpo settings > settings.md",
+        SettingsArguments,
     ),
     "completion": Command(
         CHECK,

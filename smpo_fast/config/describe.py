@@ -31,6 +31,9 @@ Each command has `--help` and `--version`; `smpo` alone lists the commands. The 
 and, as `my_pictures`, a folder of your own. To complete commands, flags, settings and recipes by Tab, store what
 `smpo completion bash` prints (or `zsh`, `fish`) where its first line says.
 
+With `--json`, standard output is one JSON object, whose keys are named below, and what is otherwise printed goes to
+standard error. A number that is not finite is null. Nothing is printed as JSON if the command ends with status 2 or 3.
+
 Where `[settings]` is shown, `--config FILE` names a TOML file or a shipped recipe (`--config sdxl_smpo`), and
 `section.key=value` words override it; all settings are in [settings.md](settings.md). The flags of sibling scripts,
 listed at the end, are accepted there as well.

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from smpo_fast.common.errors import ConfigError, ModelError
+from smpo_fast.common.json_report import json_report
 from smpo_fast.common.runtime import print0
 from smpo_fast.config.schema import Config
 from smpo_fast.data.rewards.scorers import check_scorer, load_scorer
 from smpo_fast.evaluation.report import write_report
 from smpo_fast.evaluation.sampling import aligned_pipeline, read_prompts, sample
-from smpo_fast.evaluation.statistics import compare_all
+from smpo_fast.evaluation.statistics import Comparison, compare_all
 from smpo_fast.models import lora
 from smpo_fast.models.load import load_pipeline
 from smpo_fast.models.locate import ModelSource, find
@@ -29,10 +30,10 @@ def check(config: Config) -> None:
         check_scorer(config.eval.scorer, "eval.scorer")
 
 
-def evaluate(config: Config, source: ModelSource, export: Path, out: Path, device: torch.device) -> str:
+def evaluate(config: Config, source: ModelSource, export: Path, out: Path, device: torch.device) -> list[Comparison]:
     """Sample, score and compare base and export; writes grid.png, evaluation.json and scores.csv to ``out``.
 
-    Returns the comparison as text.
+    Returns a comparison for each score; none without a scorer.
     """
     out.mkdir(parents=True, exist_ok=True)
     prompts = read_prompts(config)
@@ -44,7 +45,7 @@ def evaluate(config: Config, source: ModelSource, export: Path, out: Path, devic
     scores = score(config, images, prompts, device)
     comparisons = compare_all({name: (both["base"], both["aligned"]) for name, both in scores.items()})
     write_report(out, config, prompts, images, scores, comparisons)
-    return "\n".join(c.line() for c in comparisons)
+    return comparisons
 
 
 def score(
@@ -61,9 +62,10 @@ def score(
     return found
 
 
-def run(config: Config, device: torch.device) -> None:
+def run(config: Config, device: torch.device, *, as_json: bool = False) -> None:
     """The program ``smpo evaluate``: compare a finished run's export with its base again.
 
+    as_json: the facts on standard output, the text on standard error.
     Raises ModelError when the run has no export, and ConfigError when no prompts are given.
     """
     run_dir = Path(config.run.dir)
@@ -72,4 +74,7 @@ def run(config: Config, device: torch.device) -> None:
     if not config.eval.prompts:
         raise ConfigError("eval.prompts is empty: give 'embedded' or a text file with one prompt per line")
     check(config)
-    print0(evaluate(config, find(config.model), run_dir / "export", run_dir / "evaluation", device))
+    with json_report(as_json) as facts:
+        comparisons = evaluate(config, find(config.model), run_dir / "export", run_dir / "evaluation", device)
+        facts |= {"out": run_dir / "evaluation", "comparisons": comparisons}
+        print0("\n".join(map(str, comparisons)))

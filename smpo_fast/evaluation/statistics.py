@@ -30,8 +30,7 @@ class Comparison:
     p_corrected: float  # by Holm, for all scores that were compared together
     prompts: int
 
-    def line(self) -> str:
-        """One line of text."""
+    def __str__(self) -> str:
         ties = f", {self.ties:.1%} ties" if self.ties else ""
         return (
             f"{self.name:<12} base {self.base:.3f}  aligned {self.aligned:.3f}  gain {self.gain:+.3f} "

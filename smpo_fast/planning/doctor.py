@@ -14,11 +14,12 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smpo_fast.common import programs
+from smpo_fast.common.json_report import json_report
 from smpo_fast.planning.gpus import driver
 from smpo_fast.planning.probes import (
     BROKEN,
@@ -266,7 +267,8 @@ def render(found: list[Finding]) -> str:
 
 def run(ds_file: Path | None, as_json: bool) -> int:
     """Program ``smpo doctor``; returns the exit status: 0 when training can run, 1 when something needed is missing."""
-    found = findings(ds_file)
-    values = {"can_train": can_train(found), "findings": [asdict(f) for f in found]}
-    print(json.dumps(values, indent=1) if as_json else render(found))
+    with json_report(as_json) as facts:
+        found = findings(ds_file)
+        facts |= {"can_train": can_train(found), "findings": found}
+        print(render(found))
     return programs.DONE if can_train(found) else programs.UNMET

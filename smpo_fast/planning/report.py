@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from smpo_fast.common import programs
+from smpo_fast.common.json_report import json_report
 from smpo_fast.common.runtime import print0
 from smpo_fast.config.commands import PlanArguments
 from smpo_fast.config.schema import Config
@@ -15,8 +15,10 @@ from smpo_fast.planning.plan import plan
 
 def run(settings: Config, request: PlanArguments) -> int:
     """Program ``smpo plan``; returns the exit status: 0 when the settings fit the GPU, else 1."""
-    found = plan(settings, request)
-    print0(json.dumps(found, indent=1) if request.json_output else render(found))
+    with json_report(request.json_output) as facts:
+        found = plan(settings, request)
+        facts |= found
+        print0(render(found))
     return programs.DONE if found["fits"] else programs.UNMET
 
 

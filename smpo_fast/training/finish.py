@@ -28,7 +28,9 @@ def finish(job: Job, state: dict[str, Tensor]) -> None:
     plots.draw_curves(read_metrics(job.run_dir), job.run_dir / "curves.png")
     summary = ""
     if c.eval.prompts:
-        summary = compare.evaluate(c, job.source, job.run_dir / "export", job.run_dir / "evaluation", job.world.device)
+        out = job.run_dir / "evaluation"
+        compared = compare.evaluate(c, job.source, job.run_dir / "export", out, job.world.device)
+        summary = "\n".join(map(str, compared))
     describe_end(job.run_dir)
     folders = "".join(f"  {name + '/':<15} {what}\n" for name, what in written.items())
     print0(

@@ -11,22 +11,20 @@ from smpo_fast.models.locate import schedule_of
 from smpo_fast.training.job import Job
 
 
-def overview(job: Job) -> str:
+def overview(job: Job) -> dict[str, str]:
     """The model, the objective, the optimizer step, the optimizer, the weights that are trained, the run folder."""
     c = job.config
     engine = f"DeepSpeed {job.ds_file} (filled in: {json.dumps(job.filled)})" if job.ds_file else "plain PyTorch"
-    return "\n".join(
-        [
-            f"model      {job.source.describe()}",
-            f"objective  {c.objective.name}, beta {c.objective.beta:g}; x_t by {c.inversion.source} "
-            f"({c.inversion.fidelity}, {c.inversion.solver}), {_calls_per_image(job):.2f} no-gradient calls per image",
-            f"step       {c.batch.pairs_per_step} pairs = {job.world.size} ranks x {pairs_per_rank(c, job.world.size)} "
-            f"pairs in micro-batches of {c.batch.micro_pairs}; {c.run.steps} steps",
-            f"optimizer  {c.optim.name}, lr {c.optim.lr:g}, {job.precision}, {engine}",
-            f"weights    {_trained_weights(c.lora)}; reference: {job.reference}",
-            f"run        {job.run_dir}",
-        ]
-    )
+    return {
+        "model": job.source.describe(),
+        "objective": f"{c.objective.name}, beta {c.objective.beta:g}; x_t by {c.inversion.source} "
+        f"({c.inversion.fidelity}, {c.inversion.solver}), {_calls_per_image(job):.2f} no-gradient calls per image",
+        "step": f"{c.batch.pairs_per_step} pairs = {job.world.size} ranks x {pairs_per_rank(c, job.world.size)} "
+        f"pairs in micro-batches of {c.batch.micro_pairs}; {c.run.steps} steps",
+        "optimizer": f"{c.optim.name}, lr {c.optim.lr:g}, {job.precision}, {engine}",
+        "weights": f"{_trained_weights(c.lora)}; reference: {job.reference}",
+        "run": str(job.run_dir),
+    }
 
 
 def _calls_per_image(job: Job) -> float:

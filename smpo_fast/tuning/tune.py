@@ -8,6 +8,7 @@ import torch
 
 from smpo_fast.common import programs
 from smpo_fast.common.errors import EnvironmentProblem
+from smpo_fast.common.json_report import json_report
 from smpo_fast.common.runtime import COMPUTE_DTYPES, print0, warn0, world_from_environment
 from smpo_fast.common.storage import write_text
 from smpo_fast.config import loading
@@ -30,6 +31,16 @@ from smpo_fast.tuning.tuner import Tuner, describe, eager, start
 def run(settings: Config, options: TuneArguments) -> int:
     """Program ``smpo tune``; returns the exit status.
 
+    Raises UserError like ``_tune``.
+    """
+    with json_report(options.json_output) as facts:
+        facts |= _tune(settings, options)
+    return programs.DONE
+
+
+def _tune(settings: Config, options: TuneArguments) -> dict[str, Any]:
+    """Measure, choose and write; returns what was found.
+
     Raises UserError for a run that could not start either, EnvironmentProblem if eager code cannot run on this device.
     """
     device = world_from_environment(settings.run.device).device
@@ -47,15 +58,25 @@ def run(settings: Config, options: TuneArguments) -> int:
         best = tuner.fastest(begin, coordinates(device.type, planned.pairs_of_rank, planned.examples_of_rank))
     except Rejected as error:
         raise EnvironmentProblem(f"smpo tune: eager code cannot run with these settings: {error}") from error
-    values = _approximations(tuner, best, options)
-    _whole_steps(tuner, eager(settings), best)
+    values, approximations = _approximations(tuner, best, options)
+    steps = _whole_steps(tuner, eager(settings), best)
     profile = tuner.profile(best, profiles.key_of(planned, device))
     text = overlay(tuner, profile, values, device)
     write_text(options.out, text)
     keep(profile, text)
     print0(f"{options.out}: {describe(profile.settings | values)}")
     print0(f"use it with run.speed={options.out}; a run with run.speed = 'auto' takes what its settings leave open")
-    return programs.DONE
+    return {
+        "out": options.out,
+        "device": profile.key["device"],
+        "settings": profile.settings | values,
+        "seconds": profile.seconds,
+        "candidates": [
+            {"settings": t.values, "pair_seconds": t.pair_seconds or None, "reason": t.reason} for t in tuner.trials
+        ],
+        "approximations": approximations,
+        "whole_steps": steps,
+    }
 
 
 def planned_run(
@@ -120,8 +141,8 @@ def _measured(tuner: Tuner, name: str) -> str:
     return f"  # {', '.join(found)}" if len(found) > 1 else ""
 
 
-def _approximations(tuner: Tuner, best: Config, options: TuneArguments) -> dict[str, Any]:
-    """Report the approximations; returns the values of those that were asked for and gain."""
+def _approximations(tuner: Tuner, best: Config, options: TuneArguments) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Report the approximations; returns the values of those that were asked for and gain, and what each does."""
     chosen, found = tuner.approximations(best, options.approximate)
     for name, result in found.items():
         if isinstance(result, str):
@@ -131,23 +152,27 @@ def _approximations(tuner: Tuner, best: Config, options: TuneArguments) -> dict[
                 f"  approximation {name}: the inversion is x{result['gain']:.2f} faster, tau changes by "
                 f"{result['error']:.2g}"
             )
-    return {name: profiles.get(chosen, name) for name in profiles.ALLOWED if _differs(chosen, best, name)}
+    return {name: profiles.get(chosen, name) for name in profiles.ALLOWED if _differs(chosen, best, name)}, dict(found)
 
 
 def _differs(one: Config, other: Config, name: str) -> bool:
     return bool(profiles.get(one, name) != profiles.get(other, name))
 
 
-def _whole_steps(tuner: Tuner, plain: Config, best: Config) -> None:
-    """Time whole steps, which are small ones, with eager code and with the best settings."""
+def _whole_steps(tuner: Tuner, plain: Config, best: Config) -> dict[str, float | str]:
+    """Time whole steps, which are small ones, with eager code and with the best settings: ms a pair, or why not."""
+    found: dict[str, float | str] = {}
     pairs = min(tuner.run.examples_of_rank, max(best.batch.inversion_pairs, best.batch.micro_pairs))
     for name, settings in {"eager": plain, "tuned": best}.items():
         try:
             seconds = tuner.bench.step(settings, pairs)
         except Rejected as error:
+            found[name] = str(error)
             print0(f"  whole step, {name}: {error}")
         else:
-            print0(f"  whole step of {pairs} pairs, {name}: {1e3 * seconds / pairs:.4g} ms a pair")
+            found[name] = 1e3 * seconds / pairs
+            print0(f"  whole step of {pairs} pairs, {name}: {found[name]:.4g} ms a pair")
+    return found
 
 
 def _place(planned: PlannedRun, device: torch.device) -> str:

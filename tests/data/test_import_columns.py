@@ -37,11 +37,11 @@ def test_what_can_be_read_in_two_ways_is_asked_for(tmp_path: Path) -> None:
     both = manifest(tmp_path, **columns, label_0=[1], chosen=["w.png"], rejected=["l.png"])
     with pytest.raises(UserError, match="can be read as pairs: .* and as chosen: .*choose with --format"):
         dry_run(both, ImportOptions())
-    assert "format chosen" in dry_run(both, ImportOptions(format="chosen"))
+    assert "format chosen" in str(dry_run(both, ImportOptions(format="chosen")))
     two = manifest(tmp_path, **columns, text=["q"], label_0=[1])
     with pytest.raises(UserError, match="prompt could be prompt or text: say which, --columns prompt=prompt"):
         dry_run(two, ImportOptions())
     open_label = manifest(tmp_path, **columns, label=[1])
     with pytest.raises(UserError, match="'label' may say which image is better, but not how"):
         dry_run(open_label, ImportOptions())
-    assert "label_1   = column 'label'" in dry_run(open_label, ImportOptions(columns={"label_1": "label"}))
+    assert "label_1   = column 'label'" in str(dry_run(open_label, ImportOptions(columns={"label_1": "label"})))

@@ -70,7 +70,7 @@ def test_every_format(
 ) -> None:
     (tmp_path / "in").mkdir()
     source = make(tmp_path / "in")
-    shown = dry_run(str(source), ImportOptions())
+    shown = str(dry_run(str(source), ImportOptions()))
     assert f": {container}, 1 file" in shown
     assert f"format {form}" in shown
     summary = import_pairs(str(source), tmp_path / "out", ImportOptions())

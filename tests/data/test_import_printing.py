@@ -29,7 +29,7 @@ def source(tmp_path: Path) -> str:
 
 
 def test_a_dry_run_shows_them_escaped(source: str) -> None:
-    shown = dry_run(source, ImportOptions())
+    shown = str(dry_run(source, ImportOptions()))
     assert shown.count(SHOWN) == 3, "a caption; a path in a row's name and in the reason"
     assert all(line.isprintable() for line in shown.splitlines())
 

@@ -38,11 +38,11 @@ def test_folders_of_several_kinds_or_splits(tmp_path: Path) -> None:
         pq.write_table(chosen_table(), tmp_path / name)
     with pytest.raises(UserError, match="has the splits dev, test: choose one with --split"):
         dry_run(str(tmp_path), ImportOptions())
-    assert "split test" in dry_run(str(tmp_path), ImportOptions(split="test"))
+    assert "split test" in str(dry_run(str(tmp_path), ImportOptions(split="test")))
     jsonl_chosen(tmp_path)
     with pytest.raises(UserError, match=r"several kinds of data \(.*parquet: .*json: a.jsonl.*--container"):
         dry_run(str(tmp_path), ImportOptions(split="test"))
-    assert ": json, 1 file" in dry_run(str(tmp_path), ImportOptions(container="json"))
+    assert ": json, 1 file" in str(dry_run(str(tmp_path), ImportOptions(container="json")))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.md").write_text("nothing")
     with pytest.raises(UserError, match="holds nothing to import .* it holds: notes.md"):
@@ -63,7 +63,7 @@ def test_containers_are_known_by_their_first_bytes(tmp_path: Path) -> None:
     for i, make in enumerate((chosen_parquet, arrow_file, tar_letters)):
         (tmp_path / str(i)).mkdir()
         bare = make(tmp_path / str(i)).rename(tmp_path / f"{i}.bin")
-        assert "format chosen" in dry_run(str(bare), ImportOptions())
+        assert "format chosen" in str(dry_run(str(bare), ImportOptions()))
 
 
 # --- from elsewhere ---------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_of_the_hub_only_the_wanted_split_is_fetched(tmp_path: Path, monkeypatch
         return str(folder)
 
     monkeypatch.setattr(remote, "snapshot_download", download)
-    assert "split test" in dry_run("someone/pairs", ImportOptions(split="test"))
+    assert "split test" in str(dry_run("someone/pairs", ImportOptions(split="test")))
     assert [file.name for file in folder.iterdir()] == ["test-00000-of-00001.parquet"]
 
 

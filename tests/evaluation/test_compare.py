@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.answers import json_answer
 from PIL import Image
 
 from smpo_fast import cli
@@ -101,7 +102,8 @@ def test_what_is_compared_is_the_base_and_the_export(tmp_path: Path, monkeypatch
 def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:
     settings = loading.from_dict({**SMALL, "run": {"dir": str(tmp_path)}})
     source = find(settings.model)
-    text = evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", torch.device("cpu"))
+    found = evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", torch.device("cpu"))
+    text = str(found[0])
     facts = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     reward = facts["comparisons"][0]
     assert reward["name"] == "reward" and (reward["gain"], reward["win_rate"], reward["prompts"]) == (0.0, 0.5, 6)
@@ -115,8 +117,8 @@ def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:
 
 def test_without_a_scorer_there_are_images_only(tmp_path: Path) -> None:
     settings = loading.from_dict({"eval": {**SMALL["eval"], "scorer": "", "count": 2}})
-    text = evaluate(settings, find(settings.model), pipeline_path(), tmp_path, torch.device("cpu"))
-    assert text == "" and (tmp_path / "grid.png").is_file()
+    found = evaluate(settings, find(settings.model), pipeline_path(), tmp_path, torch.device("cpu"))
+    assert found == [] and (tmp_path / "grid.png").is_file()
 
 
 def test_a_report_that_cannot_be_replaced_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +165,10 @@ def test_command_line_evaluates_a_run_again(tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["evaluate", *words]) == 2
     assert "has no export/ yet" in capsys.readouterr().err
     (tmp_path / "export").symlink_to(pipeline_path())
-    assert cli.main(["evaluate", *words]) == 0
-    assert "win-rate 50.0%" in capsys.readouterr().out
+    facts, text = json_answer(capsys, "evaluate", *words)
+    reward = facts["comparisons"][0]
+    assert f"reward       base {reward['base']:.3f}  aligned {reward['aligned']:.3f}" in text
+    assert "win-rate 50.0%" in text and reward["win_rate"] == 0.5
     assert cli.main(["evaluate", *words, "eval.prompts="]) == 2
 
 

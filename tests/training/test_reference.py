@@ -261,10 +261,10 @@ def test_evaluation_has_the_memory_of_the_networks_for_itself(
         alive.append(weakref.ref(network))
         return network
 
-    def evaluate(*_: Any) -> str:
+    def evaluate(*_: Any) -> list[str]:
         assert alive and not [r for r in alive if r() is not None], "a network of training is still there"
         alive.clear()
-        return "looked"
+        return ["looked"]
 
     monkeypatch.setattr(load, "load_network", spy)
     monkeypatch.setattr(finish.compare, "evaluate", evaluate)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from helpers.answers import json_answer
 from helpers.small_run import SMALL, run
 from torch import nn
 
@@ -247,8 +248,10 @@ def test_tune_writes_a_file_and_a_profile_that_run_and_plan_use(
     words = ["inversion.steps=2", "batch.pairs_per_step=2", "batch.inversion_pairs=2"]
     folder, file = tmp_path / "run", tmp_path / "tuned.toml"
     tune = ["tune", "--minutes", "5", "--approximate", "pec", "--out", str(file), *SMALL, *words]
-    assert cli.main([*tune, f"run.dir={folder}"]) == 0
-    shown = capsys.readouterr().out
+    facts, shown = json_answer(capsys, *tune, f"run.dir={folder}")
+    assert f"{1e3 * facts['candidates'][0]['pair_seconds']:.4g} ms" in shown
+    assert f"tuned: {facts['whole_steps']['tuned']:.4g} ms a pair" in shown
+    assert f"x{facts['approximations']['pec']['gain']:.2f} faster" in shown
     assert "approximation pec: the inversion is x1.25 faster" in shown  # 3 calls and the rest, in place of 4
     assert "approximation reuse_deep: the inversion is x1.00" in shown
     assert "whole step of 2 pairs, tuned" in shown, shown

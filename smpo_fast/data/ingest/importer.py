@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,19 +76,48 @@ def import_pairs(given: str, out: Path, options: ImportOptions, *, part_bytes: i
     return summary
 
 
-def dry_run(given: str, options: ImportOptions, rows: int = 5) -> str:
+@dataclass(frozen=True)
+class Understanding:
+    """How an import would understand a source, from its first records.
+
+    records: None if their number is unknown until all are read.  read: at most how many were read; pairs, rejected:
+    what they gave, and counts of what they did not, by reason.  rows: the first of them in words.
+    """
+
+    given: str
+    container: str
+    files: int
+    split: str
+    format: str
+    pairing: str  # a key of PAIRINGS
+    columns: dict[str, str]
+    records: int | None
+    read: int
+    pairs: int
+    rejected: dict[str, int]
+    rows: list[str]
+
+    def __str__(self) -> str:
+        total = "number of records unknown until they are read" if self.records is None else f"{self.records} records"
+        counts = pairs_summary.list_counts(self.rejected)
+        lines = [
+            f"{self.given}: {self.container}, {self.files} file(s)" + (f", split {self.split}" if self.split else ""),
+            f"format {self.format}, pairs: {self.pairing} ({PAIRINGS[self.pairing]})",
+            *(f"  {role:<9} = column '{column}'" for role, column in self.columns.items()),
+            "first rows:",
+            *(f"  {row}" for row in self.rows),
+            f"{total}; in the first {self.read}: {self.pairs} pairs, rejected: {counts}",
+        ]
+        return "\n".join(map(printable, lines))
+
+
+def dry_run(given: str, options: ImportOptions, rows: int = 5) -> Understanding:
     """What an import would understand, and the first ``rows`` rows, from the first records; writes nothing.
 
     Raises the errors of ``import_pairs`` about the source and the options.
     """
     source, mapping, pairing = _understand(given, options)
     records = source.count()
-    lines = [
-        f"{given}: {source.container}, {len(source.files)} file(s)"
-        + (f", split {source.split}" if source.split else ""),
-        f"format {mapping.format}, pairs: {pairing} ({PAIRINGS[pairing]})",
-        *(f"  {role:<9} = column '{column}'" for role, column in mapping.columns.items()),
-    ]
     rejected: Counter[str] = Counter()
     shown: list[str] = []
     made = 0
@@ -101,10 +131,10 @@ def dry_run(given: str, options: ImportOptions, rows: int = 5) -> str:
                     made += 1
                 if len(shown) < rows:
                     shown.append(_describe(item))
-    total = "number of records unknown until they are read" if records is None else f"{records} records"
-    counts = pairs_summary.list_counts(rejected)
-    lines += ["first rows:", *shown, f"{total}; in the first {_DRY_RUN_RECORDS}: {made} pairs, rejected: {counts}"]
-    return "\n".join(map(printable, lines))
+    return Understanding(
+        given, source.container, len(source.files), source.split, mapping.format, pairing, dict(mapping.columns),
+        records, _DRY_RUN_RECORDS, made, dict(rejected), shown,
+    )  # fmt: skip
 
 
 def _understand(given: str, options: ImportOptions) -> tuple[PairSource, ColumnMapping, str]:
@@ -184,10 +214,10 @@ def _refuse_rejected(given: str, unit: Sequence[UsablePair | Rejected]) -> None:
 
 def _describe(item: UsablePair | Rejected) -> str:
     if isinstance(item, Rejected):
-        return f"  row {item.row} ({item.uid}) rejected: {item.reason}"
+        return f"row {item.row} ({item.uid}) rejected: {item.reason}"
     candidate = item.candidate
     sizes = " and ".join("{}x{}".format(*image.size) for image in item.images)
     return (
-        f"  row {candidate.row} ({candidate.uid}): label_0 = {candidate.label}, rewards = {candidate.rewards}, "
+        f"row {candidate.row} ({candidate.uid}): label_0 = {candidate.label}, rewards = {candidate.rewards}, "
         f"{sizes} px, '{candidate.prompt[:60]}'"
     )

@@ -10,12 +10,16 @@ from smpo_fast.common.runtime import print0
 from smpo_fast.config.schema import Labels
 from smpo_fast.data.rewards import score_table
 from smpo_fast.method import label_report, labels
+from smpo_fast.method.label_report import LabelReport
 
 REPORT, PLOT = "labels.json", "labels.png"  # the report names the plot's hash, so it is written after it
 
 
-def report_labels(out: Path, settings: Labels) -> None:
-    """Print a summary of the pairs' weights, and write labels.json and labels.png into the folder ``out``."""
+def report_labels(out: Path, settings: Labels) -> LabelReport:
+    """Print a summary of the pairs' weights, and write labels.json and labels.png into the folder ``out``.
+
+    Returns what the summary says.
+    """
     found = score_table.read_pairs(out)
     weighted = labels.weigh(settings, found["rewards"], found["label"])
     bins = label_report.calibration(weighted.preference, found["label"])
@@ -28,3 +32,4 @@ def report_labels(out: Path, settings: Labels) -> None:
     files = {PLOT: storage.file_facts(out / PLOT)}
     storage.write_json(out / REPORT, storage.sealed({**facts, "files": files}), indent=2)
     print0(weighted.report)
+    return weighted.report
