@@ -64,7 +64,7 @@ def test_intervals_cover_the_true_gain_and_win_rate(monkeypatch: pytest.MonkeyPa
 def test_ties_count_half_a_win() -> None:
     found = compare("x", np.array([0.0, 0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0, 0.0]))
     assert (found.win_rate, found.ties, found.gain, found.median_gain) == (0.5, 0.5, 0.0, 0.0)
-    assert "50.0% ties" in found.line()
+    assert "50.0% ties" in str(found)
 
 
 def test_holm_by_hand() -> None:
