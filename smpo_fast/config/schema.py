@@ -16,6 +16,7 @@ from smpo_fast.config.presets import SOLVER_PRESETS
 from smpo_fast.config.section import Section
 
 EMBEDDED = "embedded"
+EMBEDDED_V = "embedded-v"
 
 
 class Run(Section):
@@ -47,8 +48,9 @@ class Model(Section):
 
     path: str = Field(
         EMBEDDED,
-        description="'embedded', a diffusers pipeline folder, a hub id, a .safetensors checkpoint of SDXL or SD1.5 "
-        "(docs/models.md), or 'sdxl' or 'sd15': the public configurations without weights, for smpo plan",
+        description="'embedded', 'embedded-v' (it predicts v, with zero terminal SNR), a diffusers pipeline folder, a "
+        "hub id, a .safetensors checkpoint of SDXL or SD1.5 (docs/models.md), or 'sdxl' or 'sd15': the public "
+        "configurations without weights, for smpo plan",
     )
     revision: str = Field("", description="hub revision (branch, tag or commit)")
     variant: str = Field("", description="file variant of the weights, e.g. 'fp16'")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 PIPELINE = "pipeline"
 PAIRS = "pairs.parquet"
+UNET_V = "unet_v"
 
 
 def assets() -> Path:
@@ -18,6 +19,11 @@ def assets() -> Path:
 def pipeline_path() -> Path:
     """Folder that `StableDiffusionXLPipeline.from_pretrained` loads."""
     return assets() / PIPELINE
+
+
+def v_unet_path() -> Path:
+    """Folder of a UNet for the same pipeline that predicts v, trained down to zero terminal SNR."""
+    return assets() / UNET_V
 
 
 def pairs_path() -> Path:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from smpo_fast.common.remote import is_hub_id
 from smpo_fast.common.runtime import warn0
-from smpo_fast.config.schema import EMBEDDED, Model
+from smpo_fast.config.schema import EMBEDDED, EMBEDDED_V, Model
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.public_pipelines import HUB_IDS
 
@@ -22,6 +22,7 @@ _KNOWN = {
     HUB_IDS["sd15"]: "creativeml-openrail-m",
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     EMBEDDED: "apache-2.0",
+    EMBEDDED_V: "apache-2.0",
 }
 
 

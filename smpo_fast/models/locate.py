@@ -73,6 +73,7 @@ def find(model: Model, *, weights: bool = True) -> ModelSource:
     channels, and a file that ``recognise`` or ``locate_loras`` refuses; EnvironmentProblem when the hub cannot be
     reached.
     """
+    model = _explicit(model)
     folder, file = _pipeline(model, weights)
     pipeline = read_object(folder / "model_index.json", "model.path").get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in KINDS:
@@ -97,6 +98,15 @@ def find(model: Model, *, weights: bool = True) -> ModelSource:
             f"model.path: {source.unet_folder} has {shown(channels)} input channels (inpainting?); 4 are supported"
         )
     return replace(source, loras=locate_loras(model.lora, config)) if model.lora else source
+
+
+def _explicit(model: Model) -> Model:
+    """The section with what ``model.path = "embedded-v"`` stands for, except where it is given."""
+    if model.path != schema.EMBEDDED_V:
+        return model
+    meant = {"unet": str(embedded.v_unet_path()), "prediction": "v", "zero_terminal_snr": "yes"}
+    open_ones = {key: value for key, value in meant.items() if getattr(model, key) in ("", "auto")}
+    return model.model_copy(update={**open_ones, "path": schema.EMBEDDED})
 
 
 def _pipeline(model: Model, weights: bool) -> tuple[Path, SingleFile | None]:

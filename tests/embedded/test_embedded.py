@@ -9,16 +9,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
 from smpo_fast import embedded
+from smpo_fast.config import loading
 from smpo_fast.embedded import reward, shapes
 from smpo_fast.embedded.build import __main__, networks, pairs, pretrain_unet
 from smpo_fast.embedded.build.__main__ import Sizes
+from smpo_fast.embedded.build.pretrain_vae import to_tensor
+from smpo_fast.models.locate import find
 
-SIZE_LIMIT = 4_000_000
+SIZE_LIMIT = 7_000_000
 PART_NAMES = ("foreground", "background", "shape")
 
 
@@ -160,7 +163,7 @@ def test_score_refuses_wrong_arrays() -> None:
 # ---- shipped assets
 
 
-def test_assets_fit_into_four_megabytes() -> None:
+def test_assets_fit_into_seven_megabytes() -> None:
     assert 1_000_000 < __main__.total_bytes(embedded.assets()) <= SIZE_LIMIT
 
 
@@ -204,6 +207,26 @@ def test_tokenizer_knows_the_world_and_survives_other_text(pipeline: StableDiffu
     assert len(words(scene).input_ids) == len(scene.split()) + 2
     strange = words("Émile, 42 ☕?", padding="max_length", truncation=True).input_ids
     assert len(strange) == networks.TOKENS and max(strange) < len(words)
+
+
+def test_the_unet_for_v_predicts_down_to_zero_terminal_snr(pipeline: StableDiffusionXLPipeline) -> None:
+    """At the last timestep its input is noise alone, and v is minus the latents: their mean is the best guess."""
+    source = find(loading.from_dict({"model": {"path": "embedded-v"}}).model)
+    assert (source.kind, source.prediction_type) == ("sdxl", "v_prediction")
+    assert source.scheduler["rescale_betas_zero_snr"] is True
+    captions = shapes.prompts("train", 32, 0)
+    images = shapes.render([shapes.parse(caption) for caption in captions], np.random.default_rng(0))
+    zero = DDIMScheduler.from_config(source.scheduler)
+    unet = UNet2DConditionModel.from_pretrained(source.unet_folder)
+    v_pipeline = StableDiffusionXLPipeline(**{**pipeline.components, "unet": unet, "scheduler": zero})
+    tokens, seeded = pretrain_unet.tokenize(v_pipeline, captions), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(to_tensor(images)).latent_dist.mean * pipeline.vae.config.scaling_factor
+        for time, most in ((999, 0.4), (500, 0.06)):
+            noise, at = torch.randn(latents.shape, generator=seeded), torch.full((32,), time)
+            noisy, v = zero.add_noise(latents, noise, at), zero.get_velocity(latents, noise, at)
+            error = pretrain_unet.predict(v_pipeline, noisy, at, tokens) - v
+            assert error.square().mean() < most * v.square().mean(), time
 
 
 def test_base_follows_its_prompts_and_leaves_room(pipeline: StableDiffusionXLPipeline) -> None:
@@ -304,7 +327,7 @@ def test_training_predicts_as_the_pipeline_does(pipeline: StableDiffusionXLPipel
 
 @pytest.mark.slow
 def test_build_runs_from_nothing_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = Sizes(vae_steps=3, unet_steps=3, unet_images=32, unet_batch=8, pairs=6, evaluated=4)
+    sizes = Sizes(vae_steps=3, unet_steps=3, unet_v_steps=3, unet_images=32, unet_batch=8, pairs=6, evaluated=4)
     with pytest.raises(SystemExit, match="needs the result of stage vae"):
         __main__.build(tmp_path, ("unet",), 0, sizes)
     __main__.build(tmp_path, __main__.STAGES, 0, sizes)
@@ -314,11 +337,14 @@ def test_build_runs_from_nothing_and_resumes(tmp_path: Path, capsys: pytest.Capt
     assert built.num_rows == 6 and built.schema.equals(pq.read_schema(embedded.pairs_path()))
     assert built["caption"].to_pylist() == shapes.prompts("train", 6, 0)
 
+    v = UNet2DConditionModel.from_pretrained(tmp_path / embedded.UNET_V)
+    assert v.config == loaded.unet.config and not torch.equal(v.conv_in.weight, loaded.unet.conv_in.weight)
+
     stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     (tmp_path / embedded.PAIRS).unlink()
     capsys.readouterr()
     __main__.build(tmp_path, __main__.STAGES, 0, sizes)
-    assert capsys.readouterr().out.count("skipped") == 2
+    assert capsys.readouterr().out.count("skipped") == 3
     assert pq.read_table(tmp_path / embedded.PAIRS).equals(built)
     changed = [file for file, stamp in stamps.items() if file.stat().st_mtime_ns != stamp]
     assert changed == [tmp_path / embedded.PAIRS]

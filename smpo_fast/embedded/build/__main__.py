@@ -1,8 +1,8 @@
 """Builds the embedded assets from scratch: `python -m smpo_fast.embedded.build --out DIR [--stage ...] [--seed N]`.
 
-Three stages, each reading what the one before has written below DIR: `vae` (the autoencoder), `unet` (UNet, text
-encoders and tokenizer: the whole pipeline), `pairs` (the pair table).  `all` runs what is missing; naming a stage
-runs it again.
+Four stages, each reading what those before have written below DIR: `vae` (the autoencoder), `unet` (UNet, text
+encoders and tokenizer: the whole pipeline), `pairs` (the pair table), `unet_v` (another UNet for the same pipeline,
+which predicts v down to zero terminal SNR).  `all` runs what is missing; naming a stage runs it again.
 """
 
 import argparse
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from smpo_fast.embedded import PAIRS, PIPELINE
-from smpo_fast.embedded.build.networks import load, save
+from smpo_fast.embedded import PAIRS, PIPELINE, UNET_V
+from smpo_fast.embedded.build.networks import load, save, save_unet
 from smpo_fast.embedded.build.pairs import extremes, pair_table, sample, write
-from smpo_fast.embedded.build.pretrain_unet import train_unet
+from smpo_fast.embedded.build.pretrain_unet import train_unet, train_v_unet
 from smpo_fast.embedded.build.pretrain_vae import reconstruction_psnr, train_vae
 from smpo_fast.embedded.reward import WEIGHTS, Scores, score
 from smpo_fast.embedded.shapes import prompts
 
-STAGES = ("vae", "unet", "pairs")
+STAGES = ("vae", "unet", "pairs", "unet_v")
 HELD_OUT_SEED = 10_000  # of the evaluation's noise: far from the pairs' seeds
 
 
@@ -35,6 +35,7 @@ class Sizes:
     unet_steps: int = 6000
     unet_images: int = 32_768
     unet_batch: int = 64
+    unet_v_steps: int = 4000
     pairs: int = 1280
     candidates: int = 4
     evaluated: int = 512
@@ -69,6 +70,14 @@ def build_pairs(out: Path, seed: int, sizes: Sizes) -> None:
     print(f"base: {summary(score(images, held_out))}")
 
 
+def build_unet_v(out: Path, seed: int, sizes: Sizes) -> None:
+    """Train a UNet that predicts v, from the saved pipeline's on, and save it in fp16."""
+    unet = train_v_unet(
+        load(out / PIPELINE), sizes.unet_v_steps, seed, batch=sizes.unet_batch, n_images=sizes.unet_images
+    )
+    save_unet(unet, out / UNET_V)
+
+
 def summary(scores: Scores) -> str:
     """Means of the reward and its parts, with the standard error of the reward."""
     error = scores.reward.std() / np.sqrt(len(scores.reward))
@@ -76,8 +85,13 @@ def summary(scores: Scores) -> str:
     return f"reward {scores.reward.mean():.3f} +- {error:.3f} ({parts}; {len(scores.reward)} held-out prompts)"
 
 
-RESULTS = {"vae": f"{PIPELINE}/vae/config.json", "unet": f"{PIPELINE}/model_index.json", "pairs": PAIRS}
-BUILDERS = {"vae": build_vae, "unet": build_unet, "pairs": build_pairs}
+RESULTS = {
+    "vae": f"{PIPELINE}/vae/config.json",
+    "unet": f"{PIPELINE}/model_index.json",
+    "pairs": PAIRS,
+    "unet_v": f"{UNET_V}/config.json",
+}
+BUILDERS = {"vae": build_vae, "unet": build_unet, "pairs": build_pairs, "unet_v": build_unet_v}
 
 
 def build(out: Path, stages: Sequence[str], seed: int, sizes: Sizes = Sizes(), *, again: bool = False) -> None:

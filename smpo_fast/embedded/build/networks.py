@@ -143,6 +143,16 @@ def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     for name in ("tokenizer", "tokenizer_2"):
         write_vocabulary(folder / name)  # transformers 4 reads these two files, 5 writes and reads tokenizer.json
     _prefix_weights(folder / "text_encoder" / "model.safetensors")
+    _finish(folder)
+
+
+def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Save a UNet alone, in fp16."""
+    unet.half().save_pretrained(folder)
+    _finish(folder)
+
+
+def _finish(folder: Path) -> None:
     for config in folder.rglob("*.json"):
         _forget_origin(config)
     for file in folder.rglob("*.*"):
