@@ -54,7 +54,7 @@ class Model(Section):
     )
     revision: str = Field("", description="hub revision (branch, tag or commit)")
     variant: str = Field("", description="file variant of the weights, e.g. 'fp16'")
-    vae: str = Field("", description="VAE (folder or hub id) to use instead of the pipeline's")
+    vae: str = Field("", description="VAE (folder, hub id or .safetensors file) to use instead of the pipeline's")
     unet: str = Field(
         "",
         description="UNet (folder, hub id or .safetensors file) that policy and reference start from, instead of the "

@@ -26,7 +26,7 @@ from smpo_fast.models.config_files import read_object, shown
 from smpo_fast.models.pipeline_folder import OPTIONAL_PARTS, PARTS, TEXT_PARTS
 from smpo_fast.models.public_pipelines import HUB_IDS
 from smpo_fast.models.single_file.convert import converted
-from smpo_fast.models.single_file.recognise import SingleFile, recognise
+from smpo_fast.models.single_file.recognise import SingleFile, recognise, recognise_vae
 
 # Their progress bars count the shards of a weight file, which tells a user nothing about the run.
 diffusers_logging.disable_progress_bar()
@@ -70,15 +70,15 @@ def find(model: Model, *, weights: bool = True) -> ModelSource:
     weights: if false, only configurations are downloaded, and nothing is converted: for a file, the folders of the
     result are those of its public pipeline. Raises ModelError for a folder that is not a diffusers pipeline, a pipeline
     other than SDXL or SD1.5, a prediction type other than epsilon and v_prediction, a UNet with additional input
-    channels, and a file that ``recognise`` or ``locate_loras`` refuses; EnvironmentProblem when the hub cannot be
-    reached.
+    channels, and a file that ``recognise``, ``recognise_vae`` or ``locate_loras`` refuses; EnvironmentProblem when the
+    hub cannot be reached.
     """
     model = _explicit(model)
     folder, file = _pipeline(model, weights)
     pipeline = read_object(folder / "model_index.json", "model.path").get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in KINDS:
         raise ModelError(f"model.path: {folder} holds the pipeline {shown(pipeline)}; supported are {', '.join(KINDS)}")
-    vae = _folder(model.vae, "model.vae", model, weights) if model.vae else folder
+    vae = _vae(model, folder, KINDS[pipeline], weights)
     unet, unet_file = _unet(model, folder, KINDS[pipeline], weights)
     scheduler = _scheduler(model, folder, unet_file if unet_file and unet_file.clues else file)
     source = ModelSource(
@@ -139,6 +139,16 @@ def _unet(model: Model, folder: Path, kind: str, weights: bool) -> tuple[Path, S
     if file.kind != kind:
         raise ModelError(f"model.unet: {file.header.file} is a UNet of {file.kind}, but model.path is of {kind}")
     return converted(file, ["unet"]) if weights else public_pipelines.folder(kind), file
+
+
+def _vae(model: Model, folder: Path, kind: str, weights: bool) -> Path:
+    """The folder with the VAE."""
+    if not model.vae:
+        return folder
+    if not Path(model.vae).is_file():
+        return _folder(model.vae, "model.vae", model, weights)
+    file = recognise_vae(Path(model.vae), "model.vae", kind)
+    return converted(file, ["vae"]) if weights else public_pipelines.folder(kind)
 
 
 def _recognised(where: str, key: str) -> SingleFile:

@@ -22,6 +22,7 @@ from smpo_fast.models.export import export_pipeline
 from smpo_fast.models.load import load_pipeline, load_unet
 from smpo_fast.models.single_file import convert, layout
 from smpo_fast.models.single_file.parts import WEIGHTS
+from smpo_fast.models.single_file.recognise import recognise_vae
 from smpo_fast.models.verify import is_export, verify_export
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -233,6 +234,64 @@ def test_a_checkpoint_without_vae_needs_one(tensors: Tensors, tmp_path: Path) ->
     with pytest.raises(ModelError, match="has no vae: name one as model.vae"):
         locate.find(settings(file))
     assert locate.find(settings(file, vae=str(MINIATURE))).vae_folder == MINIATURE / "vae"
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
+@pytest.mark.parametrize("names", ["original", "diffusers"])
+def test_a_vae_file_takes_the_place_of_the_pipelines(names: str, prefix: str, tensors: Tensors, tmp_path: Path) -> None:
+    """By its original names or diffusers', alone or in a checkpoint; what is exported has it."""
+    theirs = layout.PREFIXES["sdxl"]["vae"]
+    plain = {name.removeprefix(theirs): value for name, value in tensors.items() if name.startswith(theirs)}
+    if names == "diffusers":
+        plain = {name: value.float() for name, value in pipeline_tensors(MINIATURE, "vae").items()}
+    name = "encoder.conv_in.weight"
+    plain[name] = plain[name] + 1
+    others = {"model.diffusion_model.out.0.weight": torch.ones(3)} if prefix else {}
+    file = write(tmp_path / "vae.safetensors", others | {prefix + n: value for n, value in plain.items()})
+    source = locate.find(settings("embedded", vae=str(file)))
+    found = load_file(source.vae_folder / WEIGHTS["vae"])
+    expected = {n: v.float() for n, v in pipeline_tensors(MINIATURE, "vae").items()}
+    expected[name] = expected[name] + 1
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], value) for n, value in expected.items())
+    state = load_unet(source, settings("embedded"), torch.float32, CPU).state_dict()
+    export_pipeline(source, state, tmp_path / "export", "float32")
+    assert (tmp_path / "export" / "vae" / WEIGHTS["vae"]).read_bytes() == (
+        source.vae_folder / WEIGHTS["vae"]
+    ).read_bytes()
+    assert locate.find(settings("embedded", vae=str(file)), weights=False).vae_folder == MINIATURE / "vae"
+
+
+def test_a_vae_has_the_scale_of_its_pipelines_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The tensors of SDXL's and SD1.5's are the same: one file, converted for each."""
+    kinds = {kind: tmp_path / kind for kind in ("sdxl", "sd15")}
+    for kind, scale in (("sdxl", 0.13), ("sd15", 0.18)):
+        shutil.copytree(MINIATURE, kinds[kind])
+        config = kinds[kind] / "vae" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": scale}))
+    pretend_public(monkeypatch, kinds, tmp_path / "cache")
+    file = write(tmp_path / "vae.safetensors", pipeline_tensors(MINIATURE, "vae"))
+    found = {kind: convert.converted(recognise_vae(file, "model.vae", kind), ["vae"]) for kind in kinds}
+    scales = {
+        kind: json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
+        for kind, folder in found.items()
+    }
+    assert scales == {"sdxl": 0.13, "sd15": 0.18}
+
+
+@pytest.mark.parametrize(
+    ("tensors_there", "message"),
+    [
+        ({"model.diffusion_model.out.0.weight": torch.ones(1)}, "model.vae: .* has no VAE of SDXL or SD1.5"),
+        ({"decoder.mid.block_1.norm1.weight": torch.ones(4), "decoder.conv_in.weight": torch.ones(4, 16, 3, 3)},
+         "VAE with 16 latent channels"),
+        ({"decoder.mid.block_1.norm1.weight": torch.ones(4, dtype=torch.uint8)}, "is quantised"),
+        ({"decoder.mid.block_1.norm1.weight": torch.ones(4)}, "has no complete vae of sdxl: .* missing"),
+    ],
+)  # fmt: skip
+def test_what_is_no_vae_is_refused(tensors_there: Tensors, message: str, tensors: Tensors, tmp_path: Path) -> None:
+    file = write(tmp_path / "vae.safetensors", tensors_there)
+    with pytest.raises(ModelError, match=message):
+        locate.find(settings("embedded", vae=str(file)))
 
 
 def test_a_checkpoint_without_text_encoders_is_a_unet(tensors: Tensors, tmp_path: Path) -> None:

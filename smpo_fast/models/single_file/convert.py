@@ -40,7 +40,7 @@ def converted(found: SingleFile, wanted: Iterable[str]) -> Path:
     Raises ModelError where a part has not all tensors of its network.
     """
     parts = sorted(wanted)
-    key = {"file": found.header.identity, "parts": parts, "format": _FORMAT}
+    key = {"file": found.header.identity, "kind": found.kind, "parts": parts, "format": _FORMAT}
     folder = storage.user_cache() / "models" / storage.json_hash(key)[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:

@@ -26,6 +26,7 @@ _MARKS = {
     "text_encoder": "text_model.embeddings.token_embedding.weight",
     "text_encoder_2": "token_embedding.weight",
 }
+_DIFFUSERS_VAE = "decoder.mid_block.resnets.0.norm1.weight"
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _DISTILLED = re.compile(r"turbo|lightning|\blcm\b|hyper-?sd|\bdmd2?\b", re.IGNORECASE)
 _ADAPTER = re.compile(r"lora_(up|down|[AB])\b|lora\.(up|down)|lora_linear_layer|\.hada_|\.lokr_|\.oft_")
@@ -102,6 +103,23 @@ def recognise(file: Path, key: str) -> SingleFile:
     zero = ZTSNR in header.tensors or header.metadata.get("ss_zero_terminal_snr") == "True"
     clues = [*clue, *(["ztsnr marker"] if ZTSNR in header.tensors else ["ss_zero_terminal_snr"] if zero else [])]
     return SingleFile(header, kind, parts, prediction, zero, ", ".join(clues), (*warnings, *_distilled(header)))
+
+
+def recognise_vae(file: Path, key: str, kind: str) -> SingleFile:
+    """The VAE in a file that the setting ``key`` names, alone or in a checkpoint, for a pipeline of the ``kind``.
+
+    SDXL's and SD1.5's have the same tensors: only the pipeline tells the scale of the latents. Only the header is read.
+    Raises ModelError for a file without a VAE, and for one of another family.
+    """
+    header = read_header(file, key)
+    here = f"{key}: {file}"
+    for prefix in (layout.PREFIXES[kind]["vae"], "vae.", ""):
+        for original, mark in ((True, "decoder.mid.block_1.norm1.weight"), (False, _DIFFUSERS_VAE)):
+            if prefix + mark in header.tensors:
+                parts = {"vae": Place(prefix, original)}
+                _check_numbers(header.tensors, parts, here)
+                return SingleFile(header, kind, parts, "epsilon", False, "", ())
+    raise ModelError(f"{here} has no VAE of SDXL or SD1.5: give one, or a checkpoint with one")
 
 
 def _unet_place(tensors: Mapping[str, TensorInfo]) -> Place | None:
@@ -205,6 +223,6 @@ def _what_else(tensors: Mapping[str, TensorInfo]) -> str:
         if any(mark in name for name in tensors):
             return f"is {family}, not SDXL or SD1.5: use a checkpoint of one of these"
     if any(name.endswith("decoder.conv_in.weight") for name in tensors):
-        return "is a VAE without a UNet: give a checkpoint; model.vae takes a VAE as a diffusers folder or a hub id"
+        return "is a VAE without a UNet: give it as model.vae, and a checkpoint here"
     some = ", ".join(shown(name) for name in sorted(tensors)[:3])
     return f"has no UNet of SDXL or SD1.5 (it holds {some or 'no tensors'})"
