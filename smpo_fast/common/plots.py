@@ -43,27 +43,26 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def draw_grid(
-    base: Sequence[Image.Image],
-    aligned: Sequence[Image.Image],
+    images: Mapping[str, Sequence[Image.Image]],
     prompts: Sequence[str],
     scores: Mapping[str, np.ndarray] | None,
     file: Path,
     *,
     rows: int,
 ) -> None:
-    """Draw the images of the base and the aligned model side by side, for the first ``rows`` of n prompts.
+    """Draw the images of two or three models side by side, for the first ``rows`` of n prompts.
 
-    base, aligned: an image per prompt.  scores: by 'base' and 'aligned', float [n] each, or None.
+    images: by the model's name, one per prompt.  scores: by the same names, float [n] each, or None.
     """
-    count, per_line = min(rows, len(prompts)), 3
+    count, per_line, width = min(rows, len(prompts)), 3, len(images) * CELL
     lines = -(-count // per_line)
     height = CELL + 2 * TEXT_HEIGHT
-    sheet = Image.new("RGB", (per_line * (2 * CELL + 16), lines * (height + 8)), "white")
+    sheet = Image.new("RGB", (per_line * (width + 16), lines * (height + 8)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i in range(count):
-        left, top = (i % per_line) * (2 * CELL + 16), (i // per_line) * (height + 8)
-        pen.text((left + 2, top), _shorten(prompts[i], pen, font, 2 * CELL), "black", font=font)
-        for j, (name, image) in enumerate((("base", base[i]), ("aligned", aligned[i]))):
+        left, top = (i % per_line) * (width + 16), (i // per_line) * (height + 8)
+        pen.text((left + 2, top), _shorten(prompts[i], pen, font, width), "black", font=font)
+        for j, (name, image) in enumerate((name, column[i]) for name, column in images.items()):
             resample = Image.Resampling.NEAREST if image.width < CELL else Image.Resampling.LANCZOS
             sheet.paste(image.resize((CELL, CELL), resample), (left + j * CELL, top + TEXT_HEIGHT))
             label = name if scores is None else f"{name} {scores[name][i]:.2f}"

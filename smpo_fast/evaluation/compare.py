@@ -15,7 +15,7 @@ from smpo_fast.common.runtime import print0
 from smpo_fast.config.schema import Config
 from smpo_fast.data.rewards.scorers import check_scorer, load_scorer
 from smpo_fast.evaluation.report import write_report
-from smpo_fast.evaluation.sampling import aligned_pipeline, read_prompts, sample
+from smpo_fast.evaluation.sampling import aligned_pipeline, extracted_lora, read_prompts, sample
 from smpo_fast.evaluation.statistics import Comparison, compare_all
 from smpo_fast.models import lora
 from smpo_fast.models.load import load_pipeline
@@ -33,17 +33,24 @@ def check(config: Config) -> None:
 def evaluate(config: Config, source: ModelSource, export: Path, out: Path, device: torch.device) -> list[Comparison]:
     """Sample, score and compare base and export; writes grid.png, evaluation.json and scores.csv to ``out``.
 
-    Returns a comparison for each score; none without a scorer.
+    Where the run has extracted a LoRA, the base with it is sampled and compared as well. Returns a comparison for each
+    score; none without a scorer.
     """
     out.mkdir(parents=True, exist_ok=True)
     prompts = read_prompts(config)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    base = sample(load_pipeline(source, dtype).to(device), prompts, config, "sample base")
-    # the second pipeline is loaded when the first is gone: one at a time is on the device
-    aligned = sample(aligned_pipeline(config, export, source, dtype).to(device), prompts, config, "sample aligned")
-    images = {"base": base, "aligned": aligned}
+    images = {"base": sample(load_pipeline(source, dtype).to(device), prompts, config, "sample base")}
+    extracted = extracted_lora(config)
+    for name, place in {"aligned": export, **({"lora": extracted} if extracted else {})}.items():
+        # a pipeline is loaded when the one before is gone: one at a time is on the device
+        pipeline = aligned_pipeline(config, place, source, dtype).to(device)
+        images[name] = sample(pipeline, prompts, config, f"sample {name}")
+        del pipeline
     scores = score(config, images, prompts, device)
-    comparisons = compare_all({name: (both["base"], both["aligned"]) for name, both in scores.items()})
+    pairs = {name: (found["base"], found["aligned"]) for name, found in scores.items()}
+    if extracted:
+        pairs |= {f"{name} (lora)": (found["base"], found["lora"]) for name, found in scores.items()}
+    comparisons = compare_all(pairs)
     write_report(out, config, prompts, images, scores, comparisons)
     return comparisons
 
@@ -51,7 +58,7 @@ def evaluate(config: Config, source: ModelSource, export: Path, out: Path, devic
 def score(
     config: Config, images: Mapping[str, list[Image.Image]], prompts: Sequence[str], device: torch.device
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Scores by name ('reward' first, then the scorer's parts) of base and aligned images; empty without a scorer."""
+    """Scores by name ('reward' first, then the scorer's parts) of all images; empty without a scorer."""
     if not config.eval.scorer:
         return {}
     scorer = load_scorer(config.eval.scorer, device)

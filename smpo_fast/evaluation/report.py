@@ -19,7 +19,7 @@ REPORT, SCORES, GRID = "evaluation.json", "scores.csv", "grid.png"  # the report
 GRID_ROWS = 12
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]
-"""By the score's name and 'base' or 'aligned': a value per prompt, [n]."""
+"""By the score's name and the model's ('base', 'aligned', and perhaps 'lora'): a value per prompt, [n]."""
 
 
 def write_report(
@@ -30,18 +30,18 @@ def write_report(
     scores: Scores,
     comparisons: Sequence[Comparison],
 ) -> None:
-    """Write all files of an evaluation, the report last; images by 'base' and 'aligned'."""
+    """Write all files of an evaluation, the report last; images by the model's name, as the scores."""
     write_scores(out / SCORES, prompts, scores)
     shown = next(iter(scores.values())) if scores else None
-    plots.draw_grid(images["base"], images["aligned"], prompts, shown, out / GRID, rows=GRID_ROWS)
+    plots.draw_grid(images, prompts, shown, out / GRID, rows=GRID_ROWS)
     facts = {"eval": config.eval.model_dump(), "comparisons": [asdict(c) for c in comparisons]}
     files = {name: storage.file_facts(out / name) for name in (SCORES, GRID)}
     storage.write_json(out / REPORT, storage.sealed({**facts, "files": files}), indent=2)
 
 
 def write_scores(file: Path, prompts: Sequence[str], scores: Scores) -> None:
-    """A row per prompt with all scores of its base and aligned images."""
-    columns = [(f"{name}_{which}", both[which]) for name, both in scores.items() for which in ("base", "aligned")]
+    """A row per prompt with all scores of its images."""
+    columns = [(f"{name}_{which}", values) for name, found in scores.items() for which, values in found.items()]
     with atomic_write(file) as draft, draft.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["prompt", *(name for name, _ in columns)])

@@ -41,12 +41,25 @@ def read_prompts(config: Config) -> list[str]:
 
 
 def aligned_pipeline(config: Config, export: Path, source: ModelSource, dtype: torch.dtype) -> Any:
-    """What a run exported: a pipeline of its own, or the base ``source`` with the run's adapters."""
-    if not (export / lora.FILE).is_file():
+    """What a run exported: a pipeline of its own, or the base ``source`` with a LoRA.
+
+    export: the folder of a pipeline or of a run's adapters, or a LoRA's file.
+    """
+    file = export / lora.FILE if export.is_dir() else export
+    if not file.is_file():
         return load_pipeline(find(exported_model(config.model, export)), dtype)
     pipe = load_pipeline(source, dtype)
-    pipe.load_lora_weights(export, weight_name=lora.FILE)
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
     return pipe
+
+
+def extracted_lora(config: Config) -> Path | None:
+    """The LoRA that a run has extracted from its full fine-tune, if there is one that diffusers reads."""
+    folders = [
+        Path(config.run.dir) / name for name in ("lora-diffusers", "lora-kohya") if name in config.export.formats
+    ]
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    return files[0] if files and not config.lora.rank else None
 
 
 @torch.no_grad()

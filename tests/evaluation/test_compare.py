@@ -22,8 +22,9 @@ from smpo_fast.embedded import pipeline_path, shapes
 from smpo_fast.evaluation.compare import evaluate
 from smpo_fast.evaluation.report import write_report
 from smpo_fast.evaluation.sampling import aligned_pipeline, read_prompts, sample
+from smpo_fast.models import lora, lora_files
 from smpo_fast.models.export import export_pipeline
-from smpo_fast.models.load import load_pipeline
+from smpo_fast.models.load import load_pipeline, load_unet
 from smpo_fast.models.locate import find
 
 SMALL = {"eval": {"prompts": "embedded", "scorer": "embedded", "count": 6, "steps": 3, "guidance": 1.5, "batch": 4}}
@@ -115,6 +116,31 @@ def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "evaluation" / "grid.png").size[0] > 1000
 
 
+@pytest.mark.parametrize("name", ["lora-kohya", "lora-diffusers"])
+def test_an_extracted_lora_stands_beside_the_full_model(name: str, tmp_path: Path) -> None:
+    """One that changes nothing: its images and scores are the base's, in the report, the table and the grid."""
+    values = {**SMALL, "run": {"dir": str(tmp_path)}, "export": {"formats": ["diffusers", name]}}
+    values["eval"] = {**SMALL["eval"], "count": 2, "steps": 2}
+    settings = loading.from_dict(values)
+    source = find(settings.model)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    unet = load_unet(source, settings.model, torch.float32, torch.device("cpu"))
+    width = len(unet.get_submodule(layer).weight)
+    factors = {f"{layer}.lora_A.weight": torch.ones(1, width), f"{layer}.lora_B.weight": torch.zeros(width, 1)}
+    adapters = lora.scale_1_adapters(factors, {layer: 1})
+    if name == "lora-kohya":
+        lora_files.write_kohya(adapters, source, tmp_path / name, {}, title="x", resolution=32)
+    else:
+        lora_files.write_diffusers(adapters, source, tmp_path / name)
+    found = evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", torch.device("cpu"))
+    assert {"reward", "reward (lora)"} <= {comparison.name for comparison in found}
+    facts = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert {c["gain"] for c in facts["comparisons"]} == {0.0}
+    with (tmp_path / "evaluation" / "scores.csv").open() as stream:
+        assert all(row["reward_lora"] == row["reward_base"] != "" for row in csv.DictReader(stream))
+    assert Image.open(tmp_path / "evaluation" / "grid.png").size[0] > 1500
+
+
 def test_without_a_scorer_there_are_images_only(tmp_path: Path) -> None:
     settings = loading.from_dict({"eval": {**SMALL["eval"], "scorer": "", "count": 2}})
     found = evaluate(settings, find(settings.model), pipeline_path(), tmp_path, torch.device("cpu"))
@@ -148,7 +174,7 @@ def test_a_report_that_cannot_be_replaced_stays_whole(tmp_path: Path, monkeypatc
 def test_grid_shows_both_and_survives_long_prompts(tmp_path: Path) -> None:
     base, aligned = ([Image.new("RGB", (32, 32), colour)] * 4 for colour in ("red", "blue"))
     words = ["a very long prompt about many things " * 5] * 4
-    plots.draw_grid(base, aligned, words, None, tmp_path / "grid.png", rows=12)
+    plots.draw_grid({"base": base, "aligned": aligned}, words, None, tmp_path / "grid.png", rows=12)
     pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
     for colour in ((255, 0, 0), (0, 0, 255)):
         assert ((pixels == colour).all(axis=-1)).sum() > 4 * 180 * 180
