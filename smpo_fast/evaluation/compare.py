@@ -47,10 +47,9 @@ def evaluate(config: Config, source: ModelSource, export: Path, out: Path, devic
         images[name] = sample(pipeline, prompts, config, f"sample {name}")
         del pipeline
     scores = score(config, images, prompts, device)
-    pairs = {name: (found["base"], found["aligned"]) for name, found in scores.items()}
+    comparisons = compare_all({name: (found["base"], found["aligned"]) for name, found in scores.items()})
     if extracted:
-        pairs |= {f"{name} (lora)": (found["base"], found["lora"]) for name, found in scores.items()}
-    comparisons = compare_all(pairs)
+        comparisons += compare_all({f"{name} (lora)": (x["base"], x["lora"]) for name, x in scores.items()})
     write_report(out, config, prompts, images, scores, comparisons)
     return comparisons
 
