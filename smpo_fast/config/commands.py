@@ -224,6 +224,9 @@ class ExportArguments(Section):
     checkpoint: Annotated[int, Argument(metavar="STEP")] = Field(
         0, ge=0, description="step of the checkpoint (default: the newest; without any, the finished export)"
     )
+    weights: Literal["", "raw", "ema", "both"] = Field(
+        "", description="those of the step, their average, or both (default: the run's export.weights)"
+    )
     out: Annotated[Path | None, Argument(metavar="FOLDER")] = Field(
         None, description="where to write (default: the run's folder; for an earlier step, its subfolder exports-..)"
     )

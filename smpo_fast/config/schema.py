@@ -449,6 +449,11 @@ class Export(Section):
         "and InvokeAI, with adapters merged; lora-kohya: a LoRA for the same programs; lora-peft, lora-diffusers: for "
         "these libraries. Without adapters a LoRA is extracted from the change of all weights",
     )
+    weights: Literal["auto", "raw", "ema", "both"] = Field(
+        "auto",
+        description="ema: the average of the weights (optim.ema); raw: those of the last step; both: ema, and raw in "
+        "<run.dir>/raw; auto: ema if there is one, else raw",
+    )
     lora_rank: int = Field(64, ge=1, description="rank of an extracted LoRA, the largest where lora_energy is below 1")
     lora_energy: float = Field(
         1.0,
@@ -496,6 +501,20 @@ class Config(Section):
     def drawn_per_step(self) -> int:
         """Pairs that a step draws, over all ranks: each is trained at ``inversion.per_trajectory`` timesteps."""
         return self.batch.pairs_per_step // self.inversion.per_trajectory
+
+    @property
+    def exported(self) -> tuple[str, ...]:
+        """Which weights are exported, 'ema' or 'raw': the first in a run's own folder, the second in a subfolder."""
+        chosen = self.export.weights
+        if chosen == "auto":
+            chosen = "ema" if self.optim.ema else "raw"
+        return ("ema", "raw") if chosen == "both" else (chosen,)
+
+    @model_validator(mode="after")
+    def _average(self) -> Config:
+        if "ema" in self.exported and not self.optim.ema:
+            raise ValueError(f"export.weights = '{self.export.weights}' needs optim.ema, the decay of the average")
+        return self
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:

@@ -30,6 +30,7 @@ from smpo_fast.common.errors import CheckpointError
 from smpo_fast.common.runtime import World, print0
 from smpo_fast.common.storage import as_json, json_hash, publish_folder, sha256, sync
 from smpo_fast.engine.collectives import gather, on_every_rank, on_rank_0
+from smpo_fast.engine.ema import AVERAGE
 from smpo_fast.engine.protocol import Engine
 from smpo_fast.engine.shards import ParameterSlice, ShardReader
 
@@ -145,19 +146,21 @@ def restore_latest(
 
 
 def read_weights(
-    folder: Path, shapes: Mapping[str, Sequence[int]]
+    folder: Path, shapes: Mapping[str, Sequence[int]], *, averaged: bool = False
 ) -> tuple[Progress, dict[str, Any], dict[str, Tensor]]:
     """A checkpoint's progress, facts, and trained weights in float32, whatever engine and number of ranks wrote it.
 
-    shapes: of the weights that are trained, by name. No engine is needed. Raises CheckpointError for a checkpoint that
-    is damaged or has other weights.
+    shapes: of the weights that are trained, by name; averaged: their moving average instead. No engine is needed.
+    Raises CheckpointError for a checkpoint that is damaged, or has other weights or no average.
     """
     if reason := _problem(folder, {"facts": None, "defaults": {}}, World()):
         raise CheckpointError(f"checkpoint {folder}: {reason}")
     manifest = read_manifest(folder)
-    saved = ShardReader([folder / name for name in manifest["files"]])
+    saved, kind = ShardReader([folder / name for name in manifest["files"]]), AVERAGE if averaged else "weight"
+    if averaged and not any(saved.slices(name, AVERAGE) for name in shapes):
+        raise CheckpointError(f"checkpoint {folder} has no average of the weights: it was written without optim.ema")
     weights = {
-        name: saved.elements(ParameterSlice(name, 0, math.prod(shape)), "weight").float().view(*shape)
+        name: saved.elements(ParameterSlice(name, 0, math.prod(shape)), kind).float().view(*shape)
         for name, shape in shapes.items()
     }
     return Progress(**manifest["progress"]), manifest["facts"], weights

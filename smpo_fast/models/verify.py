@@ -40,20 +40,23 @@ def is_export(folder: Path) -> bool:
 
 
 def is_exports(folder: Path) -> bool:
-    """Whether a folder is what ``smpo export`` makes of a checkpoint: exports, and nothing else."""
+    """Whether a folder is what ``smpo export`` makes of a checkpoint: exports, folders of them, and nothing else."""
     return (
         folder.is_dir() and any(map(is_export, folder.iterdir())) and all(map(_is_export_or_hidden, folder.iterdir()))
     )
 
 
 def _is_export_or_hidden(path: Path) -> bool:
-    return is_export(path) or path.name.startswith(".")
+    return is_export(path) or path.name.startswith(".") or is_exports(path)
 
 
 def verify_exports(folder: Path) -> Iterator[Finding]:
     """Verify all exports in a folder."""
-    for export in sorted(filter(is_export, folder.iterdir())):
-        yield from verify_export(export)
+    for path in sorted(folder.iterdir()):
+        if is_export(path):
+            yield from verify_export(path)
+        elif is_exports(path):
+            yield from verify_exports(path)
     yield from check_leftovers_of(folder)
 
 

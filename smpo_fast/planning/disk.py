@@ -40,17 +40,18 @@ def disk_bytes(run: PlannedRun, source: ModelSource) -> dict[str, float]:
     if settings.lora.rank:  # trained are the adapters, which are merged into the frozen weights
         pipeline = frozen * number + others
     values = trained if settings.lora.rank else _extracted_values(run)
+    kinds = len(settings.exported)
     loras = sum(name.startswith("lora-") for name in settings.export.formats)
     examples = settings.batch.pairs_per_step * FILE_BYTES * IMAGES_PER_PAIR * latent
     return {
         "cache": pairs * FILE_BYTES * (IMAGES_PER_PAIR * flips * moments * latent + prompt + pooled),
         "checkpoints": (settings.run.keep + 1) * checkpoint,  # one more while the next is written
-        "export": trained * number if settings.lora.rank else pipeline,
-        "merged pipeline": pipeline if settings.lora.merge else 0.0,
-        "single file": (_values(source) + (frozen or trained)) * number
+        "export": kinds * (trained * number if settings.lora.rank else pipeline),
+        "merged pipeline": kinds * pipeline if settings.lora.merge else 0.0,
+        "single file": kinds * (_values(source) + (frozen or trained)) * number
         if "single-file" in settings.export.formats
         else 0.0,
-        "LoRA files": loras * values * number,
+        "LoRA files": kinds * loras * values * number,
         "converted model": 0.0 if source.file is None else others + source.file.bytes_of("unet"),
         "trajectories": examples * settings.run.steps if settings.inversion.store else 0.0,
     }

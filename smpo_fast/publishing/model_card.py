@@ -161,6 +161,8 @@ def _training(facts: RunFacts, files: Mapping[str, Path]) -> Iterator[str]:
     yield f"- {_METHODS[c.objective.name]}, beta {c.objective.beta:g}, {weights}"
     yield f"- {len(facts.rows)} steps of {c.batch.pairs_per_step} pairs at {c.data.resolution} px, seed {c.run.seed}"
     yield f"- {c.optim.name}, learning rate {c.optim.lr:g}, {said.get('precision', '')}"
+    if c.exported[0] == "ema":
+        yield f"- the weights are an exponential moving average of those of the steps, decay {c.optim.ema:g}"
     if facts.rows:
         hours = sum(row["seconds"] for row in facts.rows) / 3600
         yield f"- {said.get('ranks', 1)} x {said.get('device', 'unknown device')}, {hours:.2g} hours of training steps"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,19 @@ from smpo_fast.models.single_file.write import write_single_file
 from smpo_fast.training.run_lock import run_lock
 
 Weights = Mapping[str, Tensor] | Adapters
+_KINDS = {"raw": "weights of the last step", "ema": "the average of the weights"}
 
 
 @dataclass(frozen=True)
 class Trained:
     """What is exported.
 
-    weights: of the UNet by name, or its adapters; title: what a file of them is called; step: that they are of; facts:
-    what they are a result of, or nothing where that is not known.
+    kind: 'raw', or 'ema' for their average; weights: of the UNet by name, or its adapters; title: what a file of the
+    run's weights is called; step: that they are of; facts: what they are a result of, or nothing where that is not
+    known.
     """
 
+    kind: str
     weights: Weights
     title: str
     step: int
@@ -50,8 +53,9 @@ class Trained:
     def metadata(self) -> dict[str, str]:
         """Where the weights come from, for the metadata of a file: hashes of the base, the pairs and all settings."""
         if not self.facts:
-            return {"smpo.step": str(self.step)}
+            return {"smpo.weights": self.kind, "smpo.step": str(self.step)}
         return {
+            "smpo.weights": self.kind,
             "smpo.step": str(self.step),
             "smpo.trained_from": storage.json_hash(self.facts["model"]),
             "smpo.trained_on": storage.json_hash(self.facts["pairs"]),
@@ -72,16 +76,21 @@ def write_exports(
 ) -> dict[str, str]:
     """Write weights to ``folder`` in some of the ``formats`` of ``export.formats``; returns what is in which subfolder.
 
-    A subfolder appears complete or not at all, after what is in it has been read again. Without adapters, a LoRA is
-    extracted, on ``device``, and its errors are printed. Raises ModelError for weights that cannot be exported, and
-    EnvironmentProblem where the disk does not give back what was written.
+    Weights that are not the first of ``Config.exported`` are written to a subfolder with the name of their kind, so
+    that nothing replaces what a run has exported. A folder appears complete or not at all, after what is in it has been
+    read again. Without adapters, a LoRA is extracted, on ``device``, and its errors are printed. Raises ModelError for
+    weights that cannot be exported, and EnvironmentProblem where the disk does not give back what was written.
     """
-    exporter = _Exporter(config, source, trained, folder, device)
+    own = trained.kind == config.exported[0]
+    title = trained.title if own else f"{trained.title}-{trained.kind}"
+    place = Path() if own else Path(trained.kind)
+    exporter = _Exporter(config, source, replace(trained, title=title), folder / place, device)
     written: dict[str, str] = {}
     for name, write in exporter.formats().items():
         if name in formats:
             written |= write()
-    return written
+    said = f" ({_KINDS[trained.kind]})" if config.optim.ema else ""
+    return {str(place / name): what + said for name, what in written.items()}
 
 
 class _Exporter:
@@ -178,13 +187,21 @@ def run(options: ExportArguments) -> None:
     """
     config = _settings(options)
     source = find(config.model)
-    trained = _trained(options, config, source)
-    last = trained.step == config.run.steps
-    folder = options.out or (options.run if last else options.run / f"exports-{trained.step:06d}")
     device = world_from_environment(config.run.device).device
-    with run_lock(options.run) if folder == options.run else nullcontext():
-        written = write_exports(config, source, trained, folder, options.to, device)
-    print0("\n".join(f"{folder / name}/  {what}, after step {trained.step}" for name, what in written.items()))
+    for kind in _asked(options, config):
+        trained = _trained(options, config, source, kind)
+        last = trained.step == config.run.steps
+        folder = options.out or (options.run if last else options.run / f"exports-{trained.step:06d}")
+        with run_lock(options.run) if folder == options.run else nullcontext():
+            written = write_exports(config, source, trained, folder, options.to, device)
+        print0("\n".join(f"{folder / name}/  {what}, after step {trained.step}" for name, what in written.items()))
+
+
+def _asked(options: ExportArguments, config: Config) -> tuple[str, ...]:
+    """The kinds of weights to export. Raises ConfigError for an average that the run does not have."""
+    if not options.weights:
+        return config.exported
+    return loading.replaced(config, {"export.weights": options.weights}).exported
 
 
 def _settings(options: ExportArguments) -> Config:
@@ -200,19 +217,20 @@ def _settings(options: ExportArguments) -> Config:
     return loading.replaced(config, {key: value for key, value in given.items() if value})
 
 
-def _trained(options: ExportArguments, config: Config, source: ModelSource) -> Trained:
+def _trained(options: ExportArguments, config: Config, source: ModelSource, kind: str) -> Trained:
     found = {folder.name: folder for folder in checkpoint.list_checkpoints(options.run)}
     wanted = f"step-{options.checkpoint:06d}" if options.checkpoint else next(reversed(found), "")
     if wanted not in found:
         if options.checkpoint:
             have = ", ".join(found) or "none"
             raise CheckpointError(f"{options.run} has no checkpoint {wanted}; it has {have}: give --checkpoint STEP")
-        return Trained(_of_export(options.run / "export", config), _title(options.run), config.run.steps, {})
+        place = "export" if kind == config.exported[0] else f"{kind}/export"
+        return Trained(kind, _of_export(options.run, place, config), _title(options.run), config.run.steps, {})
     unet: Any = empty_unet(source)
     if config.lora.rank:
         lora.add_adapters(unet, config.lora, config.run.seed)
     shapes = {name: tuple(p.shape) for name, p in unet.named_parameters() if p.requires_grad}
-    progress, facts, state = checkpoint.read_weights(found[wanted], shapes)
+    progress, facts, state = checkpoint.read_weights(found[wanted], shapes, averaged=kind == "ema")
     if facts["model"] != storage.as_json(base_identity(source)):
         raise ModelError(
             f"[model] of {options.run}/config.toml is {source.describe()}, but its weights are not those that the run "
@@ -220,20 +238,21 @@ def _trained(options: ExportArguments, config: Config, source: ModelSource) -> T
         )
     suffix = "" if progress.step == config.run.steps else f"-step{progress.step}"
     weights = exported_weights(config, source, state)
-    return Trained(weights, _title(options.run) + suffix, progress.step, facts)
+    return Trained(kind, weights, _title(options.run) + suffix, progress.step, facts)
 
 
 def _title(run_dir: Path) -> str:
     return run_dir.resolve().name
 
 
-def _of_export(export: Path, config: Config) -> Weights:
-    """What a finished run has exported, where it has no checkpoint any more."""
+def _of_export(run_dir: Path, place: str, config: Config) -> Weights:
+    """What a finished run has exported to a subfolder, where it has no checkpoint any more."""
+    export = run_dir / place
     if config.lora.rank:
         found = lora.read_adapters(export)
         return Adapters(to_export_dtype(found.tensors, config.model.export_dtype), found.settings)
     if not (export / "model_index.json").is_file():
-        raise ModelError(f"{export.parent} has neither checkpoints nor an export: train first")
+        raise ModelError(f"{run_dir} has neither checkpoints nor an export in {place}/: train first")
     exported = exported_model(config.model, export)
     unet = load_unet(find(exported), exported, torch.float32, torch.device("cpu"))
     return dict(unet.state_dict())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,15 +16,17 @@ from smpo_fast.training.run_folder import describe_end
 from smpo_fast.training.run_log import read_metrics
 
 
-def finish(job: Job, state: dict[str, Tensor]) -> None:
+def finish(job: Job, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Export, draw the curves, evaluate, and print where everything is. Called on rank 0.
 
-    state: the trained weights, of any shapes, by name.
+    states: for each of ``Config.exported``, the weights, of any shapes, by name.
     """
     c = job.config
-    title = job.run_dir.resolve().name
-    trained = Trained(exported_weights(c, job.source, state), title, c.run.steps, storage.as_json(job.facts))
-    written = write_exports(c, job.source, trained, job.run_dir, c.export.formats, job.world.device)
+    title, facts = job.run_dir.resolve().name, storage.as_json(job.facts)
+    written: dict[str, str] = {}
+    for kind, state in states.items():
+        trained = Trained(kind, exported_weights(c, job.source, state), title, c.run.steps, facts)
+        written |= write_exports(c, job.source, trained, job.run_dir, c.export.formats, job.world.device)
     plots.draw_curves(read_metrics(job.run_dir), job.run_dir / "curves.png")
     summary = ""
     if c.eval.prompts:

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from smpo_fast.common.launcher import watch_launcher
 from smpo_fast.common.runtime import COMPUTE_DTYPES, StopSignal, print0, warn0
+from smpo_fast.config.schema import Config
 from smpo_fast.data.cache import location, prepare
 from smpo_fast.engine import checkpoint, collectives, create
 from smpo_fast.engine.checkpoint import Progress
+from smpo_fast.engine.protocol import Engine
 from smpo_fast.engine.zero import import_deepspeed
 from smpo_fast.models import step_ops
 from smpo_fast.models.denoiser import Denoiser
@@ -53,11 +55,11 @@ def train(job: Job, completed: Callable[[Job], Job] = lambda job: job) -> Path:
             import_deepspeed(job.world)  # ranks meet before they load networks, which may take one of them longer
         job = completed(job)
         print0(f"speed      {job.speed}")
-        state = train_policy(job)
+        states = train_policy(job)
         collectives.shutdown()
         gc.collect()  # evaluation needs the memory of the networks
         if job.world.rank == 0:
-            finish(job, state)
+            finish(job, states)
     return job.run_dir
 
 
@@ -71,8 +73,8 @@ def prepare_cache(job: Job) -> None:
             torch.cuda.empty_cache()  # training needs blocks of other sizes
 
 
-def train_policy(job: Job) -> dict[str, Tensor]:
-    """Make all remaining steps; returns the trained weights on the host, complete on rank 0. Collective."""
+def train_policy(job: Job) -> dict[str, dict[str, Tensor]]:
+    """Make all remaining steps; returns what ``exported_states`` does. Collective."""
     c, world = job.config, job.world
     loader = Loader(job.open_cache(), c, replace(world, device=torch.device("cpu")))  # the prefetcher copies to CUDA
     print0(loader.labels.report)
@@ -108,9 +110,18 @@ def train_policy(job: Job) -> dict[str, Tensor]:
             stop.restore()
     check_weights(job, engine, progress)  # those of a finished run, too, before they are exported
     loader.cache.finish_checks()
-    state = engine.full_state()
+    states = exported_states(engine, c)
     engine.close()
-    return state
+    return states
+
+
+def exported_states(engine: Engine, config: Config) -> dict[str, dict[str, Tensor]]:
+    """The state dicts, on the host, of the weights in ``Config.exported``; complete on rank 0. Collective."""
+    state = engine.full_state()
+    if config.exported == ("raw",):
+        return {"raw": state}
+    both = {"ema": state | engine.full_average(), "raw": state}
+    return {kind: both[kind] for kind in config.exported}
 
 
 def announce_state(job: Job, progress: Progress) -> None:

@@ -466,7 +466,10 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
         last = folder / f"4 {MOVES[4][-1]} {optimizer}"
         states[f"back {optimizer}"] = go_on(last, None, 0, 1, None, optimizer, precision)
         shapes = {name: p.shape for name, p in toy.make(toy.settings(optimizer, precision)).unet.named_parameters()}
-        states[f"read {optimizer}"] = checkpoint.read_weights(checkpoint.list_checkpoints(last)[-1], shapes)[2]
+        newest = checkpoint.list_checkpoints(last)[-1]
+        states[f"read {optimizer}"] = checkpoint.read_weights(newest, shapes)[2]
+        averages = checkpoint.read_weights(newest, shapes, averaged=True)[2]
+        states[f"read {optimizer}"] |= {f"average {name}": value for name, value in averages.items()}
     return states
 
 
@@ -485,6 +488,8 @@ def test_weights_are_read_with_progress_and_facts_or_refused(tmp_path: Path) -> 
     progress, facts, weights = checkpoint.read_weights(folder, shapes)
     assert (progress, facts) == (Progress(3), as_json(FACTS))
     assert all(torch.equal(weights[name], value) for name, value in trained.full_state().items())
+    with pytest.raises(CheckpointError, match="has no average of the weights: it was written without optim.ema"):
+        checkpoint.read_weights(folder, shapes, averaged=True)
     with pytest.raises(CheckpointError, match="'weight' of other.weight, elements 0 to 5, is missing"):
         checkpoint.read_weights(folder, {"other.weight": (2, 3)})
     (file,) = (folder / "engine").iterdir()

@@ -75,3 +75,9 @@ def test_a_single_file_has_all_networks_in_the_dtype_of_the_export() -> None:
     weights = embedded.pipeline_path().rglob("*.safetensors")
     values = sum(value.numel() for file in weights for value in load_file(file).values())
     assert (planned()["single file"], found["single file"]) == (0, 2 * values)
+
+
+def test_both_kinds_of_weights_take_twice_the_disk() -> None:
+    optim, one = {"ema": 0.9}, planned(optim={"ema": 0.9})
+    both = planned(optim=optim, export={"weights": "both"})
+    assert both["export"] == 2 * one["export"] and both["checkpoints"] == one["checkpoints"] > planned()["checkpoints"]
