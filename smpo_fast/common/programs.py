@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from smpo_fast import __version__
-from smpo_fast.common.console import printable
+from smpo_fast.common.console import BAD, coloured, printable
 from smpo_fast.common.errors import EnvironmentProblem, UserError, environment_problem
 
 DONE, UNMET, MISTAKE, FAILED = 0, 1, 2, 3  # exit status; UNMET: a check that was asked for has a negative answer
@@ -109,5 +109,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _report(error: Exception, status: int) -> int:
     # every rank reports: a file may be missing on one node only
     rank = f" (rank {os.environ.get('RANK', 0)})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"error{rank}: {printable(error, lines=True)}", file=sys.stderr, flush=True)
+    print(f"{coloured(f'error{rank}:', BAD, sys.stderr)} {printable(error, lines=True)}", file=sys.stderr, flush=True)
     return status

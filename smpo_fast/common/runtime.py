@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from smpo_fast.common.console import printable
+from smpo_fast.common.console import DOUBTFUL, coloured, printable
 from smpo_fast.common.errors import EnvironmentProblem
 from smpo_fast.common.storage import sha256_of
 
@@ -73,7 +73,8 @@ def print0(*words: object) -> None:
 def warn0(*words: object) -> None:
     """Print a warning to standard error, like ``print0``."""
     if _printing_rank:
-        print("warning:", *(printable(word, lines=True) for word in words), file=sys.stderr, flush=True)
+        first = coloured("warning:", DOUBTFUL, sys.stderr)
+        print(first, *(printable(word, lines=True) for word in words), file=sys.stderr, flush=True)
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -34,6 +34,9 @@ and, as `my_pictures`, a folder of your own. To complete commands, flags, settin
 With `--json`, standard output is one JSON object, whose keys are named below, and what is otherwise printed goes to
 standard error. A number that is not finite is null. Nothing is printed as JSON if the command ends with status 2 or 3.
 
+Errors, warnings and the verdicts of `smpo verify`, `smpo plan` and `smpo doctor` are coloured on a terminal, but not
+with `NO_COLOR` set, and everywhere with `CLICOLOR_FORCE=1`. What is piped is plain text.
+
 Where `[settings]` is shown, `--config FILE` names a TOML file or a shipped recipe (`--config sdxl_smpo`), and
 `section.key=value` words override it; all settings are in [settings.md](settings.md). The flags of sibling scripts,
 listed at the end, are accepted there as well.

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smpo_fast.common import programs
+from smpo_fast.common import console, programs
+from smpo_fast.common.console import coloured
 from smpo_fast.common.json_report import json_report
 from smpo_fast.planning.gpus import driver
 from smpo_fast.planning.probes import (
@@ -33,6 +34,7 @@ from smpo_fast.planning.probes import (
     unreachable,
 )
 
+_COLOURS = {OK: console.GOOD, MISSING: console.DOUBTFUL, BROKEN: console.BAD}
 _REINSTALL = "pip install --force-reinstall {}"
 HUB_SECONDS = 2.0
 _CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
@@ -257,12 +259,14 @@ def can_train(found: list[Finding]) -> bool:
 
 def render(found: list[Finding]) -> str:
     """The findings as text, and after them what to do."""
-    lines = [f"{f.name:<22}{f.state:<9}{f.text}" for f in found]
+    lines = [f"{f.name:<22}{coloured(f'{f.state:<9}', _COLOURS[f.state])}{f.text}" for f in found]
     to_do = [f"  {f.name}{' (needed)' if f.needed else ''}: {f.fix}" for f in found if f.fix]
     lines += ["", "to repair what is missing:", *to_do] if to_do else []
-    return "\n".join(
-        [*lines, "", "training can run" if can_train(found) else "TRAINING CANNOT RUN: see (needed) above"]
-    )
+    if can_train(found):
+        verdict = coloured("training can run", console.GOOD)
+    else:
+        verdict = f"{coloured('TRAINING CANNOT RUN', console.BAD)}: see (needed) above"
+    return "\n".join([*lines, "", verdict])
 
 
 def run(ds_file: Path | None, as_json: bool) -> int:

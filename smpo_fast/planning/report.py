@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from smpo_fast.common import programs
+from smpo_fast.common.console import BAD, GOOD, highlighted, printable
 from smpo_fast.common.json_report import json_report
-from smpo_fast.common.runtime import print0
 from smpo_fast.config.commands import PlanArguments
 from smpo_fast.config.schema import Config
 from smpo_fast.planning.plan import plan
+
+_MARKS = {"it fits": GOOD, "IT DOES NOT FIT": BAD}
 
 
 def run(settings: Config, request: PlanArguments) -> int:
@@ -18,7 +20,7 @@ def run(settings: Config, request: PlanArguments) -> int:
     with json_report(request.json_output) as facts:
         found = plan(settings, request)
         facts |= found
-        print0(render(found))
+        print(highlighted(printable(render(found), lines=True), _MARKS), flush=True)
     return programs.DONE if found["fits"] else programs.UNMET
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from smpo_fast.common import programs
+from smpo_fast.common import console, programs
 from smpo_fast.common.console import printable
 from smpo_fast.common.json_report import json_report
-from smpo_fast.common.verification import BAD, NOTE
+from smpo_fast.common.verification import BAD, GOOD, NOTE
 from smpo_fast.config.schema import Config
 from smpo_fast.verification.artifacts import Request, recognise
+
+_COLOURS = {GOOD: console.GOOD, NOTE: console.DOUBTFUL, BAD: console.BAD}
 
 
 def run(path: Path, settings: Config | None, device: torch.device, *, deep: bool, as_json: bool = False) -> int:
@@ -30,7 +32,8 @@ def run(path: Path, settings: Config | None, device: torch.device, *, deep: bool
         for finding in artifact.verify(path, Request(settings, device, deep)):
             grades[finding.grade] += 1
             found.append(finding._asdict())
-            print(printable(f"{finding.grade:<5}{finding.place}: {finding.text}"), flush=True)
+            grade = console.coloured(f"{finding.grade:<5}", _COLOURS[finding.grade])
+            print(f"{grade}{printable(f'{finding.place}: {finding.text}')}", flush=True)
         checked, notes = grades.total() - grades[NOTE], f", {grades[NOTE]} notes" if grades[NOTE] else ""
         facts |= {"checked": checked, "bad": grades[BAD], "notes": grades[NOTE]}
         print(f"{checked} things checked, {grades[BAD] or 'none'} not as they should be{notes}")
