@@ -32,7 +32,7 @@ from smpo_fast.models.single_file.write import write_single_file
 from smpo_fast.training.run_lock import run_lock
 
 Weights = Mapping[str, Tensor] | Adapters
-_KINDS = {"raw": "weights of the last step", "ema": "the average of the weights"}
+_KINDS = {"raw": "the weights of the last step", "ema": "the average of the weights"}
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ def checkpoint_facts(
     pairs["scores"] = cache.identity.get("scores", "")
     scored = cache.counts.get("unrewarded", 0) > 0
     pairs["scorer"] = cache.identity.get("scorer", "") if scored else ""
+    falls = config.optim.schedule != "constant"  # to 0 at the last step, so the rates of all steps depend on it
     return {
         **_sections({name: getattr(config, name) for name in SECTIONS}),
+        **({"run": {"steps": config.run.steps}} if falls else {}),
         "seed": config.run.seed,
         "pairs_per_step": config.batch.pairs_per_step,
         "model": model,
@@ -42,13 +44,13 @@ def checkpoint_facts(
 def fact_defaults(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The values of facts that were not recorded.
 
-    An earlier version had a setting's default, and any scores of the pairs. A run without an average of the weights
-    trained as this one does, so this one may begin one.
+    An earlier version had a setting's default, any scores of the pairs, and any last step. A run without an average of
+    the weights trained as this one does, so this one may begin one.
     """
-    pairs = {name: facts["pairs"][name] for name in ("scores", "scorer")}
+    unknown = {"pairs": {name: facts["pairs"][name] for name in ("scores", "scorer")}, "run": facts.get("run", {})}
     defaults = _sections({name: Config.model_fields[name].annotation() for name in SECTIONS})  # type: ignore[misc]
     defaults["optim"] |= {name: facts["optim"][name] for name in AVERAGE_SETTINGS if name in facts["optim"]}
-    return {**defaults, "pairs": pairs}
+    return {**defaults, **unknown}
 
 
 def average_begins(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -74,6 +76,6 @@ def _sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def trajectory_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a checkpoint's facts that stored trajectories depend on."""
-    kept = {name: value for name, value in facts.items() if name not in ("objective", "optim", "lora")}
+    kept = {name: value for name, value in facts.items() if name not in ("objective", "optim", "run", "lora")}
     kept["labels"] = {name: facts["labels"][name] for name in ("source", "drop_ties")}  # which pairs, and who wins
     return kept

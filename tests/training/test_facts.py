@@ -106,6 +106,16 @@ def test_a_resume_says_that_the_scores_were_not_recorded(
     assert ("did not record which scores it was trained with; the run goes on with table" in said) is warned
 
 
+def test_the_last_step_is_a_fact_where_the_learning_rate_falls_until_then() -> None:
+    """The steps that were made had other rates than those of the longer run."""
+    for schedule, changed in (("constant", []), ("linear", ["run.steps"]), ("cosine", ["run.steps"])):
+        before, after = (facts_of({"optim": {"schedule": schedule}, "run": {"steps": n}}) for n in (4, 8))
+        assert [name for name, _, _ in different_facts(before, after, fact_defaults(after))] == changed
+        assert trajectory_facts(before) == trajectory_facts(after)
+        unrecorded = {name: value for name, value in before.items() if name != "run"}
+        assert different_facts(unrecorded, after, fact_defaults(after)) == [], "of an earlier version"
+
+
 def test_a_resumed_run_may_begin_an_average_and_not_change_or_drop_one() -> None:
     off, on, longer = (facts_of({"optim": {"ema": decay}}) for decay in (0.0, 0.9, 0.99))
     assert different_facts(off, on, fact_defaults(on)) == []
