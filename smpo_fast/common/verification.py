@@ -66,10 +66,11 @@ def caught(place: Path, check: Callable[[], Iterable[Finding]]) -> Iterator[Find
         yield bad(place, str(error))
 
 
-def read_description(file: Path, advice: str) -> tuple[dict[str, Any], list[Finding]]:
-    """The values of a sealed JSON file, which are {} where it cannot be read, and what was found.
+def read_description(file: Path, advice: str, *needed: str) -> tuple[dict[str, Any], list[Finding]]:
+    """The values of a sealed JSON file, which are {} where it cannot be used, and what was found.
 
-    advice: what to do about a damaged one.
+    advice: what to do about a damaged one.  needed: the keys that every version wrote; a file of an earlier version has
+    no hash that would tell that some are gone.
     """
     try:
         raw = json.loads(file.read_text())
@@ -79,6 +80,8 @@ def read_description(file: Path, advice: str) -> tuple[dict[str, Any], list[Find
             raise problem from error
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used: {error}"
         return {}, [bad(file, f"{what}: {advice}")]
+    if missing := [name for name in needed if name not in values] or ([] if values else ["anything"]):
+        return {}, [bad(file, f"does not say {', '.join(missing)}: {advice}")]
     if SEAL in raw:
         return values, [good(file, "readable, and its values are as they were written")]
     return values, [note(file, "readable; an earlier version wrote it without a hash of its own values")]

@@ -18,7 +18,7 @@ def is_evaluation(folder: Path) -> bool:
 
 def verify_evaluation(folder: Path) -> Iterator[Finding]:
     """Verify evaluation.json, scores.csv and grid.png."""
-    report, found = read_description(folder / REPORT, _ADVICE)
+    report, found = read_description(folder / REPORT, _ADVICE, "comparisons")
     yield from found
     files = report.get("files", {})
     if report and not files:

@@ -117,7 +117,7 @@ def verify_own_files(folder: Path) -> Iterator[Finding]:
     """Verify what a run says about itself: hashes if it has finished; readable settings and a log of finite numbers."""
     damaged: set[Path] = set()
     if (folder / FINISHED).is_file():
-        values, found = read_description(folder / FINISHED, "start the run again: it writes it anew")
+        values, found = read_description(folder / FINISHED, "start the run again: it writes it anew", "files")
         for finding in (*found, *check_files(folder, values.get("files", {}), _RUN_ADVICE)):
             damaged |= {finding.place} if finding.grade == BAD else set()
             yield finding

@@ -65,6 +65,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     **{f"a bit flipped at {i}/5": lambda content, i=i: flipped(content, i / 5) for i in range(6)},  # type: ignore[misc]
     "cut in half": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
+    "an object without values": lambda content: b"{}",
     "longer": lambda content: content + b" x",
     "gone": lambda content: None,
 }

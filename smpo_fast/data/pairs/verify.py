@@ -66,7 +66,7 @@ def _check_files(path: Path) -> Iterator[Finding]:
     if not imported:
         yield note(path, "not written by smpo import, so no hash was recorded; its rows are read")
         return
-    summary, found = read_description(path / SUMMARY_FILE, _ADVICE)
+    summary, found = read_description(path / SUMMARY_FILE, _ADVICE, "parts")
     yield from found
     if not summary:
         return

@@ -27,6 +27,7 @@ from smpo_fast.data.pairs.pair import RawPair, Rejected
 from smpo_fast.data.pairs.rules import no_finite_score
 
 SCORES, PAIRS, REJECTED, FACTS = "scores.parquet", "pairs.parquet", "rejected.parquet", "scores.json"
+NEEDED = ("bytes", "counts", "made", "scorers", "sha256")  # what every version wrote into scores.json
 KEY = np.dtype("S64")  # sha256 of the encoded image, then of the prompt
 _HASH = 32
 _PAIR_COLUMNS = ("row", "label_0", "score_0", "score_1")
@@ -93,9 +94,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = storage.unsealed(json.loads((folder / FACTS).read_text()))
         size = (folder / SCORES).stat().st_size
-        missing = {"bytes", "sha256", "made", "scorers", "counts"} - set(facts)
+        missing = [name for name in NEEDED if name not in facts]
         if missing:
-            raise ValueError(f"{FACTS} lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"{FACTS} lacks {', '.join(missing)}")
     except (OSError, ValueError, TypeError) as error:
         raise environment_problem(error, folder) or DataError(
             f"{folder} holds no finished scores ({error}): make them with smpo score"

@@ -49,7 +49,7 @@ def verify_scores(folder: Path, settings: Config | None, device: torch.device, *
     """
     if deep and settings is None:
         raise ConfigError(f"--deep scores some images of {folder} again: give the table, data.pairs=.. (or --config)")
-    facts, found = read_description(folder / FACTS, _ADVICE)
+    facts, found = read_description(folder / FACTS, _ADVICE, *score_table.NEEDED)
     yield from found
     if facts:
         files = {SCORES: {"bytes": facts["bytes"], "sha256": facts["sha256"]}, **facts.get("files", {})}
@@ -74,7 +74,7 @@ def _check_report(folder: Path) -> Iterator[Finding]:
     if not (folder / label_report.REPORT).is_file() and not (folder / label_report.PLOT).is_file():
         yield note(folder / label_report.REPORT, "is missing: run smpo score again for a report on the labels")
         return
-    report, found = read_description(folder / label_report.REPORT, advice)
+    report, found = read_description(folder / label_report.REPORT, advice, "report")
     yield from found
     yield from check_files(folder, report.get("files", {}), advice)
 
