@@ -36,6 +36,7 @@ SWITCHES: dict[str, str] = {
     "enable_xformers_memory_efficient_attention": "model.attention=xformers",
     "use_8bit_adam": "optim.name=adamw8bit",
     "use_adafactor": "optim.name=adafactor",
+    "use_ema": "optim.ema=0.9999",
     "no_hflip": "data.flip=false",
     "use_dora": "lora.use_dora=true",
 }

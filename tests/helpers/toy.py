@@ -135,7 +135,7 @@ def train(
 
 def bytes_left(rank: int, size: int, stage: int | str | None, precision: str, *, close: bool) -> tuple[int, int]:
     """CPU bytes of an engine: at most during a step, and after it was dropped. close: it is closed before."""
-    config_ = settings(precision=precision, pairs=8)
+    config_ = settings(precision=precision, pairs=8, ema=0.9)
     with LiveBytes(device="cpu") as live:
         trained = make(config_, rank, size, stage)
         train(trained, config_, [0], rank, size)
