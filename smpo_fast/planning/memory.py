@@ -223,6 +223,6 @@ def _host(run: PlannedRun, variant: RunVariant) -> dict[str, float]:
         "prefetched pairs": _step_batch_bytes(run) / 2 * here,
         # every rank reads the weights at the start; rank 0 gathers them, and their average, in fp32 for the export
         "loading or export": max(
-            (trained + frozen) * 4.0 * here, (trained + frozen) * 8.0 + trained * 4.0 * bool(run.config.optim.ema)
+            (trained + frozen) * 4.0 * here, (trained + frozen) * 8.0 + trained * 4.0 * ("ema" in run.config.exported)
         ),
     }
