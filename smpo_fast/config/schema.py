@@ -62,7 +62,7 @@ class Model(Section):
     )
     lora: list[str] = Field(
         [],
-        description="LoRA files (path, or path:scale) that are added to the UNet before policy and reference are made "
+        description="LoRA files (path, or path:scale) that are added to UNet and text encoders before anything is made "
         "of it; names as in diffusers, peft and kohya's scripts (docs/models.md)",
     )
     prediction: Literal["auto", "epsilon", "v"] = Field(

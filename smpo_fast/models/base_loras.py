@@ -1,6 +1,6 @@
-"""LoRA files of ``model.lora``: added to the UNet's weights before policy and reference are made of them.
+"""LoRA files of ``model.lora``: added to the weights of UNet and text encoders before anything is made of them.
 
-The names that diffusers (three generations), peft and kohya's scripts give to a layer are made from the UNet's own, so
+The names that diffusers (three generations), peft and kohya's scripts give to a layer are made from its network's, so
 a tensor that belongs to no layer is noticed. W becomes W + scale * alpha / rank * up @ down.
 """
 
@@ -22,7 +22,7 @@ from smpo_fast.models.config_files import read_object, shown, some
 from smpo_fast.models.pipeline_folder import LORA_FILE, LORA_SETTINGS, PEFT_FILE, PEFT_SETTINGS
 from smpo_fast.models.single_file import layout
 from smpo_fast.models.single_file.header import Header, read_header
-from smpo_fast.models.single_file.parts import empty_state
+from smpo_fast.models.single_file.parts import classic_names, empty_state
 
 _NAME = re.compile(r"[\w.]+")
 # Ends of names, longer ones before those that they end with.
@@ -39,7 +39,7 @@ _ENDS = {
 }  # fmt: skip
 # Parts of names that tell why a file cannot be merged.
 _OTHERS = (
-    (("lora_te", "text_encoder", "text_model"), "changes the text encoders too, and only a UNet's part can be added"),
+    (("lora_te", "text_encoder", "text_model"), "changes layers that these text encoders do not have"),
     (("dora_scale", "lora_magnitude_vector"), "is a DoRA, and only plain LoRAs can be added"),
     (("hada_", "lokr_", "oft_", "lora_mid"), "is of LyCORIS, and only plain LoRAs can be added"),
 )
@@ -48,50 +48,59 @@ _ELSEWHERE = "merge it elsewhere and give the result as model.path"
 
 @dataclass(frozen=True)
 class BaseLora:
-    """A LoRA file that is part of the base, and the factor that it is added with."""
+    """A LoRA file that is part of the base, and the factor that it is added with.
+
+    layers: by part of the pipeline and name of the weight, the file's tensors 'down', 'up' and perhaps 'alpha'.
+    """
 
     file: Path
     scale: float
+    layers: Mapping[str, Mapping[str, Mapping[str, str]]]
 
     def __str__(self) -> str:
         return f"{self.file} at {self.scale:g}"
 
 
-def locate_loras(words: Sequence[str], unet_config: Mapping[str, Any]) -> tuple[BaseLora, ...]:
-    """The LoRAs that ``model.lora`` names, checked against a UNet's configuration by their headers alone.
+def locate_loras(words: Sequence[str], configs: Mapping[str, Mapping[str, Any]]) -> tuple[BaseLora, ...]:
+    """The LoRAs that ``model.lora`` names, checked against networks' configurations by their headers alone.
 
-    A word is ``path`` or ``path:scale``. Raises ModelError for what is no LoRA file, and for one of another network.
+    A word is ``path`` or ``path:scale``; configs: by part, of the UNet and the text encoders. Raises ModelError for
+    what is no LoRA file, and for one of other networks.
     """
-    found = tuple(_located(word) for word in words)
-    if found:
-        shapes = {name: tuple(value.shape) for name, value in empty_state("unet", unet_config).items()}
-        layers = _names_of_layers(shapes, unet_config)
-        for lora in found:
-            header = read_header(lora.file, "model.lora")
-            for weight, layer in _matched(header, layers).items():
-                _check_shapes(header, layer, weight, shapes[weight])
-            _peft_settings(header)
-    return found
+    states = {part: empty_state(part, config) for part, config in configs.items()}
+    known = {"unet": _unet_layers(states["unet"], configs["unet"])}
+    encoders = [part for part in configs if part != "unet"]
+    for number, part in enumerate(encoders, start=1):
+        known[part] = _text_layers(states[part], part, f"te{number}" if len(encoders) > 1 else "te")
+    places = {name: (part, weight) for part, layers in known.items() for name, weight in layers.items()}
+    found = []
+    for file, scale in map(_located, words):
+        header = read_header(file, "model.lora")
+        layers = _matched(header, places)
+        for part, weights in layers.items():
+            for weight, tensors in weights.items():
+                _check_shapes(header, tensors, weight, tuple(states[part][weight].shape))
+            _peft_settings(header, part)
+        found.append(BaseLora(file, scale, layers))
+    return tuple(found)
 
 
-def merge_loras(unet: Any, loras: Sequence[BaseLora]) -> None:
-    """Add LoRAs to the weights of a UNet in float32, in their order."""
-    weights = dict(unet.named_parameters())
-    layers = _names_of_layers(weights, unet.config)
+def merge_loras(network: Any, part: str, loras: Sequence[BaseLora]) -> None:
+    """Add what LoRAs have for a part of a pipeline to its weights in float32, in their order."""
+    weights = classic_names(part, dict(network.named_parameters()))
     for lora in loras:
-        header = read_header(lora.file, "model.lora")
-        peft = _peft_settings(header)
+        peft = _peft_settings(read_header(lora.file, "model.lora"), part)
         with safe_open(lora.file, framework="pt") as file, torch.no_grad():
-            for weight, layer in _matched(header, layers).items():
-                down, up = (file.get_tensor(layer[which]).float() for which in ("down", "up"))
+            for weight, tensors in lora.layers[part].items():
+                down, up = (file.get_tensor(tensors[which]).float() for which in ("down", "up"))
                 rank = len(down)
                 usual = peft.alpha(weight.removesuffix(".weight")) or rank
-                alpha = float(file.get_tensor(layer["alpha"])) if "alpha" in layer else usual
+                alpha = float(file.get_tensor(tensors["alpha"])) if "alpha" in tensors else usual
                 delta = (up.flatten(1) @ down.flatten(1)).reshape(weights[weight].shape)
                 weights[weight] += delta * (lora.scale * alpha / (math.sqrt(rank) if peft.root else rank))
 
 
-def _located(word: str) -> BaseLora:
+def _located(word: str) -> tuple[Path, float]:
     place, colon, end = word.rpartition(":")
     try:
         scale = float(end) if colon else 1.0
@@ -100,15 +109,15 @@ def _located(word: str) -> BaseLora:
     path = Path(place if colon and place else word)
     for file in (path, path / LORA_FILE, path / PEFT_FILE):
         if file.is_file():
-            return BaseLora(file, scale)
+            return file, scale
     raise ModelError(
         f"model.lora: '{word}' is neither a .safetensors file nor a folder with {LORA_FILE} or {PEFT_FILE}; a scale "
         "follows the path after a colon (path:0.8)"
     )
 
 
-def _names_of_layers(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """The weight that each possible name of a layer means."""
+def _unet_layers(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """The weight that each possible name of a UNet's layer means."""
     originals = layout.original_names("unet", names, config)
     found = {}
     for weight in names:
@@ -125,26 +134,42 @@ def _names_of_layers(names: Mapping[str, Any], config: Mapping[str, Any]) -> dic
     return found
 
 
-def _matched(header: Header, layers: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """The layers that a file changes, by the names of their weights. Raises ModelError if it holds anything else."""
-    found: dict[str, dict[str, str]] = {}
+def _text_layers(names: Mapping[str, Any], part: str, short: str) -> dict[str, str]:
+    """The weight that each possible name of a text encoder's layer means. short: what kohya's scripts call the part."""
+    found = {}
+    for weight in names:
+        layer = weight.removesuffix(".weight")
+        if layer != weight:
+            found[f"lora_{short}_{layer.replace('.', '_')}"] = weight
+            found[f"{part}.{layer}"] = weight
+            found[f"{part}.{layer.removeprefix('text_model.')}"] = weight  # of transformers from 5.6 on
+    return found
+
+
+def _matched(header: Header, layers: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
+    """The layers that a file changes, by part and weight. Raises ModelError if it holds anything else.
+
+    layers: part and weight that a layer's name in the file means.
+    """
+    found: dict[str, dict[str, dict[str, str]]] = {}
     unknown = []
     for name in header.tensors:
-        weight, which = next(((layers[stem], which) for stem, which in _stems(name) if stem in layers), (None, ""))
-        if weight is None:
+        meant = next(((*layers[stem], which) for stem, which in _stems(name) if stem in layers), None)
+        if meant is None:
             unknown.append(name)
         else:
-            found.setdefault(weight, {})[which] = name
-    for layer in found.values():
-        if not {"down", "up"} <= set(layer):
-            unknown += layer.values()
+            part, weight, which = meant
+            found.setdefault(part, {}).setdefault(weight, {})[which] = name
+    for tensors in (tensors for weights in found.values() for tensors in weights.values()):
+        if not {"down", "up"} <= set(tensors):
+            unknown += tensors.values()
     if unknown or not found:
         names = f"({some(sorted(unknown)) or 'it is empty'})"
         for marks, why in _OTHERS:
             if any(mark in name for mark in marks for name in unknown):
                 raise ModelError(f"model.lora: {header.file} {why} {names}: {_ELSEWHERE}")
         raise ModelError(
-            f"model.lora: {header.file} is no LoRA of this UNet: what it holds belongs to no layer {names}"
+            f"model.lora: {header.file} is no LoRA of this pipeline: what it holds belongs to no layer {names}"
         )
     return found
 
@@ -162,7 +187,7 @@ def _check_shapes(header: Header, layer: Mapping[str, str], weight: str, shape: 
     fits = len(down) >= 2 and down[0] >= 1 and len(up) >= 2 and up[1] == down[0] and math.prod(up[2:]) == 1
     if not fits or (up[0], math.prod(down[1:])) != (shape[0], math.prod(shape[1:])):
         raise ModelError(
-            f"model.lora: {header.file} is no LoRA of this UNet: '{layer['down']}' {list(down)} and "
+            f"model.lora: {header.file} is no LoRA of this pipeline: '{layer['down']}' {list(down)} and "
             f"'{layer['up']}' {list(up)} do not fit {weight} {list(shape)}"
         )
 
@@ -183,13 +208,13 @@ class _PeftSettings(NamedTuple):
         return next((a for end, a in self.others.items() if f".{layer}".endswith(f".{end}")), self.usual)
 
 
-def _peft_settings(header: Header) -> _PeftSettings:
-    """diffusers keeps peft's settings in the file's metadata, peft in adapter_config.json beside it."""
+def _peft_settings(header: Header, part: str) -> _PeftSettings:
+    """diffusers keeps peft's settings in the file's metadata, behind the part's name, peft in a file beside it."""
     beside = header.file.with_name(PEFT_SETTINGS)
     try:
         if LORA_SETTINGS in header.metadata:
             said = dict(json.loads(header.metadata[LORA_SETTINGS]))
-            settings = {name.removeprefix("unet."): value for name, value in said.items()}
+            settings = {name.removeprefix(f"{part}."): value for name, value in said.items()}
         else:
             settings = read_object(beside, "model.lora") if beside.is_file() else {}
         others = {str(end).removeprefix("^"): float(a) for end, a in dict(settings.get("alpha_pattern") or {}).items()}

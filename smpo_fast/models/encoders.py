@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from smpo_fast.common.captions import bounded
 from smpo_fast.models.identity import encoders_identity
-from smpo_fast.models.load import TEXT_ENCODERS, load_network, load_tokenizer
+from smpo_fast.models.load import load_part, load_tokenizer
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.pipeline_folder import TEXT_PARTS
 
@@ -71,9 +70,9 @@ class Encoders(LoadedEncoders):
 
     def __init__(self, source: ModelSource, device: torch.device) -> None:
         self.identity = encoders_identity(source)
-        vae = load_network(AutoencoderKL, source.vae_folder, source.variant, torch.float32).to(device).eval()
+        vae = load_part(source, "vae", torch.float32).to(device).eval()
         text = []
-        for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):
-            network = load_network(cls, source.folder / encoder, source.variant, torch.float32).to(device).eval()
+        for tokenizer, encoder in TEXT_PARTS[source.kind]:
+            network = load_part(source, encoder, torch.float32).to(device).eval()
             text.append((load_tokenizer(source.folder / tokenizer, network), network))
         super().__init__(source.kind, vae, text, device)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from smpo_fast.common.errors import ModelError
 from smpo_fast.config.schema import Model
 from smpo_fast.models.config_files import read_object
-from smpo_fast.models.load import empty_unet
+from smpo_fast.models.load import empty_unet, load_part
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.pipeline_folder import (
     OPTIONAL_PARTS,
@@ -22,6 +23,7 @@ from smpo_fast.models.pipeline_folder import (
     publish_export,
     write_scheduler,
 )
+from smpo_fast.models.single_file.parts import WEIGHTS, classic_names
 
 
 def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
@@ -29,8 +31,8 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
 
     state: all parameters of the UNet by name, of the same shapes as there; they are written as ``dtype``. The
     other parts are copied rather than loaded and saved: they are exactly the files used in training, and library
-    versions that could read those can read the export. An earlier export is replaced, except for files that no export
-    writes, such as a README.
+    versions that could read those can read the export. Text encoders that LoRAs of the base change are written with
+    these. An earlier export is replaced, except for files that no export writes, such as a README.
     The UNet is read again and compared. Raises RuntimeError when names or shapes differ from the UNet's, ModelError for
     weights that are not finite or do not fit the dtype, and EnvironmentProblem where the disk does not give back what
     was written.
@@ -40,7 +42,9 @@ def export_pipeline(source: ModelSource, state: Mapping[str, Tensor], folder: Pa
     building = begin_export(folder)
     shutil.copyfile(source.folder / "model_index.json", building / "model_index.json")
     for part in (*PARTS[2:], *OPTIONAL_PARTS):
-        if (source.folder / part).is_dir():
+        if source.loras_of(part):
+            _write_part(source, part, building / part, dtype)
+        elif (source.folder / part).is_dir():
             _copy_part(source.folder / part, building / part, source.variant)
     if source.scheduler != read_object(source.folder / "scheduler" / "scheduler_config.json"):
         write_scheduler(building, read_object(source.folder / "model_index.json"), source.scheduler)
@@ -77,6 +81,21 @@ def to_export_dtype(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor
             "bfloat16 or float32, and check that the training has not diverged"
         )
     return cast
+
+
+def frozen_state(source: ModelSource, part: str) -> dict[str, Tensor]:
+    """The weights of a part that is not trained, in float32, by the names that every version of the libraries reads."""
+    found = classic_names(part, load_part(source, part, torch.float32).state_dict())
+    return {name: value for name, value in found.items() if not name.endswith("position_ids")}
+
+
+def _write_part(source: ModelSource, part: str, there: Path, dtype: str) -> None:
+    """Write a part that is not the file that it was loaded from, with its configuration."""
+    there.mkdir()
+    shutil.copyfile(source.place(part) / "config.json", there / "config.json")
+    state = {name: value.contiguous() for name, value in to_export_dtype(frozen_state(source, part), dtype).items()}
+    save_file(state, there / WEIGHTS[part], {"format": "pt"})
+    check_written(there, state)
 
 
 def _copy_part(here: Path, there: Path, variant: str | None) -> None:

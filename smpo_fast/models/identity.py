@@ -12,7 +12,10 @@ from smpo_fast.models.pipeline_folder import TEXT_PARTS
 
 
 def encoders_identity(source: ModelSource) -> str:
-    """A hash of all files of the VAE, the text encoders and the tokenizers: what a cache's content depends on."""
+    """A hash of all files of the VAE, the text encoders and the tokenizers, and of the LoRAs that change these.
+
+    This is what a cache's content depends on.
+    """
     digest = hashlib.sha256()
     parts = [source.vae_folder] + [source.folder / name for pair in TEXT_PARTS[source.kind] for name in pair]
     for part in parts:
@@ -20,6 +23,10 @@ def encoders_identity(source: ModelSource) -> str:
             digest.update(f"{part.name}/{file.name}\0".encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
+    encoders = {encoder for _, encoder in TEXT_PARTS[source.kind]}
+    for lora in source.loras:
+        if encoders & set(lora.layers):
+            digest.update(f"lora {lora.scale} {storage.sha256(lora.file)}".encode())
     return digest.hexdigest()[:32]
 
 

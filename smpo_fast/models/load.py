@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -22,6 +22,7 @@ from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.pipeline_folder import TEXT_PARTS
 from smpo_fast.models.public_pipelines import check_weights
 from smpo_fast.models.residual_block import skip_unit_scales
+from smpo_fast.models.single_file.parts import CLASSES
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)  # in the order of TEXT_PARTS
 
@@ -34,7 +35,7 @@ def load_unet(
     flattened: DeepSpeed will flatten the policy's weights, so policy and reference keep the default memory format.
     Two UNets with equal weights give bitwise equal predictions.
     """
-    unet = _base_unet(source, dtype).to(device)
+    unet = load_part(source, "unet", dtype).to(device)
     set_attention([unet], model.attention, device)
     skip_unit_scales(unet)
     if model.gradient_checkpointing:
@@ -42,13 +43,16 @@ def load_unet(
     return unet.to(memory_format=torch.channels_last) if model.channels_last and not flattened else unet
 
 
-def _base_unet(source: ModelSource, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet in ``dtype``, with the LoRAs of ``model.lora``, which are added before it is rounded."""
-    if not source.loras:
-        return load_network(UNet2DConditionModel, source.unet_folder, source.variant, dtype)
-    unet = load_network(UNet2DConditionModel, source.unet_folder, source.variant, torch.float32)
-    merge_loras(unet, source.loras)
-    return nn.Module.to(unet, dtype)
+def load_part(source: ModelSource, part: str, dtype: torch.dtype) -> Any:
+    """A network of a source in ``dtype``, with the LoRAs of ``model.lora``, which are added before it is rounded.
+
+    part: by the names of a pipeline folder's parts. Raises ModelError like ``load_network``.
+    """
+    loras = source.loras_of(part)
+    loaded = torch.float32 if loras else dtype
+    network = load_network(CLASSES[part], source.place(part), source.variant, loaded)
+    merge_loras(network, part, loras)
+    return nn.Module.to(network, dtype) if loras else network
 
 
 def empty_unet(source: ModelSource) -> UNet2DConditionModel:
@@ -74,12 +78,9 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
 
     Raises ModelError for a network that cannot be loaded, or not completely.
     """
-    parts = {
-        "unet": _base_unet(source, dtype),
-        "vae": load_network(AutoencoderKL, source.vae_folder, source.variant, dtype),
-    }
-    for (tokenizer, encoder), cls in zip(TEXT_PARTS[source.kind], TEXT_ENCODERS, strict=False):
-        parts[encoder] = load_network(cls, source.folder / encoder, source.variant, dtype)
+    parts = {part: load_part(source, part, dtype) for part in ("unet", "vae")}
+    for tokenizer, encoder in TEXT_PARTS[source.kind]:
+        parts[encoder] = load_part(source, encoder, dtype)
         parts[tokenizer] = load_tokenizer(source.folder / tokenizer, parts[encoder])
     parts["scheduler"] = getattr(diffusers, source.scheduler["_class_name"]).from_config(dict(source.scheduler))
     return pipeline_class(source).from_pretrained(

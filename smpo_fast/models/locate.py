@@ -53,7 +53,15 @@ class ModelSource:
     scheduler: Mapping[str, Any]
     variant: str | None
     file: SingleFile | None = None
-    loras: tuple[BaseLora, ...] = ()  # added to the UNet's weights whenever they are loaded
+    loras: tuple[BaseLora, ...] = ()  # added to the weights whenever they are loaded
+
+    def place(self, part: str) -> Path:
+        """The folder of a part, which may be another pipeline's."""
+        return {"unet": self.unet_folder, "vae": self.vae_folder}.get(part, self.folder / part)
+
+    def loras_of(self, part: str) -> tuple[BaseLora, ...]:
+        """The LoRAs that change a part."""
+        return tuple(lora for lora in self.loras if part in lora.layers)
 
     def describe(self) -> str:
         """Kind, prediction and place, for a user."""
@@ -97,7 +105,11 @@ def find(model: Model, *, weights: bool = True) -> ModelSource:
         raise ModelError(
             f"model.path: {source.unet_folder} has {shown(channels)} input channels (inpainting?); 4 are supported"
         )
-    return replace(source, loras=locate_loras(model.lora, config)) if model.lora else source
+    if not model.lora:
+        return source
+    encoders = [encoder for _, encoder in TEXT_PARTS[source.kind]]
+    configs = {part: read_object(source.place(part) / "config.json") for part in ("unet", *encoders)}
+    return replace(source, loras=locate_loras(model.lora, configs))
 
 
 def _explicit(model: Model) -> Model:

@@ -274,7 +274,7 @@ def test_a_cache_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CacheError) as caught:
         check_identity(pairs.info, {**IDENTITY, "encoders": "f", "resolution": 128})
     message = str(caught.value)
-    assert "encoders (model.path or model.vae): found 'e', wanted 'f'" in message
+    assert "encoders (model.path, model.vae or model.lora): found 'e', wanted 'f'" in message
     assert "resolution (data.resolution): found 64, wanted 128" in message
     assert "data.pairs" not in message
     assert "remove this one" in message

@@ -298,7 +298,9 @@ def test_a_cache_that_serves_is_kept_and_another_is_refused(tmp_path: Path) -> N
     with pytest.raises(CacheError, match=r"resolution \(data.resolution\): found 32, wanted 64"):
         run(settings(table, resolution=64), tmp_path / "c")
     encoders.identity = "other"
-    with pytest.raises(CacheError, match=r"encoders \(model.path or model.vae\): found 'fake', wanted 'other'"):
+    with pytest.raises(
+        CacheError, match=r"encoders \(model.path, model.vae or model.lora\): found 'fake', wanted 'other'"
+    ):
         run(settings(table), tmp_path / "c", encoders=encoders)
     write_table(table, rows=21)
     with pytest.raises(CacheError, match=r"source \(data.pairs\)"):

@@ -8,18 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from helpers.pipelines import CPU, settings
-from helpers.single_files import MINIATURE
+from helpers.pipelines import CPU, Maker, settings
+from helpers.single_files import MINIATURE, pipeline_tensors
 from helpers.small_run import run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from smpo_fast.common.errors import ModelError
 from smpo_fast.config import loading
 from smpo_fast.models import locate
-from smpo_fast.models.export import exported_model
-from smpo_fast.models.identity import base_identity
+from smpo_fast.models.encoders import Encoders
+from smpo_fast.models.export import export_pipeline, exported_model
+from smpo_fast.models.identity import base_identity, encoders_identity
 from smpo_fast.models.load import load_pipeline, load_unet
 from smpo_fast.models.single_file import layout
+from smpo_fast.models.single_file.parts import classic_names
+from smpo_fast.models.single_file.write import write_single_file
 
 RANK, ONE = 2, torch.ones(1)
 LAYERS = ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1", "conv_in",
@@ -137,12 +140,13 @@ def test_several_loras_add_up_in_every_copy_of_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (peft("unet.") | {"text_encoder.layers.0.q_proj.lora_A.weight": ONE}, "changes the text encoders too"),
-        (peft("unet.") | {"lora_te1_text_model_encoder_layers_0.alpha": ONE}, "changes the text encoders too"),
+        (peft("unet.") | {"text_encoder.layers.0.q_proj.lora_A.weight": ONE}, "text encoders do not have"),
+        (peft("unet.") | {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": ONE}, "text encoders do not have"),
+        ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": ONE}, "is no LoRA of this pipeline|text encoders"),
         (kohya(1, original=False) | {"lora_unet_conv_in.dora_scale": torch.ones(1)}, "is a DoRA"),
         (kohya(1, original=False) | {"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "is of LyCORIS"),
-        (peft("unet.up_blocks.7."), "is no LoRA of this UNet: .*and 5 more tensors"),
-        ({"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)}, "is no LoRA of this UNet"),
+        (peft("unet.up_blocks.7."), "is no LoRA of this pipeline: .*and 5 more tensors"),
+        ({"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)}, "is no LoRA of this pipeline"),
         ({}, "it is empty"),
         ({"unet.conv_in.lora_A.weight": torch.ones(2, 9, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(40, 2, 1, 1)},
          r"do not fit conv_in.weight \[40, 4, 3, 3\]"),
@@ -190,3 +194,115 @@ def test_the_base_is_identified_by_content_and_scale(tmp_path: Path) -> None:
     found = [base_identity(locate.find(settings("embedded", lora=[f"{tmp_path}/{w}" for w in ws]))) for ws in words]
     assert isinstance(found[0], str) and found[1] == found[2]
     assert found[1] not in (found[0], found[3])
+
+
+# --- text encoders ----------------------------------------------------------------------------------------------
+
+TEXT_LAYERS = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.mlp.fc2")
+
+
+def text_matrices(part: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Random down and up matrices for some layers of a text encoder of the miniature."""
+    weights, seeded = pipeline_tensors(MINIATURE, part), torch.Generator().manual_seed(len(part))
+    names = [*TEXT_LAYERS, *(["text_projection"] if part == "text_encoder_2" else [])]
+    found = {}
+    for name in names:
+        layer = name if name == "text_projection" else f"text_model.{name}"
+        out, inner = weights[f"{layer}.weight"].shape
+        found[layer] = (torch.randn(RANK, inner, generator=seeded), torch.randn(out, RANK, generator=seeded))
+    return found
+
+
+def kohya_text(prefixes: dict[str, str]) -> Tensors:
+    found = {}
+    for part, prefix in prefixes.items():
+        for layer, (down, up) in text_matrices(part).items():
+            stem = f"{prefix}_{layer.replace('.', '_')}"
+            found |= {
+                f"{stem}.lora_down.weight": down,
+                f"{stem}.lora_up.weight": up,
+                f"{stem}.alpha": torch.tensor(3.0),
+            }
+    return found
+
+
+def peft_text(outer: str, parts: tuple[str, ...] = ("text_encoder", "text_encoder_2")) -> Tensors:
+    return {
+        f"{part}.{layer.replace('text_model.', outer)}.lora_{ab}.weight": tensor
+        for part in parts
+        for layer, both in text_matrices(part).items()
+        for ab, tensor in zip("AB", both, strict=True)
+    }
+
+
+SDXL_TEXT = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "scale"),
+    [(kohya_text(SDXL_TEXT), 3 / RANK), (peft_text("text_model."), 1), (peft_text(""), 1),
+     (kohya_text(SDXL_TEXT) | kohya(3.0, original=True), 3 / RANK)],
+    ids=["kohya", "peft", "flattened", "with a unet"],
+)  # fmt: skip
+def test_text_encoders_are_changed_by_their_own_layers(tensors: Tensors, scale: float, tmp_path: Path) -> None:
+    """Both get W + scale * up @ down, wherever they are loaded: to encode prompts, in pipelines, in every export."""
+    save_file(tensors, tmp_path / "a.safetensors")
+    model = settings("embedded", lora=[f"{tmp_path}/a.safetensors:0.5"])
+    source = locate.find(model)
+    expected = {}
+    for part in SDXL_TEXT:
+        expected[part] = {name: value.float() for name, value in pipeline_tensors(MINIATURE, part).items()}
+        for layer, (down, up) in text_matrices(part).items():
+            expected[part][f"{layer}.weight"] += 0.5 * scale * up @ down
+    encoders, pipe = Encoders(source, CPU), load_pipeline(source, torch.float32)
+    export_pipeline(source, load_unet(source, model, torch.float32, CPU).state_dict(), tmp_path / "export", "float32")
+    exported = load_pipeline(locate.find(exported_model(model, tmp_path / "export")), torch.float32)
+    unet = load_unet(source, model, torch.float32, CPU).state_dict()
+    file = write_single_file(source, unet, tmp_path / "file", {}, title="x", dtype="float32")
+    for number, part in enumerate(SDXL_TEXT):
+        for network in (encoders.text[number][1], getattr(pipe, part), getattr(exported, part)):
+            found = classic_names(part, network.state_dict())
+            for name, value in expected[part].items():
+                torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    name = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc2.weight"
+    torch.testing.assert_close(load_file(file)[name], expected["text_encoder"][name.partition("transformer.")[2]])
+
+
+def test_diffusers_changes_the_same_text_encoders(tmp_path: Path) -> None:
+    """By its own names: with transformers 5 it leaves out what kohya's scripts have for the attention."""
+    save_file(peft_text("text_model.", ("text_encoder",)) | peft("unet."), tmp_path / "a.safetensors")
+    pipe = StableDiffusionXLPipeline.from_pretrained(MINIATURE, dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    pipe.fuse_lora(components=["unet", "text_encoder"])
+    pipe.unload_lora_weights()
+    source = locate.find(settings("embedded", lora=[f"{tmp_path}/a.safetensors"]))
+    found = classic_names("text_encoder", load_pipeline(source, torch.float32).text_encoder.state_dict())
+    fused, before = (
+        classic_names("text_encoder", pipe.text_encoder.state_dict()),
+        pipeline_tensors(MINIATURE, "text_encoder"),
+    )
+    for name, value in fused.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    assert {n for n in fused if not torch.equal(fused[n], before[n].float())} == {
+        f"text_model.{layer}.weight" for layer in TEXT_LAYERS
+    }
+
+
+def test_sd15_has_one_text_encoder(sd15_pipeline: Maker, tmp_path: Path) -> None:
+    path = sd15_pipeline("epsilon")
+    layer = "text_model.encoder.layers.0.mlp.fc1"
+    stem = f"lora_te_{layer.replace('.', '_')}"
+    before = pipeline_tensors(path, "text_encoder")[f"{layer}.weight"]
+    up, down = torch.ones(len(before), 1), torch.ones(1, before.shape[1])
+    save_file({f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}, tmp_path / "a.safetensors")
+    source = locate.find(settings(path, lora=[f"{tmp_path}/a.safetensors"]))
+    found = classic_names("text_encoder", load_pipeline(source, torch.float32).text_encoder.state_dict())
+    torch.testing.assert_close(found[f"{layer}.weight"], before + 1)
+
+
+def test_a_cache_belongs_to_the_loras_of_its_text_encoders(tmp_path: Path) -> None:
+    save_file(kohya_text(SDXL_TEXT), tmp_path / "text.safetensors")
+    save_file(kohya(1.0, original=True), tmp_path / "unet.safetensors")
+    words: list[list[str]] = [[], ["unet.safetensors"], ["text.safetensors"], ["text.safetensors:0.5"]]
+    found = [encoders_identity(locate.find(settings("embedded", lora=[f"{tmp_path}/{w}" for w in ws]))) for ws in words]
+    assert found[0] == found[1] and len(set(found)) == 3

@@ -23,7 +23,7 @@ SETTING_OF = {
     "source": "data.pairs",
     "max_pairs": "data.max_pairs",
     "kind": "model.path",
-    "encoders": "model.path or model.vae",
+    "encoders": "model.path, model.vae or model.lora",
     "resolution": "data.resolution",
     "buckets": "data.buckets",
     "flip": "data.flip",

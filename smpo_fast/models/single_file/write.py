@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from smpo_fast.models.config_files import read_object
-from smpo_fast.models.export import to_export_dtype
-from smpo_fast.models.load import load_network
+from smpo_fast.models.export import frozen_state, to_export_dtype
 from smpo_fast.models.locate import ModelSource
 from smpo_fast.models.pipeline_folder import begin_export, publish_export
 from smpo_fast.models.single_file import layout
 from smpo_fast.models.single_file.modelspec import write_described
-from smpo_fast.models.single_file.parts import CLASSES, classic_names
 from smpo_fast.models.single_file.recognise import V_PRED, ZTSNR
 
 
@@ -45,12 +43,10 @@ def write_single_file(
 
 def _tensors(source: ModelSource, unet: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """Everything that the file holds, by its names there."""
-    places = {"unet": source.unet_folder, "vae": source.vae_folder}
     found: dict[str, Tensor] = {}
     for part, prefix in layout.PREFIXES[source.kind].items():
-        place = places.get(part, source.folder / part)
-        state = to_export_dtype(unet if part == "unet" else _frozen_state(part, place, source.variant), dtype)
-        for name, value in _as_original(part, state, place).items():
+        state = to_export_dtype(unet if part == "unet" else frozen_state(source, part), dtype)
+        for name, value in _as_original(part, state, source.place(part)).items():
             found[prefix + name] = value.contiguous()
         del state
     positions = found[layout.PREFIXES[source.kind]["text_encoder"] + "text_model.embeddings.position_embedding.weight"]
@@ -60,11 +56,6 @@ def _tensors(source: ModelSource, unet: Mapping[str, Tensor], dtype: str) -> dic
     if source.scheduler.get("rescale_betas_zero_snr"):
         found[ZTSNR] = torch.empty(0)
     return found
-
-
-def _frozen_state(part: str, folder: Path, variant: str | None) -> dict[str, Tensor]:
-    """The weights of a part that is not trained, in float32."""
-    return classic_names(part, load_network(CLASSES[part], folder, variant, torch.float32).state_dict())
 
 
 def _as_original(part: str, state: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
