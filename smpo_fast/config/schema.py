@@ -63,7 +63,7 @@ class Model(Section):
     lora: list[str] = Field(
         [],
         description="LoRA files (path, or path:scale) that are added to UNet and text encoders before anything is made "
-        "of it; names as in diffusers, peft and kohya's scripts (docs/models.md)",
+        "of them; names as in diffusers, peft and kohya's scripts (docs/models.md)",
     )
     prediction: Literal["auto", "epsilon", "v"] = Field(
         "auto", description="what the UNet predicts; auto: as its scheduler, or the file's markers and metadata, say"
