@@ -169,8 +169,11 @@ def probe(*first: Path) -> list[str]:
 
 
 def test_in_the_root_libraries_do_not_take_our_kernels_for_hugging_faces() -> None:
-    """The root is first on the path of ``python -c`` and ``python -m``: there `kernels` is importable by accident."""
-    assert probe() == ["False False", "No module named 'kernels' kernels", "smpo_fast.kernels.geglu"]
+    """The root is first on the path of ``python -c`` and ``python -m``: there `kernels` is importable by accident.
+
+    tests/kernels, which has no ``__init__``, would be found after it.
+    """
+    assert probe(ROOT / "tests") == ["False False", "No module named 'kernels' kernels", "smpo_fast.kernels.geglu"]
 
 
 def test_in_the_root_libraries_find_hugging_faces_kernels_where_it_is_installed(tmp_path: Path) -> None:
