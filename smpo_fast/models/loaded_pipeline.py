@@ -37,11 +37,9 @@ def source_of(pipeline: Any) -> ModelSource:
 
 def encoders_of(pipeline: Any, source: ModelSource) -> LoadedEncoders:
     """The pipeline's own text encoders and, in float32, its VAE: a copy if it is in another dtype."""
-    vae = (
-        pipeline.vae
-        if pipeline.vae.dtype == torch.float32
-        else nn.Module.to(copy.deepcopy(pipeline.vae), torch.float32)
-    )
+    vae = pipeline.vae
+    if vae.dtype != torch.float32:
+        vae = nn.Module.to(copy.deepcopy(vae), torch.float32)
     text = [
         (getattr(pipeline, tokenizer), getattr(pipeline, encoder)) for tokenizer, encoder in TEXT_PARTS[source.kind]
     ]
