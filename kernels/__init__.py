@@ -15,7 +15,7 @@ if __name__ == "kernels":
 
     _HERE = Path(__file__).resolve().parents[1]
     _spec = PathFinder.find_spec(__name__, [place for place in sys.path if Path(place or ".").resolve() != _HERE])
-    if _spec is not None and _spec.has_location:  # a folder without code has no location
+    if _spec is not None and _spec.loader is not None:  # a folder without __init__ has no loader
         _theirs = sys.modules[__name__] = module_from_spec(_spec)
         _spec.loader.exec_module(_theirs)
 
