@@ -104,7 +104,7 @@ def pictures() -> list[Image.Image]:
 def test_invert_is_the_inversion_of_training(
     sd15_pipeline: Callable[[str], Path], pictures: list[Image.Image], prediction: str
 ) -> None:
-    folder, t = sd15_pipeline(prediction), 300
+    folder, t = sd15_pipeline(prediction), 90
     settings = smpo_fast.load_recipe(settings={"model.path": str(folder)})
     source = find(Model(path=str(folder)))
     schedule, encoders = schedule_of(source, settings.inversion), Encoders(source, CPU)
@@ -128,10 +128,10 @@ def test_invert_leaves_a_pipeline_in_half_precision_as_it_was(
     sd15_pipeline: Callable[[str], Path], pictures: list[Image.Image]
 ) -> None:
     folder = sd15_pipeline("epsilon")
-    exact = smpo_fast.invert(folder, pictures, "a picture", 500)
+    exact = smpo_fast.invert(folder, pictures, "a picture", 90)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     kinds = [type(module) for module in pipeline.unet.modules()]
-    found = smpo_fast.invert(pipeline, pictures, "a picture", 500)
+    found = smpo_fast.invert(pipeline, pictures, "a picture", 90)
     assert pipeline.vae.dtype == pipeline.unet.dtype == torch.bfloat16
     assert found.tau.dtype == torch.float32 and torch.equal(found.x_0, _rounded(pipeline, pictures))
     assert (found.tau - exact.tau).abs().mean() < 0.05 * exact.tau.abs().mean()
