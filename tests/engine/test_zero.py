@@ -247,7 +247,9 @@ if __name__ == "__main__":
     world, settings = world_from_environment("cpu"), toy.settings()
     trained = toy.make(settings, world.rank, world.size, 2)
     logged = toy.train(trained, settings, range(2), world.rank, world.size)
-    print("rank", world.rank, "of", world.size, "norm", logged[-1][2], flush=True)
+    # in one piece: both ranks write to the same pipe
+    sys.stdout.write(f"rank {{world.rank}} of {{world.size}} norm {{logged[-1][2]}}\\n")
+    sys.stdout.flush()
 """
 
 
