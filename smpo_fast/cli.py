@@ -108,7 +108,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.evaluation import compare
 
-    compare.run(settings, world_from_environment(settings.run.device).device, as_json=options.json_output)
+    compare.run(settings, world_from_environment(settings.run.device), as_json=options.json_output)
     return programs.DONE
 
 

@@ -47,8 +47,8 @@ class EvaluateArguments(Section):
     """Arguments of ``smpo evaluate``."""
 
     json_output: Annotated[bool, JSON] = json_flag(
-        "out, comparisons (for each score: name, base, aligned, gain with its interval and median, win_rate with its "
-        "interval, ties, p_value, p_corrected, prompts)"
+        "out, comparisons (for each model and score: model, name, base, aligned, gain with its interval and median, "
+        "win_rate with its interval, ties, p_value, p_corrected, prompts), drifts (the same for each measure)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Presets: what the name of an objective, a fidelity or a solver implies for the finer keys of ``[inversion]``."""
+"""Presets: what the name of an objective, fidelity, solver or protocol implies for ``[inversion]`` and ``[eval]``."""
 
 from __future__ import annotations
 
@@ -34,14 +34,29 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
     "sft": {"source": "noise"},
 }
 
+# Protocols of other evaluations, as far as their code says; docs/evaluation.md has the sources.
+PROTOCOL_PRESETS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "sdpo": {"sampler": "euler", "steps": 50, "guidance": 7.5, "noise": "same", "seed": 0},
+    "linear-dpo": {"steps": 50, "guidance": 5.0, "noise": "running", "seed": 0},
+    "dro": {"steps": 50, "guidance": 7.5, "noise": "index", "seed": 0},
+    "lpo": {"guidance": 5.0, "seed": 42},
+}
+
 
 def apply_presets(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Settings by section, with the keys of ``[inversion]`` that the presets imply and ``given`` leaves out."""
+    """Settings by section, with the keys of ``[inversion]`` and ``[eval]`` that presets imply, unless given."""
     inversion = given.get("inversion", {})
     objective = _preset(OBJECTIVE_PRESETS, given.get("objective", {}).get("name", "smpo"))
     fidelity = _preset(FIDELITY_PRESETS, inversion.get("fidelity", "paper"))
     solver = _preset(SOLVER_PRESETS, inversion.get("solver", "renoise"))
-    return {**given, "inversion": {**fidelity, **objective, **solver, **inversion}}
+    evaluation = given.get("eval", {})
+    protocol = _preset(PROTOCOL_PRESETS, evaluation.get("protocol", "ours"))
+    return {
+        **given,
+        "inversion": {**fidelity, **objective, **solver, **inversion},
+        "eval": {**protocol, **evaluation},
+    }
 
 
 def _preset(presets: dict[str, dict[str, Any]], name: Any) -> dict[str, Any]:

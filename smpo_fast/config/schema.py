@@ -465,20 +465,37 @@ class Export(Section):
 
 
 class Eval(Section):
-    """Images that are sampled and scored after training."""
+    """Images that are sampled and scored after training (docs/evaluation.md)."""
 
     prompts: str = Field("", description="'embedded', or a text file with one prompt per line; empty: no evaluation")
     count: int = Field(256, ge=1, description="number of prompts (the first ones of a file)")
+    per_prompt: int = Field(1, ge=1, description="images of a prompt; two or more also measure their diversity")
+    contenders: list[str] = Field(
+        [],
+        description="other models that are compared with the base, each a place or name=place: a run's folder, a "
+        "pipeline, a UNet, a LoRA (path:scale), a single file, or a published name such as 'SmPO-SDXL' "
+        "(docs/evaluation.md)",
+    )
+    protocol: Literal["ours", "sdpo", "linear-dpo", "dro", "lpo"] = Field(
+        "ours", description="whose evaluation this is: a preset for sampler, steps, guidance, noise and seed"
+    )
+    sampler: Literal["pipeline", "euler", "ddim"] = Field("pipeline", description="pipeline: the pipeline's own")
     steps: int = Field(30, ge=1, description="sampler steps")
     guidance: float = Field(5.0, ge=0, description="classifier-free guidance scale; 1 is off")
-    batch: int = Field(8, ge=1, description="images sampled at a time")
-    seed: int = Field(
-        12345,
-        ge=0,
-        description="seed of the noise, which is the same for the base's and the aligned model's image of a prompt",
+    noise: Literal["index", "same", "running"] = Field(
+        "index",
+        description="noise of the n-th image, the same for every model: index: seed + n; same: seed, for every prompt; "
+        "running: one generator for all, in their order",
     )
+    seed: int = Field(12345, ge=0, description="seed of the noise")
+    batch: int = Field(8, ge=1, description="images sampled at a time")
     scorer: str = Field(
-        "", description="reward model that scores the images, named as in data.scorer; empty: no scores"
+        "", description="reward models that score the images, named as in data.scorer, separated by commas; empty: none"
+    )
+    images: str = Field(
+        "",
+        description="folder that keeps images and scores, for several evaluations to share; default: images/ beside "
+        "the evaluation",
     )
 
 

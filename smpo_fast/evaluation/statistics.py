@@ -13,9 +13,10 @@ _CHUNK = 1 << 22  # numbers drawn at a time
 
 @dataclass(frozen=True)
 class Comparison:
-    """One score of base and aligned images over the same prompts and noise; intervals are of 95 %, over prompts."""
+    """One score of the base's and a model's images of the same prompts and noise; intervals of 95 %, over prompts."""
 
-    name: str
+    model: str
+    name: str  # of the score
     base: float
     aligned: float
     gain: float  # mean difference
@@ -33,21 +34,31 @@ class Comparison:
     def __str__(self) -> str:
         ties = f", {self.ties:.1%} ties" if self.ties else ""
         return (
-            f"{self.name:<12} base {self.base:.3f}  aligned {self.aligned:.3f}  gain {self.gain:+.3f} "
-            f"(95 % {self.gain_low:+.3f} to {self.gain_high:+.3f}, median {self.median_gain:+.3f})  "
+            f"{self.model:<8} {self.name:<12} base {self.base:.3f}  {self.model} {self.aligned:.3f}  gain "
+            f"{self.gain:+.3f} (95 % {self.gain_low:+.3f} to {self.gain_high:+.3f}, median {self.median_gain:+.3f})  "
             f"same-noise win-rate {self.win_rate:.1%} ({self.win_low:.1%} to {self.win_high:.1%}{ties})  "
             f"p {self.p_corrected:.2g}  n = {self.prompts}"
         )
 
+    def drift_line(self) -> str:
+        """One line for a measure, of which more is not better."""
+        return (
+            f"{self.model:<8} {self.name:<12} base {self.base:.3f}  {self.model} {self.aligned:.3f}  change "
+            f"{self.gain:+.3f} (95 % {self.gain_low:+.3f} to {self.gain_high:+.3f})"
+        )
 
-def compare_all(scores: Mapping[str, tuple[np.ndarray, np.ndarray]], seed: int = 0) -> list[Comparison]:
-    """Compare base and aligned by several scores, [n] each; p-values are corrected for their number."""
-    found = [compare(name, base, aligned, seed) for name, (base, aligned) in scores.items()]
+
+def compare_all(scores: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]], seed: int = 0) -> list[Comparison]:
+    """Compare scores [n] of the base and of a model, by the model's name and the score's.
+
+    The p-values are corrected for the number of all these comparisons.
+    """
+    found = [compare(*names, base, aligned, seed) for names, (base, aligned) in scores.items()]
     corrected = holm([c.p_value for c in found])
     return [replace(c, p_corrected=p) for c, p in zip(found, corrected, strict=True)]
 
 
-def compare(name: str, base: np.ndarray, aligned: np.ndarray, seed: int = 0) -> Comparison:
+def compare(model: str, name: str, base: np.ndarray, aligned: np.ndarray, seed: int = 0) -> Comparison:
     """Compare scores [n] of paired images: bootstrap intervals (percentiles) and a permutation test over prompts."""
     gain = aligned.astype(np.float64) - base
     win = (gain > 0) + 0.5 * (gain == 0)
@@ -56,6 +67,7 @@ def compare(name: str, base: np.ndarray, aligned: np.ndarray, seed: int = 0) -> 
     (gain_low, win_low), (gain_high, win_high) = np.percentile(means, [2.5, 97.5], axis=1)
     p = sign_flip_p(gain, rng)
     return Comparison(
+        model,
         name,
         base=float(base.mean()),
         aligned=float(aligned.mean()),

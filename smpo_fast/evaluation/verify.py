@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from smpo_fast.common.verification import Finding, check_files, check_unlisted, note, read_description
+from smpo_fast.evaluation.image_store import IMAGES, verify_images
 from smpo_fast.evaluation.report import GRID, REPORT, SCORES
 
 _ADVICE = "run smpo evaluate again, which writes it anew"
@@ -24,4 +25,7 @@ def verify_evaluation(folder: Path) -> Iterator[Finding]:
     if report and not files:
         yield note(folder, "an earlier version recorded no hashes of scores.csv and grid.png")
     yield from check_files(folder, files, _ADVICE)
-    yield from check_unlisted(folder, {REPORT, SCORES, GRID}, "remove it if it is not yours")
+    if (folder / IMAGES).is_dir():
+        keys = [key for of_model in report.get("images", {}).values() for key in of_model]
+        yield from verify_images(folder / IMAGES, keys)
+    yield from check_unlisted(folder, {REPORT, SCORES, GRID, IMAGES}, "remove it if it is not yours")

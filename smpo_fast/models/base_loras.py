@@ -85,6 +85,15 @@ def locate_loras(words: Sequence[str], configs: Mapping[str, Mapping[str, Any]])
     return tuple(found)
 
 
+def is_lora(word: str) -> bool:
+    """Whether ``path`` or ``path:scale`` is a LoRA's file, or a folder with one."""
+    try:
+        header = read_header(_located(word)[0], "model.lora")
+    except ModelError:
+        return False
+    return any("lora" in name for name in header.tensors)
+
+
 def merge_loras(network: Any, part: str, loras: Sequence[BaseLora]) -> None:
     """Add what LoRAs have for a part of a pipeline to its weights in float32, in their order."""
     weights = classic_names(part, dict(network.named_parameters()))

@@ -7,7 +7,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -86,6 +92,13 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype) -> Any:
     return pipeline_class(source).from_pretrained(
         source.folder, dtype=dtype, variant=source.variant, use_safetensors=True, **parts
     )
+
+
+def set_sampler(pipeline: Any, name: str) -> None:
+    """Give a pipeline the sampler of ``eval.sampler``, with the noise schedule that it has."""
+    samplers = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler}
+    if name in samplers:
+        pipeline.scheduler = samplers[name].from_config(pipeline.scheduler.config)
 
 
 def load_network(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:

@@ -53,8 +53,15 @@ def disk_bytes(run: PlannedRun, source: ModelSource) -> dict[str, float]:
         else 0.0,
         "LoRA files": kinds * loras * values * number,
         "converted model": 0.0 if source.file is None else others + source.file.bytes_of("unet"),
+        "evaluation": _evaluation_bytes(settings),
         "trajectories": examples * settings.run.steps if settings.inversion.store else 0.0,
     }
+
+
+def _evaluation_bytes(settings: Config) -> float:
+    """Of the images, as if PNG saved nothing: those of the base, the export and every contender."""
+    e, pixels = settings.eval, settings.data.resolution**2
+    return 3.0 * pixels * e.count * e.per_prompt * (2 + len(e.contenders)) if e.prompts else 0.0
 
 
 def _extracted_values(run: PlannedRun) -> int:

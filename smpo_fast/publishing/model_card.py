@@ -15,6 +15,7 @@ from smpo_fast.common.runtime import print0, warn0
 from smpo_fast.common.storage import write_text
 from smpo_fast.config.loading import toml_value
 from smpo_fast.config.schema import EMBEDDED, Config
+from smpo_fast.evaluation.contenders import ALIGNED
 from smpo_fast.models.base_facts import CARD, shared_name
 from smpo_fast.models.pipeline_folder import LORA_FILE
 from smpo_fast.publishing.facts import RunFacts, read_facts
@@ -130,27 +131,27 @@ def _use(facts: RunFacts, where: str, files: Mapping[str, Path]) -> Iterator[str
 
 
 def _evaluation(facts: RunFacts) -> Iterator[str]:
-    settings, rows = facts.evaluation.get("eval", {}), facts.evaluation.get("comparisons", [])
+    rows = facts.evaluation.get("comparisons", [])
     if not rows:
         return
-    if "p_corrected" not in rows[0]:
+    if "protocol" not in facts.evaluation:
         warn0(f"{facts.folder}/evaluation is of an earlier version: smpo evaluate makes one that the card can show")
         return
     yield "## Evaluation\n"
-    yield "| score | base | this model | gain (95 % interval) | same-noise win-rate (95 % interval) | p |"
-    yield "|---|---|---|---|---|---|"
+    yield "| model | score | base | model | gain (95 % interval) | same-noise win-rate (95 % interval) | p |"
+    yield "|---|---|---|---|---|---|---|"
     for row in rows:
+        name = "this" if row["model"] == ALIGNED else row["model"]
         yield (
-            f"| {row['name']} | {row['base']:.4g} | {row['aligned']:.4g} | {row['gain']:+.3g} "
+            f"| {name} | {row['name']} | {row['base']:.4g} | {row['aligned']:.4g} | {row['gain']:+.3g} "
             f"({row['gain_low']:+.3g} to {row['gain_high']:+.3g}) | {row['win_rate']:.1%} ({row['win_low']:.1%} to "
             f"{row['win_high']:.1%}) | {row['p_corrected']:.2g} |"
         )
+    said = facts.evaluation["protocol"]
     yield (
-        f"\nMeans over {rows[0]['prompts']} prompts ({shared_name(settings['prompts'])}), one image each, scored by "
-        f"`{settings['scorer']}`. Base and aligned images of a prompt start from the same noise (seed "
-        f"{settings['seed']} + the prompt's number) and take {settings['steps']} steps of the pipeline's own sampler "
-        f"at guidance {settings['guidance']:g}. The intervals are percentiles of a bootstrap over prompts; a tie "
-        f"counts half a win; p is of a paired permutation test of the gain, corrected for {len(rows)} scores (Holm).\n"
+        f"\n{said[0].upper()}{said[1:]}. Base and model start from the same noise. The intervals are percentiles of a "
+        "bootstrap over prompts; a tie counts half a win; p is of a paired permutation test of the gain, corrected for "
+        f"{len(rows)} comparisons (Holm).\n"
     )
 
 

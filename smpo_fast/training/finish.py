@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from smpo_fast.common import plots, storage
-from smpo_fast.common.runtime import print0
+from smpo_fast.common.runtime import World, print0
 from smpo_fast.evaluation import compare
 from smpo_fast.training.exports import Trained, exported_weights, write_exports
 from smpo_fast.training.job import Job
@@ -31,8 +31,8 @@ def finish(job: Job, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     summary = ""
     if c.eval.prompts:
         out = job.run_dir / "evaluation"
-        compared = compare.evaluate(c, job.source, job.run_dir / "export", out, job.world.device)
-        summary = "\n".join(map(str, compared))
+        alone = World(device=job.world.device)  # the other ranks have ended
+        summary = compare.evaluate(c, job.source, job.run_dir / "export", out, alone).text(c)
     describe_end(job.run_dir)
     folders = "".join(f"  {name + '/':<15} {what}\n" for name, what in written.items())
     print0(

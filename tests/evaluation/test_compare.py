@@ -17,11 +17,15 @@ from PIL import Image
 from smpo_fast import cli
 from smpo_fast.common import plots, storage
 from smpo_fast.common.errors import ConfigError
+from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
 from smpo_fast.embedded import pipeline_path, shapes
+from smpo_fast.evaluation import sampling
 from smpo_fast.evaluation.compare import evaluate
-from smpo_fast.evaluation.report import write_report
-from smpo_fast.evaluation.sampling import aligned_pipeline, read_prompts, sample
+from smpo_fast.evaluation.contenders import aligned_pipeline
+from smpo_fast.evaluation.image_store import ImageStore
+from smpo_fast.evaluation.report import Evaluation, write_report
+from smpo_fast.evaluation.sampling import Shot, read_prompts, sample, shots
 from smpo_fast.models import lora, lora_files
 from smpo_fast.models.export import export_pipeline
 from smpo_fast.models.load import load_pipeline, load_unet
@@ -52,7 +56,9 @@ def test_an_image_depends_on_its_prompt_and_noise_not_on_the_batch() -> None:
     for batch in (4, 2):
         settings = loading.from_dict({"eval": {**SMALL["eval"], "batch": batch}})
         pipe = load_pipeline(source, torch.float32)
-        images.append(sample(pipe, read_prompts(settings), settings, "test"))
+        wanted = shots(settings)
+        parts = [sample(pipe, wanted[i : i + batch], settings.eval) for i in range(0, len(wanted), batch)]
+        images.append([image for part in parts for image in part])
     for a, b in zip(*images, strict=True):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
 
@@ -62,7 +68,7 @@ def test_guidance_of_the_settings_is_used() -> None:
     pipe, images = load_pipeline(find(loading.from_dict({}).model), torch.float32), []
     for guidance in (1.0, 5.0, 9.0):
         settings = loading.from_dict({"eval": {**SMALL["eval"], "count": 1, "guidance": guidance}})
-        images.append(np.asarray(sample(pipe, read_prompts(settings), settings, "test")[0]).astype(int))
+        images.append(np.asarray(sample(pipe, shots(settings), settings.eval)[0]).astype(int))
     for a, b in ((0, 1), (1, 2), (0, 2)):
         assert np.abs(images[a] - images[b]).max() > 1
 
@@ -75,7 +81,7 @@ def test_the_export_is_loaded_whatever_the_run_took_from_elsewhere(
     trained = load_pipeline(source, torch.float32).unet.state_dict()
     export_pipeline(source, {name: t + 0.01 for name, t in trained.items()}, tmp_path / "export", "float32")
     elsewhere = {"unet": str(source.unet_folder), "vae": str(source.vae_folder), "variant": "fp16"}
-    pipe = aligned_pipeline(loading.from_dict({"model": elsewhere}), tmp_path / "export", source, torch.float32)
+    pipe = aligned_pipeline(loading.from_dict({"model": elsewhere}).model, tmp_path / "export", source, torch.float32)
     assert all(torch.equal(t, trained[name] + 0.01) for name, t in pipe.unet.state_dict().items())
     assert "warning" not in capsys.readouterr().err
 
@@ -86,14 +92,14 @@ def test_what_is_compared_is_the_base_and_the_export(tmp_path: Path, monkeypatch
     state = load_pipeline(source, torch.float32).unet.state_dict()
     export_pipeline(source, {name: t + 0.01 for name, t in state.items()}, tmp_path / "export", "float32")
 
-    def sampled(pipe: Any, prompts: list[str], *_: Any) -> list[Image.Image]:
+    def sampled(pipe: Any, wanted: list[Shot], *_: Any) -> list[Image.Image]:
         seen.append(pipe.unet.state_dict())
         return pipe_images[len(seen) - 1]
 
     drawn = shapes.render([shapes.parse(p) for p in read_prompts(settings)], np.random.default_rng(0))
     pipe_images = [[Image.new("RGB", (32, 32), "gray")] * 2, [Image.fromarray(image) for image in drawn]]
-    monkeypatch.setattr("smpo_fast.evaluation.compare.sample", sampled)
-    evaluate(settings, source, tmp_path / "export", tmp_path / "out", torch.device("cpu"))
+    monkeypatch.setattr(sampling, "sample", sampled)
+    evaluate(settings, source, tmp_path / "export", tmp_path / "out", World())
     assert all(torch.equal(t, state[name]) for name, t in seen[0].items())
     assert all(torch.equal(t, state[name] + 0.01) for name, t in seen[1].items())
     with (tmp_path / "out" / "scores.csv").open() as stream:
@@ -103,8 +109,7 @@ def test_what_is_compared_is_the_base_and_the_export(tmp_path: Path, monkeypatch
 def test_base_against_itself_is_a_draw(tmp_path: Path) -> None:
     settings = loading.from_dict({**SMALL, "run": {"dir": str(tmp_path)}})
     source = find(settings.model)
-    found = evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", torch.device("cpu"))
-    text = str(found[0])
+    text = evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", World()).text(settings)
     facts = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     reward = facts["comparisons"][0]
     assert reward["name"] == "reward" and (reward["gain"], reward["win_rate"], reward["prompts"]) == (0.0, 0.5, 6)
@@ -132,8 +137,8 @@ def test_an_extracted_lora_stands_beside_the_full_model(name: str, tmp_path: Pat
         lora_files.write_kohya(adapters, source, tmp_path / name, {}, title="x", resolution=32)
     else:
         lora_files.write_diffusers(adapters, source, tmp_path / name)
-    found = evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", torch.device("cpu"))
-    assert {"reward", "reward (lora)"} <= {comparison.name for comparison in found}
+    found = evaluate(settings, source, pipeline_path(), tmp_path / "evaluation", World())
+    assert {("aligned", "reward"), ("lora", "reward")} <= {(c.model, c.name) for c in found.comparisons}
     facts = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert {c["gain"] for c in facts["comparisons"]} == {0.0}
     with (tmp_path / "evaluation" / "scores.csv").open() as stream:
@@ -143,22 +148,25 @@ def test_an_extracted_lora_stands_beside_the_full_model(name: str, tmp_path: Pat
 
 def test_without_a_scorer_there_are_images_only(tmp_path: Path) -> None:
     settings = loading.from_dict({"eval": {**SMALL["eval"], "scorer": "", "count": 2}})
-    found = evaluate(settings, find(settings.model), pipeline_path(), tmp_path, torch.device("cpu"))
-    assert found == [] and (tmp_path / "grid.png").is_file()
+    found = evaluate(settings, find(settings.model), pipeline_path(), tmp_path, World())
+    assert not found.comparisons and (tmp_path / "grid.png").is_file()
 
 
 def test_a_report_that_cannot_be_replaced_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = loading.from_dict({"eval": {**SMALL["eval"], "count": 2}})
-    prompts, pictures = ["a", "b"], [Image.new("RGB", (32, 32), "red")] * 2
+    prompts, store = ["a", "b"], ImageStore(tmp_path / "images")
+    store.add("00", Image.new("RGB", (32, 32), "red"))
+    out = tmp_path / "out"
+    out.mkdir()
 
     def write(value: float) -> None:
         scores = {"reward": {"base": np.array([value, 1.0]), "aligned": np.array([0.5, 1.0])}}
-        write_report(tmp_path, settings, prompts, {"base": pictures, "aligned": pictures}, scores, [])
+        write_report(out, settings, prompts, store, Evaluation([], [], scores, {}, {"base": ["00", "00"]}))
 
     write(0.25)
     names = {"scores.csv", "evaluation.json", "grid.png"}
     for number, name in enumerate(sorted(names)):
-        content = (tmp_path / name).read_bytes()
+        content = (out / name).read_bytes()
 
         def full(path: Path, name: str = name) -> None:
             if path.name.startswith(name):
@@ -167,8 +175,8 @@ def test_a_report_that_cannot_be_replaced_stays_whole(tmp_path: Path, monkeypatc
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr(storage, "sync", full)
             write(0.5 + number)
-        assert (tmp_path / name).read_bytes() == content
-    assert {file.name for file in tmp_path.iterdir()} == names
+        assert (out / name).read_bytes() == content
+    assert {file.name for file in out.iterdir()} == names
 
 
 def test_grid_shows_both_and_survives_long_prompts(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def drawn(seed: int, n: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray
 
 
 def test_comparison_by_hand() -> None:
-    found = compare("reward", np.array([0.1, 0.5, 0.3, 0.2]), np.array([0.2, 0.4, 0.3, 0.6]))
+    found = compare("model", "reward", np.array([0.1, 0.5, 0.3, 0.2]), np.array([0.2, 0.4, 0.3, 0.6]))
     assert (found.base, found.aligned, found.gain) == pytest.approx((0.275, 0.375, 0.1))
     assert found.win_rate == pytest.approx((2 + 0.5) / 4) and found.prompts == 4
     assert found.gain_low < 0.1 < found.gain_high
@@ -25,7 +25,7 @@ def test_comparison_by_hand() -> None:
 
 def test_equal_images_neither_win_nor_lose() -> None:
     same = np.linspace(0, 1, 9)
-    assert compare("reward", same, same).win_rate == 0.5
+    assert compare("model", "reward", same, same).win_rate == 0.5
 
 
 def test_few_differences_are_counted_exactly() -> None:
@@ -45,14 +45,14 @@ def test_random_signs_agree_with_all_of_them(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_p_values_are_uniform_where_nothing_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 500)
-    p = np.array([compare("x", *drawn(seed, 30)).p_value for seed in range(400)])
+    p = np.array([compare("model", "x", *drawn(seed, 30)).p_value for seed in range(400)])
     for level in (0.05, 0.5):
         assert (p <= level).mean() == pytest.approx(level, abs=4 * (level * (1 - level) / 400) ** 0.5)
 
 
 def test_intervals_cover_the_true_gain_and_win_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 500)
-    found = [compare("x", *drawn(seed, 80, shift=0.25)) for seed in range(300)]
+    found = [compare("model", "x", *drawn(seed, 80, shift=0.25)) for seed in range(300)]
     wins = 0.6914624612740131  # P(N(0.25, 0.5) > 0)
     for covered in (
         [c.gain_low <= 0.25 <= c.gain_high for c in found],
@@ -62,7 +62,7 @@ def test_intervals_cover_the_true_gain_and_win_rate(monkeypatch: pytest.MonkeyPa
 
 
 def test_ties_count_half_a_win() -> None:
-    found = compare("x", np.array([0.0, 0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0, 0.0]))
+    found = compare("model", "x", np.array([0.0, 0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0, 0.0]))
     assert (found.win_rate, found.ties, found.gain, found.median_gain) == (0.5, 0.5, 0.0, 0.0)
     assert "50.0% ties" in str(found)
 
@@ -75,7 +75,7 @@ def test_holm_by_hand() -> None:
 
 def test_several_scores_are_corrected_together() -> None:
     better, same = drawn(0, 60, shift=0.5), drawn(1, 60)
-    found = compare_all({"better": better, "same": same})
+    found = compare_all({("model", "better"): better, ("model", "same"): same})
     assert found[0].p_corrected == pytest.approx(2 * found[0].p_value) and found[0].p_corrected < 0.01
     assert found[1].p_corrected == found[1].p_value > 0.01
 
@@ -84,7 +84,7 @@ def test_thousands_of_prompts_need_little_memory(monkeypatch: pytest.MonkeyPatch
     """As many as HPDv2 has; parts do not change what is drawn twice."""
     base, aligned = drawn(3, 3200, shift=0.02)
     monkeypatch.setattr(statistics, "RESAMPLES", 200)
-    whole = compare("x", base, aligned)
+    whole = compare("model", "x", base, aligned)
     monkeypatch.setattr(statistics, "_CHUNK", 3200 * 7)
-    parts = compare("x", base, aligned)
+    parts = compare("model", "x", base, aligned)
     assert whole == parts

@@ -34,7 +34,7 @@ _OWN_HASH = re.compile(rb'"sha256": "[0-9a-f]{64}",\n "versions"')  # of a manif
 # A plot of the seconds, whose size varies, and with it the number of its writes; hashes of the plot and of the log.
 _OF_TIME = ("curves.png", "finished.json")
 # What a kill while a small file is replaced may leave, where no lock says that nobody else is writing.
-_LEFTOVERS = re.compile(r"(scores|store|run/evaluation)/[^/]+\.\d+-[0-9a-f]{8}\.tmp")
+_LEFTOVERS = re.compile(r"(scores|store|run/evaluation(?:/images/..)?)/[^/]+\.\d+-[0-9a-f]{8}\.tmp")
 
 
 class Campaign:

@@ -28,7 +28,8 @@ from smpo_fast.data.ingest.importer import import_pairs
 from smpo_fast.data.rewards.scoring import score
 from smpo_fast.engine import checkpoint
 from smpo_fast.engine.checkpoint import Progress
-from smpo_fast.evaluation.report import write_report
+from smpo_fast.evaluation.image_store import IMAGES, ImageStore
+from smpo_fast.evaluation.report import Evaluation, write_report
 from smpo_fast.models.export import export_pipeline
 from smpo_fast.models.load import empty_unet
 from smpo_fast.models.locate import find
@@ -94,9 +95,13 @@ def store(parent: Path) -> Path:
 def evaluation(parent: Path) -> Path:
     folder = parent / "evaluation"
     folder.mkdir()
-    images = {which: [Image.new("RGB", (32, 32))] for which in ("base", "aligned")}
-    values = {"reward": {which: np.ones(1) for which in images}}
-    write_report(folder, loading.from_dict({}), ["a circle"], images, values, [])
+    keys = {"base": ["a" * 64], "aligned": ["b" * 64]}
+    store = ImageStore(folder / IMAGES)
+    for (key,) in keys.values():
+        store.add(key, Image.new("RGB", (32, 32)))
+        store.add_scores(key, "embedded", {"reward": 1.0})
+    values = {"reward": {which: np.ones(1) for which in keys}}
+    write_report(folder, loading.from_dict({}), ["a circle"], store, Evaluation([], [], values, {}, keys))
     return folder
 
 

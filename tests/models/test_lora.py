@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from smpo_fast import cli, train
+from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
 from smpo_fast.config.schema import Config
 from smpo_fast.evaluation import compare
@@ -306,7 +307,7 @@ def test_command_line_evaluates_and_merges_a_run(
     found = []
     for export in (plain / "export", again / "merged"):
         settings = loading.load(None, small)
-        compare.evaluate(settings, find(settings.model), export, tmp_path / export.name, CPU)
+        compare.evaluate(settings, find(settings.model), export, tmp_path / export.name, World())
         found.append(json.loads((tmp_path / export.name / "evaluation.json").read_text())["comparisons"][0])
     assert found[0]["base"] == found[1]["base"] and found[0]["gain"] != 0.0
     assert found[0]["aligned"] == pytest.approx(found[1]["aligned"], abs=1e-3)

@@ -13,6 +13,7 @@ from helpers.formats import FORMATS
 
 from smpo_fast import cli
 from smpo_fast.common.storage import SEAL
+from smpo_fast.evaluation.image_store import IMAGES
 from smpo_fast.verification import report
 
 # Files without which an artefact is one of an earlier version, which did not write them; their absence is a note.
@@ -58,7 +59,8 @@ def groups(folder: Path, damage: str) -> list[list[Path]]:
     files = files_of(folder)
     if damage == "gone":  # nothing would be left to be recognised
         return [[file] for file in files]
-    return [[file] for file in files if file.name in DESCRIPTIONS] + [[f for f in files if f.name not in DESCRIPTIONS]]
+    descriptions = [f for f in files if f.name in DESCRIPTIONS or (IMAGES in f.parts and f.suffix == ".json")]
+    return [[file] for file in descriptions] + [[f for f in files if f not in descriptions]]
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
@@ -77,7 +79,8 @@ def test_a_good_artifact_verifies(name: str, made: dict[str, Path], capsys: pyte
     *lines, total = capsys.readouterr().out.splitlines()[1:]
     assert lines and all(line.startswith("ok   ") for line in lines)
     assert total == f"{len(lines)} things checked, none not as they should be"
-    assert all(any(file.name in line for line in lines) for file in files_of(made[name])), "every file has a line"
+    files = [file for file in files_of(made[name]) if IMAGES not in file.parts]  # there may be thousands
+    assert all(any(file.name in line for line in lines) for file in files), "every file has a line"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
