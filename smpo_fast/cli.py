@@ -84,12 +84,14 @@ def _verify(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     options, settings = arguments.arguments_of(commands.ScoreArguments, args), arguments.set_settings(args)
     from smpo_fast.common.runtime import world_from_environment
-    from smpo_fast.data.rewards import scoring
+    from smpo_fast.data.rewards import label_report, scoring
 
     with json_report(options.json_output) as facts:
         world = world_from_environment(options.device)
         found = scoring.score(options.pairs, options.out, options, world, settings.labels)
-        facts |= {"out": options.out, **{key: found.get(key) for key in ("counts", "scorers", "labels")}}
+        facts |= {"out": options.out, "counts": found["counts"], "scorers": found["scorers"]}
+        if world.rank == 0:  # which alone reports on the labels, and prints
+            facts["labels"] = label_report.read_report(options.out)
     return programs.DONE
 
 

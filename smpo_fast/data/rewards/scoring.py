@@ -23,8 +23,7 @@ FORMAT = 1
 
 
 def score(pairs: str, out: Path, options: ScoreOptions, world: World, settings: Labels) -> dict[str, Any]:
-    """Score the images of ``data.pairs`` = ``pairs`` into the folder ``out``; returns the content of its scores.json
-    and, on rank 0, as 'labels' what the training weights are made of.
+    """Score the images of ``data.pairs`` = ``pairs`` into the folder ``out``; returns the content of its scores.json.
 
     Every process that calls this does parts of the work; all return when it is complete. Rank 0 then reports on the
     training weights that the scores give with these ``settings``. If ``out`` already holds these scores, they are
@@ -54,7 +53,7 @@ def score(pairs: str, out: Path, options: ScoreOptions, world: World, settings: 
     _check_same(out, facts["made"], made_from)
     if world.rank == 0:
         print0(_summary(out, facts))
-        facts["labels"] = report_labels(out, settings)
+        report_labels(out, settings)
     return facts
 
 
