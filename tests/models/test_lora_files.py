@@ -70,7 +70,7 @@ def as_diffusers_fuses(folder: Path, source: ModelSource) -> Weights:
 
 
 def as_peft_merges(folder: Path, source: ModelSource) -> Weights:
-    unet = load_unet(source, loading.from_dict({}).model, torch.float32, CPU)
+    unet: Any = load_unet(source, loading.from_dict({}).model, torch.float32, CPU)
     return dict(PeftModel.from_pretrained(unet, folder).merge_and_unload().state_dict())
 
 
@@ -86,40 +86,59 @@ READERS: dict[str, list[Callable[[Path, ModelSource], Weights]]] = {
 }
 
 
+def check_readers(name: str, trained_: tuple[ModelSource, Any, Adapters], folder: Path) -> None:
+    source, model, adapters = trained_
+    write(name, adapters, source, folder / name)
+    expected = lora.merged_state(source, model, adapters)
+    for reader in READERS[name]:
+        if adapters.settings["use_dora"] and reader is as_the_base_of_a_run:
+            continue  # model.lora takes no DoRA
+        found = reader(folder / name, source)
+        for layer, value in expected.items():
+            torch.testing.assert_close(found[layer], value, rtol=1e-5, atol=1e-6, msg=f"{reader.__name__}: {layer}")
+    assert {finding.grade for finding in verify_export(folder / name)} == {"ok"}
+
+
+@pytest.mark.parametrize("name", ["lora-kohya", pytest.param("lora-peft", marks=pytest.mark.slow),
+                                  pytest.param("lora-diffusers", marks=pytest.mark.slow)])  # fmt: skip
+def test_every_reader_gets_the_weights_that_the_run_merges(name: str, tmp_path: Path) -> None:
+    """Every kind of layer of an SDXL UNet."""
+    check_readers(name, trained("embedded", rank=4, alpha=9.0, targets=[*EVERYWHERE, *ADDED]), tmp_path)
+
+
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize(
     "words",
-    [
-        {"rank": 4, "alpha": 9.0, "targets": [*EVERYWHERE, *ADDED]},
-        {"rank": 3, "use_rslora": True, "alpha": 5.0},
-        {"rank": 2, "use_dora": True},
-    ],
-    ids=["every layer", "rslora", "dora"],
+    [{"rank": 2, "alpha": 3.0, "targets": EVERYWHERE}, {"rank": 3, "use_rslora": True, "alpha": 5.0}],
+    ids=["every layer", "rslora"],
 )
-def test_every_reader_gets_the_weights_that_the_run_merges(name: str, words: dict[str, Any], tmp_path: Path) -> None:
-    source, model, adapters = trained("embedded", **words)
-    if (name, words.get("use_dora")) == ("lora-kohya", True):
-        with pytest.raises(ModelError, match="do not agree on what a DoRA is"):
-            write(name, adapters, source, tmp_path / name)
-        return
-    write(name, adapters, source, tmp_path / name)
-    expected = lora.merged_state(source, model, adapters)
-    for reader in READERS[name]:
-        if "use_dora" in words and reader is as_the_base_of_a_run:
-            continue  # model.lora takes no DoRA
-        found = reader(tmp_path / name, source)
-        for layer, value in expected.items():
-            torch.testing.assert_close(found[layer], value, rtol=1e-5, atol=1e-6, msg=f"{reader.__name__}: {layer}")
-    assert {finding.grade for finding in verify_export(tmp_path / name)} == {"ok"}
+def test_every_reader_gets_the_weights_of_sd15(
+    name: str, words: dict[str, Any], sd15_pipeline: Maker, tmp_path: Path
+) -> None:
+    check_readers(name, trained(sd15_pipeline("epsilon"), **words), tmp_path)
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_sd15(name: str, sd15_pipeline: Maker, tmp_path: Path) -> None:
-    source, model, adapters = trained(sd15_pipeline("epsilon"), rank=2, alpha=3.0, targets=EVERYWHERE)
-    write(name, adapters, source, tmp_path / name)
-    expected = lora.merged_state(source, model, adapters)
-    found = READERS[name][0](tmp_path / name, source)
-    assert all(torch.allclose(found[layer], value, rtol=1e-5, atol=1e-6) for layer, value in expected.items())
+def test_a_dora_is_written_where_readers_agree_on_it(sd15_pipeline: Maker, tmp_path: Path) -> None:
+    found = trained(sd15_pipeline("epsilon"), rank=2, use_dora=True)
+    for name in ("lora-peft", "lora-diffusers"):
+        check_readers(name, found, tmp_path)
+    with pytest.raises(ModelError, match="do not agree on what a DoRA is"):
+        write("lora-kohya", found[2], found[0], tmp_path / "lora-kohya")
+    assert not (tmp_path / "lora-kohya").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "name"),
+    [("sdxl", 722, "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k"),
+     ("sd15", 192, "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k")],
+)  # fmt: skip
+def test_a_public_unet_has_as_many_layers_as_kohyas_scripts_adapt(kind: str, count: int, name: str) -> None:
+    """The linear layers and convolutions of one pixel inside transformers: the scripts print this number."""
+    names = lora_files._kohya_names(find(loading.from_dict({"model": {"path": kind}}).model, weights=False))
+    ends = ("attn1_to_q", "attn1_to_k", "attn1_to_v", "to_out_0", "attn2_to_q", "attn2_to_k", "attn2_to_v",
+            "ff_net_0_proj", "ff_net_2", "proj_in", "proj_out")  # fmt: skip
+    adapted = [known for known in names.values() if known.endswith(ends)]
+    assert len(adapted) == len(set(adapted)) == count and name in adapted
 
 
 def test_kohyas_names_are_the_original_ones_for_sdxl_and_diffusers_for_sd15(sd15_pipeline: Maker) -> None:
