@@ -158,7 +158,9 @@ def read_weights(
     manifest = read_manifest(folder)
     saved, kind = ShardReader([folder / name for name in manifest["files"]]), AVERAGE if averaged else "weight"
     if averaged and not any(saved.slices(name, AVERAGE) for name in shapes):
-        raise CheckpointError(f"checkpoint {folder} has no average of the weights: it was written without optim.ema")
+        raise CheckpointError(
+            f"checkpoint {folder} has no average of the weights: it was written without optim.ema; take its raw weights"
+        )
     weights = {
         name: saved.elements(ParameterSlice(name, 0, math.prod(shape)), kind).float().view(*shape)
         for name, shape in shapes.items()
