@@ -228,7 +228,7 @@ def _peft_settings(header: Header, part: str) -> _PeftSettings:
             settings = read_object(beside, "model.lora") if beside.is_file() else {}
         others = {str(end).removeprefix("^"): float(a) for end, a in dict(settings.get("alpha_pattern") or {}).items()}
         usual = float(settings.get("lora_alpha") or 0)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"model.lora: {header.file}: its peft settings ({LORA_SETTINGS}) cannot be read: {error}"
         ) from error

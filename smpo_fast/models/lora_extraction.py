@@ -93,7 +93,7 @@ def extract(
     tensors: dict[str, Tensor] = {}
     layers, left_out = [], 0.0
     for name, weight in tqdm(weights.items(), desc="extract LoRA", unit="tensor"):
-        change = state[name].to(device, torch.float32) - weight
+        change = to_export_dtype({name: state[name]}, "float32")[name].to(device) - weight
         if name not in matrices:
             left_out += float(change.square().sum(dtype=torch.float64))
         elif change.any():
@@ -162,5 +162,9 @@ def _probe(source: ModelSource, resolution: int, device: torch.device) -> list[d
 
 
 def _predict(unet: nn.Module, calls: Sequence[Mapping[str, Any]]) -> Tensor:
-    """The predictions of all calls, in one row."""
-    return torch.cat([unet(**words, return_dict=False)[0].flatten() for words in calls])
+    """The predictions of all calls, in one row.
+
+    They are computed without TF32, whose rounding may be as large as what training has changed.
+    """
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return torch.cat([unet(**words, return_dict=False)[0].flatten() for words in calls])

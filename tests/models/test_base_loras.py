@@ -161,7 +161,13 @@ def test_what_cannot_be_added_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
-    "facts", ["{", "3", *(json.dumps({"unet.alpha_pattern": found}) for found in (3, {"conv_in": "x"}, {"conv_.*": 4}))]
+    "facts",
+    [
+        "{",
+        "3",
+        "[[1, 2]]",
+        *(json.dumps({"unet.alpha_pattern": found}) for found in (3, {"conv_in": "x"}, {"conv_.*": 4})),
+    ],
 )
 def test_settings_that_cannot_be_followed_are_refused(facts: str, tmp_path: Path) -> None:
     save_file(peft("unet."), tmp_path / "a.safetensors", {"lora_adapter_metadata": facts})

@@ -136,3 +136,11 @@ def test_a_network_that_has_not_changed_has_no_lora(sd15_pipeline: Maker) -> Non
     base, _ = tuned(model)
     with pytest.raises(ModelError, match="no layer of the UNet has changed"):
         extracted(model, base)
+
+
+def test_weights_that_are_not_finite_are_named(sd15_pipeline: Maker) -> None:
+    model = settings(sd15_pipeline("epsilon"))
+    _, state = tuned(model)
+    state["conv_out.weight"][0, 0, 0, 0] = torch.nan
+    with pytest.raises(ModelError, match="conv_out.weight has NaN or infinite values"):
+        extracted(model, state)
