@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from smpo_fast.common.errors import ConfigError, EnvironmentProblem, ModelError
@@ -161,14 +161,17 @@ def _as_json(settings: Any) -> dict[str, Any]:
 
 
 def read_adapters(folder: Path) -> Adapters:
-    """The adapters that a run has exported. Raises ModelError for a folder without any."""
+    """The adapters that a run has exported. Raises ModelError for a folder without any, and for a damaged file."""
     file = folder / FILE
     if not file.is_file():
         raise ModelError(f"{folder} has no {FILE}: train with lora.rank first")
-    with safe_open(file, framework="pt") as opened:
-        said = json.loads((opened.metadata() or {}).get(LORA_SETTINGS, "{}"))
-        tensors = {name.removeprefix("unet."): opened.get_tensor(name) for name in opened.keys()}
-    return Adapters(tensors, {name.removeprefix("unet."): value for name, value in said.items()})
+    try:
+        with safe_open(file, framework="pt") as opened:
+            said = dict(json.loads((opened.metadata() or {}).get(LORA_SETTINGS, "{}")))
+            tensors = {name.removeprefix("unet."): opened.get_tensor(name) for name in opened.keys()}
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{file} cannot be read ({error}): put back a good copy, or finish the run again") from error
+    return Adapters(tensors, {str(name).removeprefix("unet."): value for name, value in said.items()})
 
 
 def merged_state(source: ModelSource, model: Model, adapters: Adapters) -> dict[str, Tensor]:

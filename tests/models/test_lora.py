@@ -302,6 +302,9 @@ def test_command_line_evaluates_and_merges_a_run(
     (again / "export").mkdir(parents=True)
     assert cli.main(["merge", f"run.dir={again}"]) == 2
     assert "has no pytorch_lora_weights.safetensors" in capsys.readouterr().err
+    (again / "export" / lora.FILE).write_bytes(b"cut off")
+    assert cli.main(["merge", f"run.dir={again}"]) == 2
+    assert f"{lora.FILE} cannot be read" in capsys.readouterr().err
     (again / "export" / lora.FILE).write_bytes((plain / "export" / lora.FILE).read_bytes())
     assert cli.main(["merge", f"run.dir={again}", "model.export_dtype=float32"]) == 0
     found = []
