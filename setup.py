@@ -24,6 +24,7 @@ setup(
         "smpo_fast.recipes": ["*.toml", "*.json"],
         "smpo_fast.embedded": ["default.toml", "assets/*", "assets/**/*"],
         "smpo_fast.models": ["public/*", "public/**/*"],
+        "smpo_fast.publishing": ["web/*"],
     },
     install_requires=[
         "torch>=2.10,<2.14",
@@ -34,6 +35,7 @@ setup(
         "bitsandbytes>=0.49",
         "fsspec",
         "huggingface_hub",
+        "jinja2",
         "matplotlib",
         "numpy",
         "pillow",

@@ -109,8 +109,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     settings, options = arguments.settings_of(args), arguments.arguments_of(commands.EvaluateArguments, args)
     from smpo_fast.common.runtime import world_from_environment
     from smpo_fast.evaluation import compare
+    from smpo_fast.publishing.web_report import renew
 
-    compare.run(settings, world_from_environment(settings.run.device), as_json=options.json_output)
+    world = world_from_environment(settings.run.device)
+    compare.run(settings, world, as_json=options.json_output)
+    if world.rank == 0 and (file := renew(Path(settings.run.dir))):
+        print(f"{file}: open it in a browser", file=sys.stderr if options.json_output else sys.stdout)
     return programs.DONE
 
 
@@ -129,6 +133,14 @@ def _merge(args: argparse.Namespace) -> int:
     folder = Path(settings.run.dir) / "merged"
     lora.merge(settings, find(settings.model), Path(settings.run.dir) / "export", folder)
     print(f"{folder}: the pipeline, with the adapters merged into its weights")
+    return programs.DONE
+
+
+def _report(args: argparse.Namespace) -> int:
+    options = arguments.arguments_of(commands.ReportArguments, args)
+    from smpo_fast.publishing.web_report import write_web_report
+
+    print(f"{write_web_report(options.run)}: open it in a browser")
     return programs.DONE
 
 
@@ -182,6 +194,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "export": _export,
     "merge": _merge,
+    "report": _report,
     "push": _push,
     "plan": _plan,
     "tune": _tune,

@@ -37,6 +37,7 @@ def run(settings: Config, options: TrainArguments) -> int:
     with programs.ended_by_interrupt():
         from smpo_fast.common.runtime import Stopped, print0
         from smpo_fast.publishing.model_card import write_card
+        from smpo_fast.publishing.web_report import write_web_report
         from smpo_fast.training.dry_run import survey
         from smpo_fast.training.job import Job
         from smpo_fast.training.overview import overview
@@ -56,6 +57,7 @@ def run(settings: Config, options: TrainArguments) -> int:
         train(job, speed.measured)
         if job.world.rank == 0:
             card = write_card(job.run_dir)
+            print0(f"  {write_web_report(job.run_dir).name:<15} all of this on one page: open it in a browser")
             print0(f"  {card.name:<15} the model card; smpo push {job.run_dir} OWNER/NAME uploads it with the export")
     except Stopped as stopped:
         where = f"the state is saved below {settings.run.dir}"

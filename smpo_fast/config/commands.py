@@ -201,6 +201,12 @@ class GenerateArguments(GenerateOptions):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description=DEVICE)
 
 
+class ReportArguments(Section):
+    """Arguments of ``smpo report``."""
+
+    run: Annotated[Path, POSITIONAL] = Field(description="folder of a finished run")
+
+
 class PushArguments(Section):
     """Arguments of ``smpo push``."""
 
@@ -400,6 +406,12 @@ COMMANDS: dict[str, Command] = {
         "smpo evaluate run.dir=runs/mine",
         EvaluateArguments,
         "run",
+    ),
+    "report": Command(
+        JUDGE,
+        "write report.html again: a finished run and its evaluation on one page",
+        "smpo report runs/mine",
+        ReportArguments,
     ),
     "export": Command(
         HAND_OVER,

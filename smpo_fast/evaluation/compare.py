@@ -14,7 +14,7 @@ from smpo_fast.common.json_report import json_report
 from smpo_fast.common.runtime import World, print0
 from smpo_fast.config.schema import Config
 from smpo_fast.data.rewards.scorers import Scorer, check_scorer, load_scorer, scorer_identity
-from smpo_fast.evaluation.contenders import BASE, contenders
+from smpo_fast.evaluation.contenders import BASE, check_contenders, contenders
 from smpo_fast.evaluation.image_store import IMAGES, ImageStore
 from smpo_fast.evaluation.measures import DIVERSITY, MEASURES, diversity, measure
 from smpo_fast.evaluation.report import Evaluation, Values, write_report
@@ -28,6 +28,7 @@ def check(config: Config) -> None:
     """Check ``[eval]`` before anything is loaded; raises the UserError that names what is missing or wrong."""
     if config.eval.prompts:
         read_prompts(config)
+        check_contenders(config)
     for name in _scorers(config):
         check_scorer(name, "eval.scorer")
 

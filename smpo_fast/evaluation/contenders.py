@@ -13,7 +13,7 @@ import torch
 from smpo_fast.common import remote, storage
 from smpo_fast.common.errors import ConfigError
 from smpo_fast.config import loading
-from smpo_fast.config.schema import Config, Model
+from smpo_fast.config.schema import EMBEDDED, EMBEDDED_V, Config, Model
 from smpo_fast.models import lora
 from smpo_fast.models.base_loras import is_lora
 from smpo_fast.models.export import exported_model
@@ -53,7 +53,7 @@ def contenders(config: Config, source: ModelSource, export: Path) -> list[Conten
     found = [_pipeline(BASE, source), _exported(ALIGNED, config.model, source, export)]
     if extracted := extracted_lora(config):
         found.append(_exported(EXTRACTED, config.model, source, extracted))
-    found += [_given(word, config.model, source) for word in config.eval.contenders]
+    found += [_given(word, config.model) for word in config.eval.contenders]
     names = [contender.name for contender in found]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"eval.contenders: two are called '{repeated[0]}': give one another name, as in name=place")
@@ -107,22 +107,42 @@ def _identity(source: ModelSource) -> dict[str, Any]:
     }
 
 
-def _given(word: str, base: Model, source: ModelSource) -> Contender:
+def check_contenders(config: Config) -> None:
+    """Check ``eval.contenders`` as far as that needs no weights: raises what ``contenders`` would."""
+    for word in config.eval.contenders:
+        name, place = _named(word)
+        if not _is_run(place):
+            find(_model(place, config.model), weights=False)
+        if name in (BASE, ALIGNED, EXTRACTED):
+            raise ConfigError(f"eval.contenders: '{name}' is a name of its own here: give another, as in name=place")
+
+
+def _given(word: str, base: Model) -> Contender:
     """A contender of ``eval.contenders``; what it does not have itself is taken from the base."""
-    named = _NAMED.fullmatch(word)
-    name, place = (named[1].strip(), named[2]) if named else ("", word)
+    name, place = _named(word)
+    if _is_run(place):
+        of_run = loading.load(Path(place) / "config.toml").model
+        return _exported(name, of_run, find(of_run), Path(place) / "export")
+    return _pipeline(name, find(_model(place, base)))
+
+
+def _named(word: str) -> tuple[str, str]:
+    """Name and place of a contender."""
+    found = _NAMED.fullmatch(word)
+    name, place = (found[1].strip(), found[2]) if found else ("", word)
     if place in PUBLISHED:
         name, place = name or place, PUBLISHED[place]
-    name = name or Path(place).stem
-    folder = Path(place)
-    if (folder / "config.toml").is_file() and (folder / "export").is_dir():
-        of_run = loading.load(folder / "config.toml").model
-        return _exported(name, of_run, find(of_run), folder / "export")
-    return _pipeline(name, find(_model(place, base)))
+    return name or Path(place).stem, place
+
+
+def _is_run(place: str) -> bool:
+    return (Path(place) / "config.toml").is_file() and (Path(place) / "export").is_dir()
 
 
 def _model(place: str, base: Model) -> Model:
     """The section [model] of a contender: a pipeline of its own, or the base with another UNet or one LoRA more."""
+    if place in (EMBEDDED, EMBEDDED_V):
+        return exported_model(base, Path(place))
     if is_lora(place):
         return base.model_copy(update={"lora": [*base.lora, place]})
     if Path(place).is_file():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +51,16 @@ class ImageStore:
             raise DataError(f"{problem.place} {problem.text}")
         with Image.open(self.file(key)) as image:
             return image.convert("RGB")
+
+    def data_url(self, key: str, side: int) -> str:
+        """An image as a URL with its content: exactly up to half of ``side`` px, otherwise reduced to ``side``."""
+        image, stream = self.image(key), io.BytesIO()
+        if max(image.size) <= side // 2:
+            image.save(stream, "PNG")
+            return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        image.save(stream, "WEBP", quality=85)
+        return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
     def problem(self, key: str) -> Finding | None:
         """What is wrong with an image or its record, if anything."""

@@ -84,3 +84,13 @@ def write_scores(file: Path, prompts: Sequence[str], scores: Values) -> None:
         writer = csv.writer(stream)
         writer.writerow(["prompt", *(name for name, _ in columns)])
         writer.writerows([prompt, *(f"{values[i]:.6g}" for _, values in columns)] for i, prompt in enumerate(prompts))
+
+
+def read_scores(file: Path) -> dict[str, np.ndarray]:
+    """The columns of scores.csv but the prompts, [n] each; none where there is no such file."""
+    if not file.is_file():
+        return {}
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    names = [name for name in (rows[0] if rows else {}) if name != "prompt"]
+    return {name: np.array([float(row[name]) for row in rows]) for name in names}

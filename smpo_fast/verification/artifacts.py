@@ -20,6 +20,7 @@ from smpo_fast.engine.verify import is_checkpoint, is_checkpoints_folder, verify
 from smpo_fast.evaluation.verify import is_evaluation, verify_evaluation
 from smpo_fast.models.base_facts import CARD
 from smpo_fast.models.verify import is_export, is_exports, verify_export, verify_exports
+from smpo_fast.publishing.web_report import REPORT as WEB_REPORT
 from smpo_fast.training.run_folder import FINISHED, OWN_FILES
 from smpo_fast.training.run_lock import LOCK_FILE
 from smpo_fast.training.verify import is_run, is_store, verify_own_files, verify_store
@@ -71,7 +72,7 @@ def _verify_run(folder: Path, request: Request) -> Iterator[Finding]:
         artifact = _recognise(path)
         if artifact is not None:
             yield from artifact.verify(path, request)
-        elif path.name in ("tensorboard", CARD):
+        elif path.name in ("tensorboard", CARD, WEB_REPORT):
             yield note(path, "not checked: nothing is read from it")
         else:
             yield note(path, leftover_advice(path.name) or "not checked: no run writes it")

@@ -16,6 +16,7 @@ from smpo_fast.common import remote
 from smpo_fast.common.errors import ConfigError, ModelError
 from smpo_fast.common.runtime import World
 from smpo_fast.config import loading
+from smpo_fast.evaluation import compare
 from smpo_fast.evaluation import contenders as module
 from smpo_fast.evaluation.compare import evaluate
 from smpo_fast.evaluation.contenders import Contender, contenders
@@ -107,8 +108,18 @@ def test_mistakes(aligned: Path) -> None:
         given(str(aligned), str(aligned))
     with pytest.raises(ConfigError, match="two are called 'base'"):
         given(f"base={aligned}")
-    with pytest.raises(ModelError, match=r"\./nowhere"):
-        given("./nowhere")
+    for words in (["./nowhere"], ["x=./nowhere"]):
+        with pytest.raises(ModelError, match=r"\./nowhere"):
+            given(*words)
+        with pytest.raises(ModelError, match=r"\./nowhere"):  # before a run trains
+            compare.check(loading.from_dict({"eval": {"prompts": "embedded", "contenders": words}}))
+    with pytest.raises(ConfigError, match="'aligned' is a name of its own"):
+        compare.check(loading.from_dict({"eval": {"prompts": "embedded", "contenders": [f"aligned={aligned}"]}}))
+
+
+def test_the_miniatures_are_known_by_name() -> None:
+    (found,) = given("embedded-v")
+    assert found.name == "embedded-v" and found.identity["scheduler"]["prediction_type"] == "v_prediction"
 
 
 def test_all_are_compared_with_the_base(aligned: Path, tmp_path: Path) -> None:
