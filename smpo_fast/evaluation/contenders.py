@@ -108,7 +108,10 @@ def _identity(source: ModelSource) -> dict[str, Any]:
 
 
 def check_contenders(config: Config) -> None:
-    """Check ``eval.contenders`` as far as that needs no weights: raises what ``contenders`` would."""
+    """Check ``eval.contenders`` as far as that needs no weights.
+
+    Raises ConfigError for a name that is taken, and for a place errors like ``models.locate.find``.
+    """
     for word in config.eval.contenders:
         name, place = _named(word)
         if not _is_run(place):

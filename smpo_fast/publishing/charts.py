@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 WIDTH, HEIGHT = 360, 180
-_LEFT, _BOTTOM, _TOP = 44, 22, 8
+_LEFT, _BOTTOM, _TOP = 56, 22, 8
 _MOST = 400  # points of a line
 _SMOOTHED = 0.02  # share of the steps over which a line is averaged
 
