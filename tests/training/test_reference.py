@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,10 +262,10 @@ def test_evaluation_has_the_memory_of_the_networks_for_itself(
         alive.append(weakref.ref(network))
         return network
 
-    def evaluate(*_: Any) -> list[str]:
+    def evaluate(*_: Any) -> Any:
         assert alive and not [r for r in alive if r() is not None], "a network of training is still there"
         alive.clear()
-        return ["looked"]
+        return SimpleNamespace(text=lambda config: "looked")
 
     monkeypatch.setattr(load, "load_network", spy)
     monkeypatch.setattr(finish.compare, "evaluate", evaluate)
