@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from architectures import SCHEDULER, SDXL, SDXL_TOY, Architecture, make_inputs, make_unet  # noqa: E402
+from helpers.answers import json_answer  # noqa: E402
 from helpers.ranks import run_ranks  # noqa: E402
 
 from smpo_fast import cli
@@ -335,17 +335,16 @@ def test_the_command_tells_everything(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_json_and_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
-    status, text = command(capsys, "--gpu-memory", "0.7", "--json")
-    found = json.loads(text)
-    assert status == 1 and found["fits"] is False and found["needed"] > 0.7e9
+    found, _ = json_answer(capsys, "plan", "--gpu-memory", "0.7", status=1)
+    assert found["fits"] is False and found["needed"] > 0.7e9
     assert found["time"]["basis"].startswith("no figure") and found["time"]["hours"] is None
 
 
 def test_measured_on_this_device(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["batch.pairs_per_step=4", "batch.micro_pairs=2", "batch.inversion_pairs=2", "run.device=cpu"]
-    status, text = command(capsys, *words, "--measure", "--json")
-    told = json.loads(text)["time"]
-    assert status == 0 and told["basis"].startswith("measured on") and "modelled" not in told["basis"]
+    found, _ = json_answer(capsys, "plan", *words, "--measure")
+    told = found["time"]
+    assert told["basis"].startswith("measured on") and "modelled" not in told["basis"]
     assert set(told["seconds"]) == {"inversion", "reference", "policy", "optimizer"} and told["step_seconds"] > 0
 
 
