@@ -438,7 +438,7 @@ def kill_repeatedly(table: str, out: str, log: str, points: int, seconds: float)
     print(f"{kills} kills")
 
 
-@pytest.mark.parametrize("points", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_points_it_loses_and_repeats_nothing(
     tmp_path: Path, many: tuple[Path, Path, list[str]], points: int
 ) -> None:
@@ -485,6 +485,7 @@ def test_a_kill_just_after_publishing_leaves_nothing_for_good(
     assert digests(out) == digests(many[1])
 
 
+@pytest.mark.slow
 def test_what_a_dead_process_held_is_taken_over(tmp_path: Path, many: tuple[Path, Path, list[str]]) -> None:
     table, whole, encoded = many
     assert "[-9, 0, 0]" in alone("kill_one_of_three", table, tmp_path / "c")

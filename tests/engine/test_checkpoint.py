@@ -348,7 +348,7 @@ def slow(*values: Any) -> Any:
 LAYOUTS = [
     (0, "adamw", "fp32"), slow(1, "adamw", "bf16"), (2, "adamw", "fp32"), (3, "adamw", "bf16"),
     slow(1, "adamw8bit", "fp32"), slow(2, "paged_adamw8bit", "bf16"), (3, "adamw8bit", "fp32"),
-    (2, "lion8bit", "fp32"), slow(1, ALIGNED, "bf16"), (2, ALIGNED, "fp32"), ("3_offload", ALIGNED, "bf16"),
+    (2, "lion8bit", "fp32"), slow(1, ALIGNED, "bf16"), (2, ALIGNED, "fp32"), slow("3_offload", ALIGNED, "bf16"),
     slow(0, "adafactor", "fp32"),
 ]  # fmt: skip
 
@@ -570,6 +570,7 @@ def hang_while_saving(rank: int, size: int, folder: Path) -> float:
     return math.inf
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_while_the_others_save(tmp_path: Path) -> None:
     first, _ = end_ranks(hang_while_saving, 2, folder=tmp_path)
     assert first.value is not None and first.value < 60, first.output[-3000:]

@@ -103,7 +103,7 @@ def check_agreement(found: list[tuple[Any, ...]], settings: Config, loss_error: 
 # The same four pairs on every rank and no clipping: the mean over ranks is each rank's gradient, to the last bit.
 EXACT = [
     (ALIGNED, "fp32", 0), slow(ALIGNED, "fp32", 1), (ALIGNED, "fp32", 2), (ALIGNED, "fp32", 3),
-    slow(ALIGNED, "fp32", "2_offload"), slow(ALIGNED, "bf16", 1), (ALIGNED, "bf16", "3_offload"),
+    slow(ALIGNED, "fp32", "2_offload"), slow(ALIGNED, "bf16", 1), slow(ALIGNED, "bf16", "3_offload"),
     slow("adamw", "fp32", 1), ("adamw", "fp32", 2), slow("adamw", "fp32", "3_offload"),
 ]  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_sharding_over_two_ranks_changes_no_bit(optimizer: str, precision: str, 
 
 
 @pytest.mark.parametrize(
-    "optimizer, precision, stage", [slow(ALIGNED, "fp32", 1), slow(ALIGNED, "bf16", 2), (ALIGNED, "bf16", 3)]
+    "optimizer, precision, stage", [slow(ALIGNED, "fp32", 1), slow(ALIGNED, "bf16", 2), slow(ALIGNED, "bf16", 3)]
 )
 def test_sharding_over_four_ranks_changes_no_bit(optimizer: str, precision: str, stage: int) -> None:
     check_exact(4, optimizer, precision, stage)

@@ -100,6 +100,7 @@ def compiled(capability: str, which: str = "") -> dict[str, dict[str, Any]]:
     return {name: by_capability[capability] for name, by_capability in table.items() if by_capability}
 
 
+@pytest.mark.slow
 def test_every_kernel_is_in_the_table() -> None:
     assert set(compiled("90")) == set(CEILINGS)
 

@@ -396,7 +396,7 @@ def trained(dtype: torch.dtype, enabled: list[str], steps: int) -> list[dict[str
     return seen
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_training_stays_as_close_to_float64_as_eager_code_does(steps: int) -> None:
     truth, eager = trained(torch.float64, [], steps), trained(torch.float32, [], steps)
     fused = trained(torch.float32, list(kernel_patch.MODULES), steps)

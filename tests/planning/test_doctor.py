@@ -44,6 +44,7 @@ def found(ds_file: Path | None = None) -> dict[str, Finding]:
     return {f.name: f for f in doctor.findings(ds_file)}
 
 
+@pytest.mark.slow
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     """With real processes: training can run where these tests run."""
     status = cli.main(["doctor", "--ds_config", str(CONFIGS / "ds_zero2.json"), "--json"])

@@ -63,7 +63,7 @@ RUNS = {
     "SDXL, Adafactor": pytest.param(SDXL, settings(1, 4, optimizer="adafactor"), marks=SLOW),
     "SD1.5, all weights, 24 GB": pytest.param(SD15, settings(2, 16, False, "adamw"), marks=SLOW),
     "SD1.5, averaged": pytest.param(SD15, settings(2, 16, optim_ema=0.999), marks=SLOW),
-    "SD1.5, all weights, 12 GB, averaged on the host": (SD15, averaged_on_host(2, 16)),
+    "SD1.5, all weights, 12 GB, averaged on the host": pytest.param(SD15, averaged_on_host(2, 16), marks=SLOW),
 }
 
 

@@ -111,6 +111,7 @@ def check_stages(size: int, stages: list[int | None]) -> None:
                 assert planned == pytest.approx(peak, rel=0.05), f"stage {stage}, {size} ranks, {phase}"
 
 
+@pytest.mark.slow
 def test_memory_of_real_engines() -> None:
     """Weights, masters, gradients and states are where ``memory.ZERO_LAYOUTS`` says, with and without DeepSpeed."""
     check_stages(1, [None, 2])
@@ -130,6 +131,7 @@ def test_every_optimizer_and_precision_of_the_settings_has_its_bytes() -> None:
     assert set(sums) == set(memory.GRADIENT_BYTES)
 
 
+@pytest.mark.slow
 def test_the_float8_copy_of_the_weights_is_planned_for() -> None:
     """A byte for each weight of SDXL's transformer blocks but the keys and values of the prompt, and scales."""
     allocated = []

@@ -367,7 +367,9 @@ def test_saved_activations_of_a_pair(checkpointing: bool, frozen: float) -> None
     check(f"GB saved for the backward pass, checkpointing {checkpointing}", frozen, round(found, 3))
 
 
-@pytest.mark.parametrize(("checkpointing", "frozen"), [(False, 0.0291), (True, 0.028)])
+@pytest.mark.parametrize(
+    ("checkpointing", "frozen"), [pytest.param(False, 0.0291, marks=pytest.mark.slow), (True, 0.028)]
+)
 def test_planned_peak_of_a_miniature(checkpointing: bool, frozen: float) -> None:
     found = ours.planned_peak(SDXL_TOY, checkpointing) / 1e9
     check("GB at the peak of a toy step", frozen, round(found, 4))

@@ -110,6 +110,7 @@ def test_where_the_run_stands(
     assert f"the contents of engine/{damaged.name} have changed" in said and "The last usable checkpoint is" in said
 
 
+@pytest.mark.slow
 def test_a_merged_pipeline_of_an_earlier_export_is_marked(
     cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,7 +38,13 @@ def calls_of(run_dir: Path, *words: str) -> dict[str, int]:
     return counted
 
 
-@pytest.mark.parametrize("how", [["inversion.network=reference", "inversion.steps=4"], ["objective.name=dpo"]])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["inversion.network=reference", "inversion.steps=4"],
+        pytest.param(["objective.name=dpo"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_store_spares_later_runs_the_inversion_and_the_reference(how: list[str], cache: str, tmp_path: Path) -> None:
     """Bit for bit the run that wrote it, also at another beta and learning rate than it was written at."""
     words = [cache, *how, f"inversion.store={tmp_path / 'store'}"]
@@ -63,7 +69,7 @@ def test_winner_and_loser_get_the_same_random_noise(cache: str, tmp_path: Path) 
     assert not torch.equal(noise[0], noise[1])
 
 
-@pytest.mark.parametrize("landings", [1, 3])
+@pytest.mark.parametrize("landings", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_store_changes_a_run_by_the_rounding_of_tau_alone(landings: int, cache: str, tmp_path: Path) -> None:
     words = [cache, "inversion.network=reference", "inversion.steps=4", f"inversion.per_trajectory={landings}"]
     assert run(tmp_path / "plain", *words) == 0

@@ -191,6 +191,7 @@ def test_a_long_run_measures_what_is_left_open(
     assert found.speed.startswith("auto: measured on")
 
 
+@pytest.mark.slow
 def test_what_was_measured_at_the_start_is_found_by_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
