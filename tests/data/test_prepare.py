@@ -438,7 +438,7 @@ def kill_repeatedly(table: str, out: str, log: str, points: int, seconds: float)
     print(f"{kills} kills")
 
 
-@pytest.mark.parametrize("points", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [pytest.param(p, marks=pytest.mark.slow) for p in (20, 200)])
 def test_killed_at_random_points_it_loses_and_repeats_nothing(
     tmp_path: Path, many: tuple[Path, Path, list[str]], points: int
 ) -> None:

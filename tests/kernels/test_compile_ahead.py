@@ -16,7 +16,7 @@ from helpers.paths import ROOT
 SCRIPT = ROOT / "tests" / "helpers" / "compile_ahead.py"
 CAPABILITIES = ("80", "89", "90", "100")
 # With nothing in Triton's cache, sm_90 alone took 31 s of processor time: the other architectures are slow tests.
-MARKED = [pytest.param(c, marks=() if c == "90" else pytest.mark.slow) for c in CAPABILITIES]
+MARKED = [pytest.param(c, marks=pytest.mark.slow) for c in CAPABILITIES]  # CI runs them all
 # Register counts depend on Triton's version: with any other than this one, only spills and widths are checked.
 TABLE_OF = "3.9."
 # case: kernel -> (most registers over the architectures, bytes of shared memory)

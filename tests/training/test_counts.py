@@ -342,7 +342,7 @@ def _fused_losses(prediction: torch.Tensor, *rest: Any) -> Losses:
     return Losses(loss, loss.detach(), errors, errors)
 
 
-@pytest.mark.parametrize("network", ["policy", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("network", [pytest.param(n, marks=pytest.mark.slow) for n in ("policy", "reference")])
 def test_weights_are_copied_once_a_step(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many image shapes it has; and again in the next step."""
     words = {**WINDOW, "model": {"merge_qkv": True}, "inversion": {"steps": 5, "network": network}}
