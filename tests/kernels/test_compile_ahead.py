@@ -15,8 +15,8 @@ from helpers.paths import ROOT
 
 SCRIPT = ROOT / "tests" / "helpers" / "compile_ahead.py"
 CAPABILITIES = ("80", "89", "90", "100")
-# With nothing in Triton's cache, sm_90 alone took 31 s of processor time: the other architectures are slow tests.
-MARKED = [pytest.param(c, marks=pytest.mark.slow) for c in CAPABILITIES]  # CI runs them all
+# With nothing in Triton's cache, sm_90 alone took 31 s of processor time: these tests are slow, and CI runs them.
+MARKED = [pytest.param(c, marks=pytest.mark.slow) for c in CAPABILITIES]
 # Register counts depend on Triton's version: with any other than this one, only spills and widths are checked.
 TABLE_OF = "3.9."
 # case: kernel -> (most registers over the architectures, bytes of shared memory)

@@ -345,7 +345,8 @@ def test_sizes_are_few_and_reach_the_chunk() -> None:
     assert batch_sizes(5) == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 @torch.no_grad()
 def test_compiled_calls_agree_at_all_sizes_and_see_new_weights(
     denoiser: Denoiser, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -63,7 +63,10 @@ def test_starting_a_finished_run_again_changes_nothing(plain: Path) -> None:
     assert all(torch.equal(v, before[1][n]) for n, v in weights(plain).items())
 
 
-@pytest.mark.parametrize("words", [["batch.micro_pairs=6", "batch.inversion_pairs=1"], ["batch.micro_pairs=5"]])
+@pytest.mark.parametrize(
+    "words",
+    [["batch.micro_pairs=6", "batch.inversion_pairs=1"], pytest.param(["batch.micro_pairs=5"], marks=pytest.mark.slow)],
+)
 def test_results_do_not_depend_on_batch_sizes(words: list[str], plain: Path, cache: str, tmp_path: Path) -> None:
     assert run(tmp_path / "run", cache, *words) == 0
     assert_same_run(plain, tmp_path / "run", tolerance=2e-4)
