@@ -18,7 +18,7 @@ from smpo_fast.evaluation.contenders import BASE, check_contenders, contenders
 from smpo_fast.evaluation.image_store import IMAGES, ImageStore
 from smpo_fast.evaluation.measures import DIVERSITY, MEASURES, diversity, measure
 from smpo_fast.evaluation.report import Evaluation, Values, write_report
-from smpo_fast.evaluation.sampling import PART_IMAGES, Shot, draw, read_prompts, share, shots
+from smpo_fast.evaluation.sampling import PART_IMAGES, Shot, draw, read_prompts, share, shots, work_folder
 from smpo_fast.evaluation.statistics import Comparison, compare_all
 from smpo_fast.models import lora
 from smpo_fast.models.locate import ModelSource, find
@@ -84,7 +84,8 @@ def _score_missing(
     prompts = {key: shot.prompt for of_model in keys.values() for key, shot in zip(of_model, wanted, strict=True)}
     tasks = list(prompts.items())
     missing = sum(identity not in store.scores(key) for key in prompts)
-    if not missing:
+    work = {"score": [identity, *prompts]}
+    if not missing and not work_folder(store, work).exists():
         return
     loaded: list[Scorer] = []
 
@@ -103,7 +104,7 @@ def _score_missing(
 
     total = missing if world.size == 1 else None
     with tqdm(total=total, desc=f"score by {name}", unit="image", disable=world.rank != 0) as bar:
-        share(store, {"score": [identity, *prompts]}, len(tasks), world, part)
+        share(store, work, len(tasks), world, part)
 
 
 def _measures(store: ImageStore, keys: Mapping[str, list[str]], each: int) -> Values:

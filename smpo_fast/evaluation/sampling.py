@@ -76,7 +76,8 @@ def draw(contender: Contender, wanted: Sequence[Shot], config: Config, store: Im
     """Draw the images that the store does not have yet; returns the keys of all. Returns when all are there."""
     dtype = torch.float16 if world.device.type == "cuda" else torch.float32
     keys = image_keys(contender, wanted, config.eval, dtype)
-    if all(key in store for key in keys):
+    work = {"draw": json_hash(keys)}
+    if all(key in store for key in keys) and not work_folder(store, work).exists():
         return keys
     pipelines: list[Any] = []
 
@@ -95,7 +96,7 @@ def draw(contender: Contender, wanted: Sequence[Shot], config: Config, store: Im
 
     total = sum(key not in store for key in keys) if world.size == 1 else None
     with tqdm(total=total, desc=f"sample {contender.name}", unit="image", disable=world.rank != 0) as bar:
-        share(store, {"draw": json_hash(keys)}, len(keys), world, part)
+        share(store, work, len(keys), world, part)
     return keys
 
 
@@ -104,11 +105,16 @@ def share(store: ImageStore, work: dict[str, Any], images: int, world: World, pa
     names = [f"images-{i:05d}" for i in range(-(-images // PART_IMAGES))]
     first = world.rank * len(names) // world.size
     try:
-        with SharedWork(store.folder / f".{json_hash(work)[:16]}", work) as shared:
+        with SharedWork(work_folder(store, work), work) as shared:
             shared.do_parts([*names[first:], *names[:first]], part)
             shared.discard()
     except AlreadyFinished:  # by another process, which has removed the folder since
         share(store, work, images, world, part)
+
+
+def work_folder(store: ImageStore, work: dict[str, Any]) -> Path:
+    """Where processes share some work; a killed one leaves it there for the next."""
+    return store.folder / f".{json_hash(work)[:16]}"
 
 
 def _loaded(contender: Contender, settings: Eval, dtype: torch.dtype, world: World) -> Any:

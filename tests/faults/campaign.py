@@ -36,7 +36,9 @@ _OWN_HASH = re.compile(rb'"sha256": "[0-9a-f]{64}",\n "versions"')  # of a manif
 _SIZE_OF_TIME = ("curves.png", "report.html")
 _OF_TIME = (*_SIZE_OF_TIME, "finished.json", "README.md")
 # What a kill while a small file is replaced may leave, where no lock says that nobody else is writing.
-_LEFTOVERS = re.compile(r"(scores|store|run/evaluation(?:/images/..)?)/[^/]+\.\d+-[0-9a-f]{8}\.tmp")
+_LEFTOVERS = re.compile(
+    r"(scores|store|run/evaluation(?:/images/..)?)/[^/]+\.\d+-[0-9a-f]{8}\.tmp|run/report\.html\.\d+-[0-9a-f]{8}\.tmp"
+)
 
 
 class Campaign:

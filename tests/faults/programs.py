@@ -131,7 +131,10 @@ PROGRAMS: dict[str, Program] = {
     "train": Program(
         _train(), ["pairs", "scores", "cache"], ["run"], ["run/checkpoints/step-*", "run/export"],
     ),
-    "evaluate": Program(_cli("evaluate", *SETTINGS, *EVALUATE), ["run"], ["run"], ["run/evaluation/*"]),
+    "evaluate": Program(
+        _cli("evaluate", *SETTINGS, *EVALUATE), ["run"], ["run"],
+        ["run/evaluation/*.*", "run/evaluation/images/*/*.png"],
+    ),
     "generate": Program(_cli("generate", *GENERATE), [], ["generated"], ["generated"]),
     "invert": Program(_train(*STORED, "run.dir=first"), ["pairs", "scores", "cache"], ["first", "store"], []),
     "reuse": Program(_train(*STORED, "run.dir=second"), ["pairs", "scores", "cache", "store"], ["second"], []),
