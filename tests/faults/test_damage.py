@@ -52,6 +52,8 @@ def test_a_damaged_file(artefact: str, kind: str, campaign: Campaign, attempt: A
     campaign.set_up(reader, *READ_BESIDES.get(artefact, ()))
     found = [p for pattern in patterns for p in sorted(campaign.work.glob(pattern)) if p.is_file() and p.stat().st_size]
     files = [file.relative_to(campaign.work).as_posix() for file in found]
+    if artefact == "export":  # images are known by all files of the encoders, also by those that loaders do not need
+        files = [file for file in files if "/tokenizer" not in file]
     different = {one: next((o for o in files if _bytes(campaign, o) != _bytes(campaign, one)), "") for one in files}
     faults = [(file, place) for file in files for place in range(PLACES if kind in ("flip", "truncate") else 1)]
 
